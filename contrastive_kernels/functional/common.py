@@ -1,0 +1,85 @@
+"""What all losses share: unit rows, the scale, the reduction, the options and the statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels import checks
+from contrastive_kernels.similarity import autocast
+from contrastive_kernels.sweep import compute_dtype
+
+NORM_EPSILON = 1e-12
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class ContrastiveStats(NamedTuple):
+    """Detached by-products of a loss, from the same sweep, in the dtype of the loss."""
+
+    accuracy: Tensor
+    """0-dim: fraction of anchors whose positive logit exceeds every negative's (a tie is not a win)."""
+    positive_logit: Tensor
+    """Per anchor."""
+    lse: Tensor
+    """Per anchor: log-sum-exp over the loss's whole denominator."""
+    logit_max: Tensor
+    """Per anchor: the largest logit among the positive and the kept negatives."""
+
+
+def rows(x: Tensor, normalize: bool) -> Tensor:
+    """The rows that enter the similarities: of unit norm if asked for, in the dtype of x or of autocast.
+
+    As `F.normalize` with eps 1e-12, computed in float32, but with zero gradient for a row below eps.
+    """
+    if not normalize:
+        return autocast(x)
+    wide = x.to(compute_dtype(x))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    tiny = norm < NORM_EPSILON
+    unit = torch.where(tiny, wide.detach(), wide) / norm.masked_fill(tiny, NORM_EPSILON)
+    return autocast(unit.to(x.dtype))
+
+
+def scale_from(
+    temperature: float | Tensor | None, logit_scale: float | Tensor | None, x: Tensor, default: float | None = None
+) -> float | Tensor:
+    """The factor of the similarities: logit_scale or 1 / temperature."""
+    if temperature is not None and logit_scale is not None:
+        raise ValueError("temperature and logit_scale are both given; one is the inverse of the other, pass one")
+    if logit_scale is not None:
+        return checks.scalar("logit_scale", logit_scale, x)
+    if temperature is None:
+        if default is None:
+            raise ValueError("neither logit_scale nor temperature is given; pass one of them")
+        temperature = default
+    temperature = checks.temperature(temperature, x)
+    return temperature.to(compute_dtype(x)).reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+
+
+def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Weighted mean, sum or none; a weight per sample serves every view or direction of it."""
+    if weight is not None:
+        weight = weight.to(losses.dtype).repeat(losses.numel() // weight.numel()).reshape(losses.shape)
+        losses = losses * weight
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    return losses.mean() if weight is None else losses.sum() / weight.sum()
+
+
+def check_options(
+    x: Tensor,
+    *,
+    reduction: str,
+    weight: Tensor | None,
+    label_smoothing: float = 0.0,
+    reductions: tuple[str, ...] = REDUCTIONS,
+) -> None:
+    """The options that every loss takes."""
+    checks.choice("reduction", reduction, reductions)
+    checks.label_smoothing(label_smoothing)
+    if weight is not None:
+        checks.vector("weight", weight, x, "the features")

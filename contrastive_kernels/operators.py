@@ -1,0 +1,84 @@
+"""Every backend's functions as PyTorch operators: opaque to torch.compile, checked by opcheck, with fake versions.
+
+The C++ extension registers its own kernels (csrc/extension.cpp); here they only get their fake versions.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels.backends import BACKENDS
+from contrastive_kernels.sweep import BACKWARD_SCHEMA, FORWARD_SCHEMA, VIEWS_SCHEMA
+
+__all__ = ["operator"]
+
+_NAMESPACE = "contrastive_kernels"
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+
+def operator(backend: str, function: str) -> torch._ops.OpOverload:
+    """The operator of a backend's `forward`, `backward` or `views`."""
+    return getattr(getattr(torch.ops, _NAMESPACE), f"{backend}_{function}").default
+
+
+def _without_autocast(function):
+    """The features arrive in the dtype that autocast wants; inside, float32 means float32."""
+
+    def kernel(*args):
+        device = next(arg for arg in args if isinstance(arg, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return tuple(result) if isinstance(result := function(*args), tuple) else result
+
+    return kernel
+
+
+def _fake_forward(backend: ModuleType):
+    def fake(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants,
+             same, maximum):  # fmt: skip
+        n, m = x.shape[0], (x if y is None else y).shape[0]
+        dtype = backend.statistic_dtype(x)
+        shapes = (
+            (len(exponents), n),
+            (m if columns else 0,),
+            (n if term else 0,),
+            (n if maximum else 0,),
+            (m if columns and maximum else 0,),
+        )
+        return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
+
+    return fake
+
+
+def _fake_backward(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff,
+                   term_scale, term_offset, exponents, columns, term, constants, same, needs):  # fmt: skip
+    m = (x if y is None else y).shape[0]
+    shapes = (x.shape, (m, x.shape[1]), (), (m,), (), (x.shape[0],))
+    dtypes = (x.dtype, x.dtype, *(scale.dtype,) * 4)
+    return tuple(
+        x.new_empty(shape if need else (0,), dtype=dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+def _fake_views(views):
+    return views.new_empty((views.shape[0], 2), dtype=torch.int64)
+
+
+for _name, _backend in BACKENDS.items():
+    if _name == "cpp":
+        if not hasattr(getattr(torch.ops, _NAMESPACE), "cpp_forward"):
+            continue
+    else:
+        for _function, _schema, _kernel in (
+            ("forward", FORWARD_SCHEMA, _backend.forward),
+            ("backward", BACKWARD_SCHEMA, _backend.backward),
+            ("views", VIEWS_SCHEMA, _backend.view_minimum),
+        ):
+            _library.define(f"{_name}_{_function}{_schema}")
+            _library.impl(f"{_name}_{_function}", _without_autocast(_kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::{_name}_forward", _fake_forward(_backend), lib=_library)
+    torch.library.register_fake(f"{_NAMESPACE}::{_name}_backward", _fake_backward, lib=_library)
+    torch.library.register_fake(f"{_NAMESPACE}::{_name}_views", _fake_views, lib=_library)

@@ -1,0 +1,266 @@
+"""The primitives every loss is written from, and the one autograd.Function over a sweep."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels import checks
+from contrastive_kernels.backends import choose_backend
+from contrastive_kernels.backends import torch as torch_backend
+from contrastive_kernels.operators import operator
+from contrastive_kernels.sweep import Pairs, Statistics, Term, compute_dtype
+
+__all__ = ["min_view_similarity", "row_dot", "similarity_logsumexp", "similarity_sum", "sweep"]
+
+
+class _SweepFunction(torch.autograd.Function):
+    """Forward and backward operator of one backend. The arguments are those of the forward schema, then the backend."""
+
+    @staticmethod
+    def forward(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants,
+                same, maximum, backend):  # fmt: skip
+        return operator(backend, "forward")(
+            x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
+            maximum,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tensors, (ctx.exponents, ctx.columns, ctx.term, ctx.constants, ctx.same, _, ctx.backend) = inputs[:9], inputs[9:]
+        row_lse, col_lse, row_sum, row_max, col_max = output
+        ctx.mark_non_differentiable(row_max, col_max)
+        ctx.save_for_backward(row_lse, col_lse, *tensors)
+
+    @staticmethod
+    def backward(ctx, grad_row_lse, grad_col_lse, grad_row_sum, _row_max, _col_max):
+        x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset = ctx.saved_tensors[2:]
+        needed = ctx.needs_input_grad
+        needs = [needed[i] for i in (0, 1, 2, 3, 7, 8)]
+        # Second derivatives come from the one backend whose backward is itself differentiable.
+        function = torch_backend.backward if torch.is_grad_enabled() else operator(ctx.backend, "backward")
+        grads = function(
+            grad_row_lse, grad_col_lse, grad_row_sum, *ctx.saved_tensors, ctx.exponents, ctx.columns, ctx.term,
+            ctx.constants, ctx.same, needs,
+        )  # fmt: skip
+        d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset = (
+            grad if need else None for grad, need in zip(grads, needs, strict=True)
+        )
+        return d_x, d_y, d_scale, d_bias, None, None, None, d_term_scale, d_term_offset, *(None,) * 7
+
+
+def sweep(
+    x: Tensor,
+    y: Tensor | None = None,
+    pairs: Pairs = Pairs(),
+    *,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    exponents: tuple[float, ...] = (1.0,),
+    columns: bool = False,
+    term: Term | None = None,
+    maximum: bool = False,
+    backend: str | None = None,
+) -> Statistics:
+    """One pass over the similarities of x (N, D) and y (M, D), or of x with itself; see `contrastive_kernels.sweep`.
+
+    Arguments are taken as checked. Under autocast the features are cast to its dtype; everything else keeps float32.
+    """
+    x, y = autocast(x), None if y is None else autocast(y)
+    dtype = compute_dtype(x)
+    x_ids, y_ids, cutoff, exclude_diagonal, same = pairs
+    if exclude_diagonal and x_ids is None:
+        x_ids = torch.arange(x.shape[0], device=x.device)
+        y_ids = None if y is None else torch.arange(y.shape[0], device=x.device)
+    term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
+    if term_offset is not None:
+        term_offset = _as_tensor(term_offset, x, dtype).expand(x.shape[0])
+    statistics = _SweepFunction.apply(
+        x,
+        y,
+        _as_tensor(scale, x, dtype),
+        None if bias is None else bias.to(dtype),
+        x_ids,
+        y_ids,
+        None if cutoff is None else cutoff.detach().to(dtype),
+        None if term_scale is None else _as_tensor(term_scale, x, dtype),
+        term_offset,
+        list(exponents),
+        columns,
+        "" if term is None else term.name,
+        list(constants),
+        same,
+        maximum,
+        choose_backend(x, backend),
+    )
+    return Statistics(*(statistic.to(dtype) for statistic in statistics))
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in the dtype that autocast, if active, gives to matrix products."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """``<x_i, y_i>`` over the last dimension, accumulated in the compute dtype whatever the dtype of the features."""
+    dtype = compute_dtype(x)
+    return (x.to(dtype) * y.to(dtype)).sum(-1)
+
+
+def _as_tensor(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(x.device, dtype)
+    return torch.full((), value, dtype=dtype, device=x.device)
+
+
+@overload
+def similarity_logsumexp(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    y_bias: Tensor | None = None,
+    cutoff: float | Tensor | None = None,
+    columns: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def similarity_logsumexp(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    y_bias: Tensor | None = None,
+    cutoff: float | Tensor | None = None,
+    columns: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def similarity_logsumexp(
+    x, y=None, *, scale=1.0, x_ids=None, y_ids=None, y_bias=None, cutoff=None, columns=False, backend=None
+):
+    r"""Log-sum-exp of every row (and column) of the similarity matrix, which is never stored.
+
+    .. math::
+        \ell_i = \log \sum_{j \in A(i)} \exp(\mathrm{scale} \, \langle x_i, y_j \rangle + b_j), \qquad
+        A(i) = \{j : \mathrm{id}(x_i) \ne \mathrm{id}(y_j),\ \langle x_i, y_j \rangle \le c_i\}
+
+    Args:
+        x: ``(N, D)``, float16, bfloat16, float32 or float64; taken as it is, not normalised.
+        y: ``(M, D)``, or None for x against itself (self pairs included unless ``x_ids`` leaves them out).
+        scale: inverse temperature; float or 0-dim tensor, differentiable.
+        x_ids: ``(N,)`` integers; a pair with equal ids is left out. With ``y=None`` they serve both sides.
+        y_ids: ``(M,)`` integers; given exactly when ``x_ids`` and ``y`` are.
+        y_bias: ``(M,)``, added to the logits of column j, differentiable. Not with ``columns``.
+        cutoff: float or ``(N,)``; pairs with ``<x_i, y_j>`` above it are left out. Not differentiated, not with ``columns``.
+        columns: also return the log-sum-exp of every column.
+        backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+
+    Returns:
+        ``(N,)``, or ``((N,), (M,))`` with ``columns``; float32 (float64 for float64 inputs), differentiable.
+        A row or column with no pair left is ``-inf`` and has zero gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, or ``columns`` together with ``y_bias`` or ``cutoff``.
+        TypeError: dtypes that differ or are not floating (ids: not integer).
+        RuntimeError: tensors on different devices.
+        NotImplementedError: the requested backend does not take these inputs.
+
+    Example:
+        >>> x = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+        >>> similarity_logsumexp(x, scale=10.0, x_ids=torch.arange(8)).shape
+        torch.Size([8])
+    """
+    x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, cutoff)
+    scale = checks.scalar("scale", scale, x)
+    if y_bias is not None:
+        checks.vector("y_bias", y_bias, x if y is None else y, "x" if y is None else "y")
+    if columns and (y_bias is not None or cutoff is not None):
+        raise ValueError("columns=True takes neither y_bias nor cutoff; call twice with x and y exchanged")
+    pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
+    out = sweep(x, y, pairs, scale=scale, bias=y_bias, columns=columns, backend=backend)
+    return (out.row_lse[0], out.col_lse) if columns else out.row_lse[0]
+
+
+def similarity_sum(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    term: Term,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    cutoff: float | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Sum of an elementwise function over every row of the similarity matrix, which is never stored.
+
+    .. math:: r_i = \sum_{j \in A(i)} \phi(\langle x_i, y_j \rangle)
+
+    Args:
+        x, y, x_ids, y_ids, cutoff, backend: as in `similarity_logsumexp`; the same pairs are left out.
+        term: the function: `Band`, `Softplus`, `Square`, `Hinge`, `Gaussian`, `Identity` or `Count`.
+
+    Returns:
+        ``(N,)``, float32 (float64 for float64 inputs), differentiable in x, y and the term's tensors.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError: as `similarity_logsumexp`.
+
+    Example:
+        >>> x = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+        >>> similarity_sum(x, term=Band(0.1, 0.5), x_ids=torch.arange(8)).shape
+        torch.Size([8])
+    """
+    if not isinstance(term, Term):
+        raise TypeError(f"term must be a Term such as Band(0.1, 0.5), not {type(term).__name__}")
+    x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, cutoff)
+    checks.term_operands(term, x)
+    pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
+    return sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
+
+
+def min_view_similarity(
+    views: Tensor, *, reduce: Literal["min", "mean"] = "min", backend: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    r"""The least (or mean) similarity between two distinct views of each sample.
+
+    .. math:: s_i = \min_{j < k} \langle z_{ij}, z_{ik} \rangle \quad \text{or} \quad
+        s_i = \frac{\lVert \sum_j z_{ij} \rVert^2 - \sum_j \lVert z_{ij} \rVert^2}{V (V - 1)}
+
+    Args:
+        views: ``(N, V, D)`` with ``V >= 2``, rows of unit norm.
+        reduce: ``"min"`` or ``"mean"``.
+        backend: as in `similarity_logsumexp`.
+
+    Returns:
+        values ``(N,)``, float32 (float64 for float64 inputs), differentiable (the whole gradient of a minimum goes to
+        its pair), and the pairs ``(N, 2)`` int64, j < k, the first in row-major order on a tie; None for ``"mean"``.
+
+    Raises:
+        ValueError: views is not (N, V, D) with V >= 2, or reduce is unknown.
+
+    Source: Zhao, Du, Wang, Yao, Huang 2023 (ArCL), the alignment term.
+
+    Example:
+        >>> views = torch.nn.functional.normalize(torch.randn(8, 4, 16), dim=-1)
+        >>> values, pairs = min_view_similarity(views)
+    """
+    checks.views("views", views)
+    checks.choice("reduce", reduce, ("min", "mean"))
+    views = autocast(views)
+    if reduce == "mean":
+        dtype, v = compute_dtype(views), views.shape[1]
+        total = views.sum(1, dtype=dtype)
+        return (row_dot(total, total) - row_dot(views, views).sum(1)) / (v * (v - 1)), None
+    pairs = operator(choose_backend(views, backend), "views")(views.detach())
+    index = pairs.unsqueeze(-1).expand(-1, -1, views.shape[2])
+    first, second = views.gather(1, index).unbind(1)
+    return row_dot(first, second), pairs
