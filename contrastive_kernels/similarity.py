@@ -36,19 +36,59 @@ class _SweepFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_row_lse, grad_col_lse, grad_row_sum, _row_max, _col_max):
-        x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset = ctx.saved_tensors[2:]
-        needed = ctx.needs_input_grad
-        needs = [needed[i] for i in (0, 1, 2, 3, 7, 8)]
-        # Second derivatives come from the one backend whose backward is itself differentiable.
-        function = torch_backend.backward if torch.is_grad_enabled() else operator(ctx.backend, "backward")
-        grads = function(
+        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        arguments = (
             grad_row_lse, grad_col_lse, grad_row_sum, *ctx.saved_tensors, ctx.exponents, ctx.columns, ctx.term,
             ctx.constants, ctx.same, needs,
         )  # fmt: skip
-        d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset = (
-            grad if need else None for grad, need in zip(grads, needs, strict=True)
-        )
-        return d_x, d_y, d_scale, d_bias, None, None, None, d_term_scale, d_term_offset, *(None,) * 7
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _SweepBackward.apply(*arguments, ctx.backend)
+        else:
+            grads = operator(ctx.backend, "backward")(*arguments)
+        all_grads = [None] * 16
+        for i, grad, need in zip(_DIFFERENTIABLE, grads, needs, strict=True):
+            all_grads[i] = grad if need else None
+        return tuple(all_grads)
+
+
+# Of the forward schema: x, y, scale, bias, term_scale, term_offset.
+_DIFFERENTIABLE = (0, 1, 2, 3, 7, 8)
+
+
+class _SweepBackward(torch.autograd.Function):
+    """The backward operator; its own derivative is that of the one backend whose backward is differentiable."""
+
+    @staticmethod
+    def forward(*arguments):
+        *arguments, backend = arguments
+        return operator(backend, "backward")(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tensors, ctx.description = inputs[:14], inputs[14:20]
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "third derivatives of a similarity sweep are not supported; write the loss densely, as in python_ref"
+            )
+        with torch.enable_grad():
+            inputs = [
+                None if tensor is None else tensor.detach().requires_grad_(need)
+                for tensor, need in zip(ctx.saved_tensors, ctx.needs_input_grad[:14], strict=True)
+            ]
+            outputs = torch_backend.backward(*inputs, *ctx.description)
+            pairs = [(out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if out.requires_grad]
+            wanted = [i for i, tensor in enumerate(inputs) if tensor is not None and tensor.requires_grad]
+            grads = torch.autograd.grad(
+                [out for out, _ in pairs], [inputs[i] for i in wanted], [grad for _, grad in pairs], allow_unused=True
+            )
+        all_grads = [None] * 21
+        for i, grad in zip(wanted, grads, strict=True):
+            all_grads[i] = grad
+        return tuple(all_grads)
 
 
 def sweep(
@@ -95,7 +135,8 @@ def sweep(
         maximum,
         choose_backend(x, backend),
     )
-    return Statistics(*(statistic.to(dtype) for statistic in statistics))
+    asked_for = (bool(exponents), columns, term is not None, maximum, maximum and columns)
+    return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -28,18 +28,32 @@ class ContrastiveStats(NamedTuple):
     """Per anchor: the largest logit among the positive and the kept negatives."""
 
 
-def rows(x: Tensor, normalize: bool) -> Tensor:
-    """The rows that enter the similarities: of unit norm if asked for, in the dtype of x or of autocast.
+class _UnitRows(torch.autograd.Function):
+    """``x / max(|x|, eps)``, computed in float32; unlike `F.normalize` with zero gradient for a row below eps."""
 
-    As `F.normalize` with eps 1e-12, computed in float32, but with zero gradient for a row below eps.
-    """
-    if not normalize:
-        return autocast(x)
-    wide = x.to(compute_dtype(x))
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    tiny = norm < NORM_EPSILON
-    unit = torch.where(tiny, wide.detach(), wide) / norm.masked_fill(tiny, NORM_EPSILON)
-    return autocast(unit.to(x.dtype))
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        wide = x.to(compute_dtype(x))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return (wide / norm.clamp_min(NORM_EPSILON)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        wide, grad = x.to(compute_dtype(x)), grad.to(compute_dtype(x))
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.clamp_min(NORM_EPSILON).reciprocal().masked_fill(norm < NORM_EPSILON, 0)
+        unit = wide * inverse
+        return (torch.addcmul(grad, (grad * unit).sum(-1, keepdim=True), unit, value=-1) * inverse).to(x.dtype)
+
+
+def rows(x: Tensor, normalize: bool) -> Tensor:
+    """The rows that enter the similarities: of unit norm if asked for, in the dtype of x or of autocast."""
+    return autocast(_UnitRows.apply(x) if normalize else x)
 
 
 def scale_from(
