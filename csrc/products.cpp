@@ -1,0 +1,204 @@
+#include "products.h"
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include <ATen/TensorOperators.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/native/CPUBlas.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+#include <ATen/ops/zeros.h>
+
+namespace contrastive_kernels {
+namespace {
+
+// Rows of a matrix with unit column stride, and the transpose of such rows: views that cost no dispatch.
+void* row_data(const at::Tensor& matrix, int64_t row) {
+  return static_cast<char*>(matrix.data_ptr()) + row * matrix.stride(0) * matrix.element_size();
+}
+
+at::Tensor rows_of(const at::Tensor& matrix, Range rows) {
+  return at::from_blob(row_data(matrix, rows.begin), {rows.size(), matrix.size(1)}, {matrix.stride(0), 1},
+                       matrix.options());
+}
+
+at::Tensor transposed_rows_of(const at::Tensor& matrix, Range rows) {
+  return at::from_blob(row_data(matrix, rows.begin), {matrix.size(1), rows.size()}, {1, matrix.stride(0)},
+                       matrix.options());
+}
+
+at::Tensor with_unit_stride(const at::Tensor& matrix) {
+  return matrix.stride(1) == 1 && matrix.stride(0) >= std::max<int64_t>(1, matrix.size(1)) ? matrix
+                                                                                          : matrix.contiguous();
+}
+
+// Products by the BLAS, in the compute dtype; float16 and bfloat16 operands are converted beforehand.
+template <typename T>
+class BlasProducts final : public Products<T> {
+ public:
+  BlasProducts(const at::Tensor& x, const at::Tensor& y, Wanted wanted)
+      : dtype_(x.scalar_type()), wanted_(wanted) {
+    const auto compute = c10::CppTypeToScalarType<T>::value;
+    x_ = with_unit_stride(x.to(compute));
+    y_ = y.is_same(x) ? x_ : with_unit_stride(y.to(compute));
+    if (wanted.dx) dx_ = at::zeros(x.sizes(), x_.options());
+    if (wanted.dy) dy_ = wanted.symmetric ? dx_ : at::zeros(y.sizes(), y_.options());
+  }
+
+  void scores(Range rows, Range cols, T* s) override {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    auto tile = tile_of(rows, cols, s);
+    at::cpu::mm_out(tile, rows_of(x_, rows), transposed_rows_of(y_, cols));
+  }
+
+  void add_gradients(Range rows, Range cols, T* g, bool transposed, int64_t /*slot*/) override {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    const auto& options = x_.options();
+    if (wanted_.dx) add_product(rows_of(dx_, rows), tile_of(rows, cols, g), rows_of(y_, cols));
+    if (wanted_.dy && transposed)
+      add_product(rows_of(dy_, cols), at::from_blob(g, {cols.size(), rows.size()}, {1, kTileCols}, options),
+                  rows_of(x_, rows));
+  }
+
+  std::pair<at::Tensor, at::Tensor> gradients() override {
+    if (wanted_.dy && wanted_.self && !wanted_.symmetric) dx_.add_(dy_);
+    return {wanted_.dx ? dx_.to(dtype_) : dx_, wanted_.dy && !wanted_.self ? dy_.to(dtype_) : at::Tensor()};
+  }
+
+ private:
+  at::Tensor tile_of(Range rows, Range cols, T* data) const {
+    return at::from_blob(data, {rows.size(), cols.size()}, {kTileCols, 1}, x_.options());
+  }
+
+  static void add_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b) {
+    at::cpu::addmm_out(sum, sum, a, b, 1, 1);
+  }
+
+  at::ScalarType dtype_;
+  Wanted wanted_;
+  at::Tensor x_, y_, dx_, dy_;
+};
+
+// bfloat16 products with float sums on the processor's matrix unit. Its right-hand operands hold pairs of consecutive
+// rows side by side, [k / 2, n, 2], so both operands are packed beforehand, in panels of kPanel rows:
+// - scores:  X as it is, times the panel [d / 2, kPanel, 2] of Y^T;
+// - dX_I:    G as it is, times the panel [kPanel / 2, d, 2] of Y;
+// - dY_J^T:  the panel [d, kPanel] of X^T, times the pairs of rows of G. Its sums stay transposed until the end.
+constexpr int64_t kPanel = 128;
+constexpr int64_t kDepth = 32;
+static_assert(kTileRows % kPanel == 0 && kTileCols % kPanel == 0);
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+class MatrixUnitProducts final : public Products<float> {
+  using BFloat16 = at::BFloat16;
+
+ public:
+  MatrixUnitProducts(const at::Tensor& x, const at::Tensor& y, Wanted wanted, int64_t slots)
+      : wanted_(wanted), n_(x.size(0)), m_(y.size(0)), d_(x.size(1)), depth_(round_up(d_, kDepth)),
+        panels_(round_up(m_, kPanel) / kPanel), buffers_(slots) {
+    const auto floats = x.options().dtype(at::kFloat);
+    x_ = padded(x, round_up(n_, kPanel));
+    const auto y_padded = y.is_same(x) ? x_ : padded(y, panels_ * kPanel);
+    // Pairs are consecutive in a row of y: as 32-bit units this is a plain transposition.
+    y_columns_ = y_padded.view(at::kInt).view({panels_, kPanel, depth_ / 2}).transpose(1, 2).contiguous();
+    if (wanted.dx) {
+      y_rows_ = y_padded.view({panels_ * kPanel / 2, 2, depth_}).transpose(1, 2).contiguous();
+      dx_ = at::zeros({n_, depth_}, floats);
+    }
+    if (wanted.dy) {
+      x_transposed_ = x_.view({-1, kPanel, depth_}).transpose(1, 2).contiguous();
+      dy_ = at::zeros({panels_, depth_, kPanel}, floats);
+    }
+  }
+
+  void scores(Range rows, Range cols, float* s) override {
+    for (int64_t j = cols.begin; j < cols.end; j += kPanel)
+      at::native::cpublas::brgemm(rows.size(), kPanel, depth_, depth_, kPanel, kTileCols, false, row(x_, rows.begin),
+                                  columns_panel(j), s + (j - cols.begin));
+  }
+
+  void add_gradients(Range rows, Range cols, float* g, bool transposed, int64_t slot) override {
+    const int64_t height = round_up(rows.size(), 2), width = round_up(cols.size(), kPanel);
+    auto& buffer = buffers_[slot];
+    // The columns behind the last one multiply rows of zeros, but must be numbers; so must an odd row's partner.
+    for (int64_t i = 0; i < rows.size(); ++i) std::fill(g + i * kTileCols + cols.size(), g + i * kTileCols + width, 0.f);
+    if (height > rows.size()) std::fill_n(g + rows.size() * kTileCols, width, 0.f);
+    for (int64_t i = 0; i < height; i += 2)
+      tile_math<float>().round_rows(width, g + i * kTileCols, g + (i + 1) * kTileCols, buffer.rows + i * kTileCols,
+                                    buffer.rows + (i + 1) * kTileCols, buffer.pairs + i / 2 * kTileCols);
+    if (wanted_.dx)
+      at::native::cpublas::brgemm(rows.size(), depth_, width, kTileCols, depth_, depth_, true,
+                                  reinterpret_cast<const BFloat16*>(buffer.rows), row(y_rows_, cols.begin),
+                                  dx_.data_ptr<float>() + rows.begin * depth_);
+    if (wanted_.dy && transposed)
+      for (int64_t j = 0; j < width; j += kPanel)
+        for (int64_t i = 0; i < height; i += kPanel)
+          at::native::cpublas::brgemm(depth_, kPanel, std::min(kPanel, height - i), kPanel, kTileCols, kPanel, true,
+                                      row(x_transposed_, rows.begin + i),
+                                      reinterpret_cast<const BFloat16*>(buffer.pairs + i / 2 * kTileCols + j),
+                                      dy_.data_ptr<float>() + (cols.begin + j) * depth_);
+  }
+
+  void end_block() override { at::native::cpublas::brgemm_release(); }
+
+  std::pair<at::Tensor, at::Tensor> gradients() override {
+    at::Tensor dx, dy;
+    if (wanted_.dx) dx = dx_.narrow(1, 0, d_);
+    if (wanted_.dy) dy = dy_.transpose(1, 2).reshape({panels_ * kPanel, depth_}).narrow(0, 0, m_).narrow(1, 0, d_);
+    if (wanted_.dy && wanted_.self) dx = dx + std::exchange(dy, {});
+    for (auto* gradient : {&dx, &dy})
+      if (gradient->defined()) *gradient = gradient->to(at::kBFloat16).contiguous();
+    return {dx, dy};
+  }
+
+ private:
+  struct Buffer {
+    alignas(64) uint16_t rows[kTileRows * kTileCols];
+    alignas(64) uint32_t pairs[kTileRows / 2 * kTileCols];
+  };
+
+  at::Tensor padded(const at::Tensor& matrix, int64_t rows) const {
+    // Pairs are read as 32-bit units.
+    if (matrix.is_contiguous() && matrix.storage_offset() % 2 == 0 && matrix.size(0) == rows && d_ == depth_)
+      return matrix;
+    auto result = at::zeros({rows, depth_}, matrix.options());
+    result.narrow(0, 0, matrix.size(0)).narrow(1, 0, d_).copy_(matrix);
+    return result;
+  }
+
+  BFloat16* row(const at::Tensor& matrix, int64_t i) const { return matrix.data_ptr<BFloat16>() + i * depth_; }
+
+  const BFloat16* columns_panel(int64_t j) const {
+    return reinterpret_cast<const BFloat16*>(y_columns_.data_ptr<int32_t>() + j * (depth_ / 2));
+  }
+
+  Wanted wanted_;
+  int64_t n_, m_, d_, depth_, panels_;
+  at::Tensor x_, x_transposed_, y_columns_, y_rows_, dx_, dy_;
+  std::vector<Buffer> buffers_;
+};
+
+bool use_matrix_unit(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype);
+}
+
+}  // namespace
+
+int64_t granule(at::ScalarType dtype) { return use_matrix_unit(dtype) ? kPanel : 32; }
+
+template <typename T>
+std::unique_ptr<Products<T>> make_products(const at::Tensor& x, const at::Tensor& y, Wanted wanted, int64_t slots) {
+  if constexpr (std::is_same_v<T, float>)
+    if (use_matrix_unit(x.scalar_type()) && x.numel() && y.numel())
+      return std::make_unique<MatrixUnitProducts>(x, y, wanted, slots);
+  return std::make_unique<BlasProducts<T>>(x, y, wanted);
+}
+
+template std::unique_ptr<Products<float>> make_products(const at::Tensor&, const at::Tensor&, Wanted, int64_t);
+template std::unique_ptr<Products<double>> make_products(const at::Tensor&, const at::Tensor&, Wanted, int64_t);
+
+}  // namespace contrastive_kernels

@@ -1,0 +1,47 @@
+// The three matrix products of a sweep on tiles: scores X Y^T, and for a gradient G of the scores dX = G Y, dY = G^T X.
+#pragma once
+
+#include <memory>
+#include <utility>
+
+#include <ATen/core/Tensor.h>
+
+#include "tile_math.h"
+
+namespace contrastive_kernels {
+
+// The gradients that are wanted.
+struct Wanted {
+  bool dx, dy;
+  // y is x: dY belongs to dX,
+  bool self;
+  // and no block reaches a row of it both ways, so that one sum can take both.
+  bool symmetric;
+};
+
+template <typename T>
+class Products {
+ public:
+  virtual ~Products() = default;
+
+  // The tile of scores, with kTileCols values from row to row.
+  virtual void scores(Range rows, Range cols, T* s) = 0;
+
+  // Adds what the tile g, a gradient of the scores, gives to the gradients that are wanted; dy only if `transposed`.
+  // The tile's memory is free for use afterwards, and so is a row behind its last one.
+  virtual void add_gradients(Range rows, Range cols, T* g, bool transposed, int64_t slot) = 0;
+
+  // To be called at the end of a block by the thread that computed it.
+  virtual void end_block() {}
+
+  // The sums, in the dtype of x; undefined where not wanted.
+  virtual std::pair<at::Tensor, at::Tensor> gradients() = 0;
+};
+
+// Row and column groups have to be multiples of it.
+int64_t granule(at::ScalarType dtype);
+
+template <typename T>
+std::unique_ptr<Products<T>> make_products(const at::Tensor& x, const at::Tensor& y, Wanted wanted, int64_t slots);
+
+}  // namespace contrastive_kernels

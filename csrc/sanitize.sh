@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer in a scratch copy and runs its tests there.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+mkdir "$scratch/tests"
+cp -r "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$scratch"
+cp "$root/tests/test_cpp_engine.py" "$scratch/tests"
+(cd "$root" && find contrastive_kernels -name '*.py' -exec cp --parents {} "$scratch" \;)
+
+cd "$scratch"
+CONTRASTIVE_KERNELS_BUILD=1 \
+CONTRASTIVE_KERNELS_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+CONTRASTIVE_KERNELS_LDFLAGS="-fsanitize=address,undefined" \
+  "$python" setup.py --quiet build_ext --inplace
+
+# Python itself leaks at exit, and is not built with the sanitizer, which therefore has to be loaded first.
+LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
+ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$scratch" \
+  "$python" -m pytest -q -p no:cacheprovider tests "${@:--k=shapes or empty or strides or nothing or views or switches and threads2}"

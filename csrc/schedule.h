@@ -1,0 +1,51 @@
+// Who computes what, when: a sweep is a list of rounds, a round a list of blocks that run at the same time.
+//
+// No two blocks of a round share a row group or a column group, so that every thread accumulates statistics and
+// gradients of its rows and of its columns in place: no locks, no copies per thread, the same sums in every run.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include <ATen/Parallel.h>
+
+#include "tile_math.h"
+
+namespace contrastive_kernels {
+
+struct Block {
+  Range rows, cols;
+  // rows == cols, and only the pairs on and above the diagonal are visited.
+  bool triangle = false;
+};
+
+using Schedule = std::vector<std::vector<Block>>;
+
+// All pairs of n rows and m columns. `granule`: the groups' sizes are multiples of it.
+Schedule all_pairs(int64_t n, int64_t m, int64_t threads, int64_t granule);
+
+// All unordered pairs of n rows, the pairs (i, i) included.
+Schedule unordered_pairs(int64_t n, int64_t threads, int64_t granule);
+
+// The tiles of a block: f(rows, cols, diagonal); a diagonal tile is square and the only one to hold pairs (i, i).
+template <typename F>
+void for_each_tile(const Block& block, const F& f) {
+  for (int64_t i = block.rows.begin; i < block.rows.end; i += kTileRows) {
+    const Range rows{i, std::min(i + kTileRows, block.rows.end)};
+    if (block.triangle) f(rows, rows, true);
+    for (int64_t j = block.triangle ? rows.end : block.cols.begin; j < block.cols.end; j += kTileCols)
+      f(rows, Range{j, std::min(j + kTileCols, block.cols.end)}, false);
+  }
+}
+
+// Runs f(block, slot) for every block; a slot is never used by two threads at a time.
+template <typename F>
+void run(const Schedule& schedule, const F& f) {
+  for (const auto& round : schedule)
+    at::parallel_for(0, static_cast<int64_t>(round.size()), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t slot = begin; slot < end; ++slot) f(round[slot], slot);
+    });
+}
+
+}  // namespace contrastive_kernels

@@ -1,0 +1,296 @@
+#include "sweep.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "products.h"
+#include "schedule.h"
+#include "tile_math.h"
+
+namespace contrastive_kernels {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+Term term_named(std::string_view name) {
+  if (name.empty()) return Term::none;
+  if (name == "identity") return Term::identity;
+  if (name == "count") return Term::count;
+  if (name == "square") return Term::square;
+  if (name == "band") return Term::band;
+  if (name == "softplus") return Term::softplus;
+  if (name == "hinge") return Term::hinge;
+  if (name == "gaussian") return Term::gaussian;
+  TORCH_CHECK_VALUE(false, "unknown term '", name, "'");
+}
+
+void check_vector(const OptionalTensor& tensor, const char* name, at::ScalarType dtype, at::IntArrayRef shape) {
+  if (!tensor) return;
+  TORCH_CHECK_TYPE(tensor->scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor->scalar_type());
+  TORCH_CHECK_VALUE(tensor->sizes() == shape, name, " ", tensor->sizes(), " must have shape ", shape);
+  TORCH_CHECK(tensor->is_cpu(), name, " is on ", tensor->device(), ", x on the CPU");
+}
+
+void check(const Inputs& in, const Description& description) {
+  const auto& x = in.x;
+  const auto& y = in.y ? *in.y : x;
+  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "x ", x.sizes(), " and y ", y.sizes(),
+                    " must be matrices with the same last dimension");
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
+                   "x must be float32, float64, float16 or bfloat16, got ", dtype);
+  TORCH_CHECK_TYPE(y.scalar_type() == dtype, "y must have the dtype of x, ", dtype, ", got ", y.scalar_type());
+  TORCH_CHECK(y.is_cpu(), "y is on ", y.device(), ", x on the CPU");
+
+  const auto compute = dtype == at::kDouble ? at::kDouble : at::kFloat;
+  const int64_t n = x.size(0), m = y.size(0);
+  check_vector(in.scale, "scale", compute, {});
+  check_vector(in.bias, "bias", compute, {m});
+  check_vector(in.x_ids, "x_ids", at::kLong, {n});
+  check_vector(in.y_ids, "y_ids", at::kLong, {m});
+  check_vector(in.cutoff, "cutoff", compute, {n});
+  check_vector(in.term_scale, "term_scale", compute, {});
+  check_vector(in.term_offset, "term_offset", compute, {n});
+  TORCH_CHECK_VALUE(!in.y || in.x_ids.has_value() == in.y_ids.has_value(), "x_ids and y_ids must be given together");
+  TORCH_CHECK_VALUE(!description.columns || (!in.bias && description.exponents.size() <= 1),
+                    "columns cannot be combined with bias or several exponents");
+}
+
+// One call: the inputs as the tile functions take them, the schedule, and a workspace for each thread.
+template <typename T>
+class Sweep {
+ public:
+  Sweep(const Inputs& in, const Description& description, bool maximum)
+      : self_(!in.y),
+        // Then S and its mask are symmetric, and so are the sums over rows and over columns.
+        symmetric_(self_ && !in.bias && !in.cutoff && !in.term_offset && !description.columns),
+        x_(in.x), y_(self_ ? in.x : *in.y) {
+    for (const double exponent : description.exponents)
+      rules_.channels.push_back({exponent, symmetric_ || (description.columns && exponent == 1)});
+    const auto one = std::find(description.exponents.begin(), description.exponents.end(), 1.0);
+    one_ = one - description.exponents.begin();
+    if (one == description.exponents.end() && (description.columns || maximum))
+      rules_.channels.push_back({1.0, symmetric_ || description.columns});
+
+    rules_.scale = static_cast<T>(in.scale.item<double>());
+    rules_.bias = hold<T>(in.bias);
+    rules_.x_ids = hold<int64_t>(in.x_ids);
+    rules_.y_ids = self_ ? rules_.x_ids : hold<int64_t>(in.y_ids);
+    rules_.cutoff = hold<T>(in.cutoff);
+    rules_.same = description.same;
+    rules_.drop_diagonal = self_ && description.same && in.x_ids.has_value();
+    rules_.term = term_named(description.term);
+    rules_.term_scale = in.term_scale ? static_cast<T>(in.term_scale->item<double>()) : T(1);
+    rules_.term_offset = hold<T>(in.term_offset);
+    for (size_t k = 0; k < 2; ++k)
+      rules_.constants[k] = k < description.constants.size() ? static_cast<T>(description.constants[k]) : T(0);
+
+    const int64_t threads = at::get_num_threads(), step = granule(x_.scalar_type());
+    schedule_ = symmetric_ ? unordered_pairs(n(), threads, step) : all_pairs(n(), m(), threads, step);
+    for (const auto& round : schedule_) slots_ = std::max<int64_t>(slots_, round.size());
+    work_.reset(new Workspace<T>[slots_]);
+  }
+
+  int64_t n() const { return x_.size(0); }
+  int64_t m() const { return y_.size(0); }
+  int64_t channels() const { return rules_.channels.size(); }
+  // The channel of exponent 1, to which the maximum and the columns belong.
+  int64_t one() const { return one_; }
+  bool symmetric() const { return symmetric_; }
+
+  void forward(const Statistics& rows, const Statistics& cols) {
+    auto products = make_products<T>(x_, y_, {false, false, self_, symmetric_}, slots_);
+    visit(*products, [&](const Tile<T>& tile, bool diagonal, int64_t slot) {
+      tile_math<T>().forward(rules_, tile, rows, diagonal ? nullptr : &cols, work_[slot]);
+    });
+  }
+
+  std::pair<at::Tensor, at::Tensor> backward(const Upstream<T>& rows, const Upstream<T>& cols,
+                                             const SideGradients& side, bool need_x, bool need_y) {
+    auto products = make_products<T>(x_, y_, {need_x, self_ ? need_x : need_y, self_, symmetric_}, slots_);
+    for (int64_t slot = 0; slot < slots_; ++slot) work_[slot].side = side;
+    visit(*products, [&](const Tile<T>& tile, bool diagonal, int64_t slot) {
+      // A diagonal tile holds (i, j) and (j, i): the gradients of both, at each of them.
+      tile_math<T>().backward(rules_, tile, rows, &cols, diagonal ? 0.5 : 1.0, work_[slot]);
+      products->add_gradients(tile.rows, tile.cols, tile.s, !diagonal, slot);
+    });
+    return products->gradients();
+  }
+
+  double total(double SideGradients::* sum) const {
+    double result = 0;
+    for (int64_t slot = 0; slot < slots_; ++slot) result += work_[slot].side.*sum;
+    return result;
+  }
+
+ private:
+  // A contiguous tensor's data, kept alive for this call.
+  template <typename S>
+  const S* hold(const OptionalTensor& tensor) {
+    if (!tensor) return nullptr;
+    return held_.emplace_back(tensor->contiguous()).template const_data_ptr<S>();
+  }
+
+  template <typename F>
+  void visit(Products<T>& products, const F& f) {
+    run(schedule_, [&](const Block& block, int64_t slot) {
+      for_each_tile(block, [&](Range rows, Range cols, bool diagonal) {
+        const bool ids_meet = rules_.x_ids && may_be_equal(rows, cols);
+        if (rules_.x_ids && rules_.same && !ids_meet) return;
+        products.scores(rows, cols, work_[slot].scores);
+        f(Tile<T>{work_[slot].scores, rows, cols, ids_meet || rules_.cutoff}, diagonal, slot);
+      });
+      products.end_block();
+    });
+  }
+
+  // Ids in order, or nearly, are the usual case: then few tiles need a mask.
+  bool may_be_equal(Range rows, Range cols) const {
+    const auto [x_least, x_most] = bounds(rules_.x_ids, rows);
+    const auto [y_least, y_most] = bounds(rules_.y_ids, cols);
+    return x_least <= y_most && y_least <= x_most;
+  }
+
+  static std::pair<int64_t, int64_t> bounds(const int64_t* ids, Range range) {
+    int64_t least = ids[range.begin], most = least;
+    for (int64_t i = range.begin; i < range.end; ++i) least = std::min(least, ids[i]), most = std::max(most, ids[i]);
+    return {least, most};
+  }
+
+  bool self_, symmetric_;
+  at::Tensor x_, y_;
+  std::vector<at::Tensor> held_;
+  Rules<T> rules_;
+  int64_t one_ = 0, slots_ = 0;
+  Schedule schedule_;
+  std::unique_ptr<Workspace<T>[]> work_;
+};
+
+// The running statistics of one side, and what they end up as.
+class Accumulators {
+ public:
+  Accumulators(int64_t channels, int64_t n, bool maximum, bool term)
+      : shift_(at::full({channels, n}, -kInfinity, at::kDouble)), sum_(at::zeros({channels, n}, at::kDouble)),
+        maximum_(at::full({maximum ? channels : 0, n}, -kInfinity, at::kDouble)),
+        term_sum_(at::zeros({term ? n : 0}, at::kDouble)) {}
+
+  Statistics pointers() const {
+    const auto data = [](const at::Tensor& t) { return t.numel() ? t.data_ptr<double>() : nullptr; };
+    return {shift_.size(1), data(shift_), data(sum_), data(maximum_), data(term_sum_)};
+  }
+
+  at::Tensor log_sum_exp() const { return shift_ + sum_.log(); }
+  // The maximum skips NaN, the sum does not.
+  at::Tensor maximum(int64_t channel) const {
+    return maximum_.select(0, channel).masked_fill(sum_.select(0, channel).isnan(), std::nan(""));
+  }
+  at::Tensor term_sum() const { return term_sum_; }
+
+ private:
+  at::Tensor shift_, sum_, maximum_, term_sum_;
+};
+
+// The tensors behind an Upstream: the log-sum-exps as two T, +inf where no pair was kept.
+template <typename T>
+class UpstreamTensors {
+ public:
+  UpstreamTensors(const at::Tensor& grad_lse, const at::Tensor& lse, const at::Tensor& grad_term_sum) {
+    const auto dtype = c10::CppTypeToScalarType<T>::value;
+    const auto exact = at::where(lse == -kInfinity, kInfinity, lse.to(at::kDouble));
+    grad_lse_ = grad_lse.to(dtype).contiguous();
+    lse_ = exact.to(dtype).contiguous();
+    remainder_ = at::where(lse_.isinf(), 0.0, exact - lse_).to(dtype).contiguous();
+    grad_term_sum_ = grad_term_sum.to(dtype).contiguous();
+  }
+
+  Upstream<T> pointers() const {
+    const auto* term = grad_term_sum_.numel() ? grad_term_sum_.template data_ptr<T>() : nullptr;
+    return {lse_.size(1), grad_lse_.template data_ptr<T>(), lse_.template data_ptr<T>(),
+            remainder_.template data_ptr<T>(), term};
+  }
+
+ private:
+  at::Tensor grad_lse_, lse_, remainder_, grad_term_sum_;
+};
+
+// A row of `values` for each channel, in its place; the others are `filler`.
+at::Tensor placed(const at::Tensor& values, int64_t first, int64_t channels, int64_t n, double filler) {
+  auto result = at::full({channels, n}, filler, at::kDouble);
+  result.narrow(0, first, values.size(0)).copy_(values);
+  return result;
+}
+
+at::Tensor nothing(at::ScalarType dtype) { return at::empty({0}, dtype); }
+
+template <typename T>
+Outputs forward_as(const Inputs& in, const Description& description, bool maximum) {
+  Sweep<T> sweep(in, description, maximum);
+  const bool term = !description.term.empty();
+  const Accumulators rows(sweep.channels(), sweep.n(), maximum, term);
+  const Accumulators cols(description.columns ? sweep.channels() : 0, sweep.m(), maximum, false);
+  sweep.forward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers());
+  const auto none = nothing(at::kDouble);
+  return {rows.log_sum_exp().narrow(0, 0, description.exponents.size()),
+          description.columns ? cols.log_sum_exp().select(0, sweep.one()) : none, rows.term_sum(),
+          maximum ? rows.maximum(sweep.one()) : none,
+          maximum && description.columns ? cols.maximum(sweep.one()) : none};
+}
+
+template <typename T>
+Gradients backward_as(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
+                      const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& in,
+                      const Description& description, const std::array<bool, 6>& needs) {
+  Sweep<T> sweep(in, description, false);
+  const int64_t channels = sweep.channels(), n = sweep.n(), m = sweep.m();
+  const auto none = nothing(at::kDouble);
+  const UpstreamTensors<T> rows(placed(grad_row_lse, 0, channels, n, 0), placed(row_lse, 0, channels, n, kInfinity),
+                                description.term.empty() ? none : grad_row_sum);
+  const auto columns = [&](const at::Tensor& values, double filler) {
+    return description.columns ? placed(values.unsqueeze(0), sweep.one(), channels, m, filler) : none.view({0, 0});
+  };
+  const UpstreamTensors<T> cols(columns(grad_col_lse, 0), columns(col_lse, kInfinity), none);
+
+  const auto compute = c10::CppTypeToScalarType<T>::value, exact = at::kDouble;
+  const auto bias = at::zeros({needs[3] ? m : 0}, exact), term_offset = at::zeros({needs[5] ? n : 0}, exact);
+  SideGradients side;
+  side.need_scale = needs[2];
+  side.need_term_scale = needs[4];
+  if (needs[3]) side.bias = bias.template data_ptr<double>();
+  if (needs[5]) side.term_offset = term_offset.template data_ptr<double>();
+
+  auto [dx, dy] = sweep.backward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(), side, needs[0], needs[1]);
+  const auto dtype = in.x.scalar_type();
+  return {dx.defined() ? dx : nothing(dtype),
+          dy.defined() ? dy : nothing(dtype),
+          needs[2] ? at::full({}, sweep.total(&SideGradients::scale), compute) : nothing(compute),
+          bias.to(compute),
+          needs[4] ? at::full({}, sweep.total(&SideGradients::term_scale), compute) : nothing(compute),
+          term_offset.to(compute)};
+}
+
+}  // namespace
+
+Outputs forward(const Inputs& in, const Description& description, bool maximum) {
+  check(in, description);
+  return in.x.scalar_type() == at::kDouble ? forward_as<double>(in, description, maximum)
+                                           : forward_as<float>(in, description, maximum);
+}
+
+Gradients backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
+                   const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& in,
+                   const Description& description, const std::array<bool, 6>& needs) {
+  check(in, description);
+  const auto run = in.x.scalar_type() == at::kDouble ? backward_as<double> : backward_as<float>;
+  return run(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, in, description, needs);
+}
+
+}  // namespace contrastive_kernels

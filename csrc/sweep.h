@@ -1,0 +1,46 @@
+// The forward and the backward sweep; what they compute is written in contrastive_kernels/sweep.py.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+namespace contrastive_kernels {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct Inputs {
+  at::Tensor x;
+  OptionalTensor y;
+  at::Tensor scale;
+  OptionalTensor bias, x_ids, y_ids, cutoff, term_scale, term_offset;
+};
+
+struct Description {
+  std::vector<double> exponents;
+  bool columns;
+  std::string_view term;
+  std::vector<double> constants;
+  bool same;
+};
+
+// row_lse, col_lse, row_sum, row_max, col_max.
+using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Gradients of x, y, scale, bias, term_scale and term_offset.
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Outputs forward(const Inputs& inputs, const Description& description, bool maximum);
+
+Gradients backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
+                   const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& inputs,
+                   const Description& description, const std::array<bool, 6>& needs);
+
+// The least similar pair of each sample's views, (N, V, D) -> (N, 2).
+at::Tensor view_minimum(const at::Tensor& views);
+
+}  // namespace contrastive_kernels

@@ -1,0 +1,112 @@
+// What happens to one tile of similarities: logits, masks, exponentials, terms. Everything here is plain C++ over raw
+// memory; which rows and columns a tile holds is the schedule's business, how it was multiplied the products'.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace contrastive_kernels {
+
+// A tile of scores stays in the L2 cache (512 KiB in float), a row of it in the L1 cache.
+constexpr int64_t kTileRows = 256;
+constexpr int64_t kTileCols = 512;
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+  bool overlaps(Range other) const { return begin < other.end && other.begin < end; }
+};
+
+enum class Term { none, identity, count, square, band, softplus, hinge, gaussian };
+
+// One log-sum-exp, of exp(exponent * scale * s + bias), over every row and perhaps over every column.
+struct Channel {
+  double exponent;
+  bool columns;
+};
+
+// What a sweep computes, with the vectors that it computes it from; null where not given.
+template <typename T>
+struct Rules {
+  std::vector<Channel> channels;
+  T scale;
+  const T* bias;
+  const int64_t* x_ids;
+  const int64_t* y_ids;
+  const T* cutoff;
+  bool same;
+  bool drop_diagonal;
+  Term term;
+  T term_scale;
+  const T* term_offset;
+  T constants[2];
+};
+
+template <typename T>
+struct Tile {
+  T* s;  // [rows, kTileCols]
+  Range rows, cols;
+  // Some pair may have to be dropped.
+  bool masked;
+};
+
+// The running statistics of one side, rows or columns: log-sum-exp = shift + log(sum), one row of n for each channel.
+struct Statistics {
+  int64_t n;
+  double* shift;     // [channels, n]
+  double* sum;       // [channels, n]
+  double* maximum;   // [channels, n] or null
+  double* term_sum;  // [n] or null
+};
+
+// What flows back into one side: for each channel the gradient of the log-sum-exp and the log-sum-exp itself, as a sum
+// of two T, because a float of magnitude 100 would shift a whole row by 4e-6; +inf where no pair was kept.
+template <typename T>
+struct Upstream {
+  int64_t n;
+  const T* grad_lse;       // [channels, n]
+  const T* lse;            // [channels, n]
+  const T* lse_remainder;  // [channels, n]
+  const T* grad_term_sum;  // [n] or null
+};
+
+// The gradients that are not matrices. The sums over all pairs are one per thread.
+struct SideGradients {
+  double scale = 0;
+  double term_scale = 0;
+  double* bias = nullptr;         // [m]
+  double* term_offset = nullptr;  // [n]
+  bool need_scale = false;
+  bool need_term_scale = false;
+};
+
+// One thread's memory.
+template <typename T>
+struct Workspace {
+  alignas(64) T scores[kTileRows * kTileCols];
+  alignas(64) T logits[kTileRows * kTileCols];
+  alignas(64) T row[4][kTileRows];
+  alignas(64) T col[6][kTileCols];
+  alignas(64) uint8_t kept[kTileCols];
+  SideGradients side;
+};
+
+// The functions of one instruction set.
+template <typename T>
+struct TileMath {
+  // Adds a tile to the statistics of its rows and, unless null, of its columns.
+  void (*forward)(const Rules<T>&, const Tile<T>&, const Statistics& rows, const Statistics* cols, Workspace<T>&);
+  // Turns a tile s into dL/ds. With `cols` the gradients of the columns' statistics are in it; `weight` is what the
+  // tile counts in the side gradients.
+  void (*backward)(const Rules<T>&, const Tile<T>&, const Upstream<T>& rows, const Upstream<T>* cols, double weight,
+                   Workspace<T>&);
+  // The n values of two rows rounded to bfloat16: each on its own, and as pairs of one column.
+  void (*round_rows)(int64_t n, const float* first, const float* second, uint16_t* first_out, uint16_t* second_out,
+                     uint32_t* pairs);
+};
+
+// The functions for the best instruction set that this processor has.
+template <typename T>
+const TileMath<T>& tile_math();
+
+}  // namespace contrastive_kernels
