@@ -1,0 +1,86 @@
+"""The sweep in Triton, on GPUs, and in Triton's interpreter on the CPU.
+
+Importing this module imports no Triton and asks no driver. `sums` is the forward, `grad` and `chunk` the backward,
+`views` the view minimum; `tile` holds what they share on the device, `launch` on the host, `tiles` the table of tile shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+name = "triton"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def not_supported_reasons(x: Tensor) -> list[str]:
+    """Why this backend cannot run on x; empty if it can."""
+    reasons = []
+    if importlib.util.find_spec("triton") is None:
+        reasons.append("triton is not installed")
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and _interpreting()):
+        reasons.append(f"device is {x.device.type}, not cuda (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        reasons.append(f"dtype is {x.dtype}, not float32, float16 or bfloat16; the torch backend takes it")
+    if x.dtype == torch.bfloat16 and _interpreting():
+        reasons.append("the bfloat16 products of Triton's interpreter are wrong")
+    return reasons
+
+
+def statistic_dtype(x: Tensor) -> torch.dtype:
+    """float32, as the accumulators."""
+    return torch.float32
+
+
+def forward(
+    x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same, maximum
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The statistics of `contrastive_kernels.sweep`."""
+    from contrastive_kernels.backends.triton import sums
+    from contrastive_kernels.backends.triton.launch import Sweep
+
+    sweep = Sweep.of(
+        x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same
+    )
+    with torch.cuda.device_of(x):
+        return sums.forward(sweep, maximum)
+
+
+def backward(
+    grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale,
+    term_offset, exponents, columns, term, constants, same, needs,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, y, scale, bias, term_scale and term_offset, empty where `needs` says so."""
+    from contrastive_kernels.backends.triton import chunk, grad, tiles
+    from contrastive_kernels.backends.triton.launch import Packed, Sweep
+
+    sweep = Sweep.of(
+        x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same
+    )
+    names = ("x", "y", "scale", "bias", "term_scale", "term_offset")
+    wanted = {name for name, need in zip(names, needs, strict=True) if need}
+    # The products of `chunk` are done by the library, where autocast would round their float32 operands.
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        if sweep.columns and sweep.symmetric and sweep.exponents:
+            # E_ij is in row i's and in column i's statistic alike: one exponential for both.
+            grad_row_lse = grad_row_lse + grad_col_lse
+            sweep = dataclasses.replace(sweep, columns=False)
+        packed = Packed.of(sweep, grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse)
+        in_registers = tiles.pick("grad", sweep.x, sweep.heavy) is not None or not wanted & {"x", "y"}
+        gradients = (grad if in_registers else chunk).backward(sweep, packed, wanted)
+    return tuple(gradients.get(name, scale.new_empty(0)) for name in names)
+
+
+def view_minimum(views: Tensor) -> Tensor:
+    """(N, 2): the least similar pair j < k of each sample's views, the first in row-major order on a tie; NaN is least."""
+    from contrastive_kernels.backends.triton import views as kernels
+
+    with torch.cuda.device_of(views):
+        return kernels.view_minimum_fwd(views)

@@ -1,0 +1,139 @@
+"""The backward sweep through chunks of G, for D beyond what `grad` holds in registers.
+
+A chunk of rows of G = dL/dS is written once, in the dtype of the features, by a GEMM whose epilogue is the tile of every
+kernel; the library's GEMMs make dX = G Y and dY += G^T X of it, accumulating in float32. For x against itself the chunk
+holds G + G^T and its product is the finished dX.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from contrastive_kernels.backends.triton import grad, tiles
+from contrastive_kernels.backends.triton.launch import Packed, Sweep, workspace_bytes
+from contrastive_kernels.backends.triton.tile import (
+    load_columns, load_ids, load_rows, load_tile, similarity, tile_grad, weight_factor,
+)  # fmt: skip
+
+# Row blocks that one column block is visited by before the next: the grouped order that keeps tiles in L2.
+GROUP = 8
+
+# The gradients that come as a share per row and column block, in the order of the kernel's arguments.
+SHARES = ("scale", "term_scale", "term_offset")
+
+
+@triton.jit
+def _weights_bwd_kernel(
+    x, y, x_ids, y_ids, row_stats, col_stats, scale, term_scale, unit,
+    g, d_scale, d_term_scale, d_term_offset,
+    first, last, M, stride_x, stride_y, stride_g, row_stride, col_stride,
+    exponent_0, exponent_1, constant_0, constant_1,
+    D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+    AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
+    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr,
+    CUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of the weights of rows first to last, x acting as the sweep's rows and, AS_COLUMNS, as its columns too.
+
+    d_scale, d_term_scale and d_term_offset are (column blocks, rows of the chunk): shares to be added up.
+    """
+    blocks_n, blocks_m = tl.cdiv(last - first, BN), tl.cdiv(M, BM)
+    i_tile = tl.program_id(0)
+    i_n, i_m = tl.swizzle2d(i_tile // blocks_m, i_tile % blocks_m, blocks_n, blocks_m, GROUP)
+    o_g = i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    o_n, o_m, o_d = first + o_g, i_m.to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, BD)
+    m_n = o_n < last
+    b_scale, b_term_scale = tl.load(scale), 1.0
+    if term_scale is not None:
+        b_term_scale = tl.load(term_scale)
+    b_x, b_y = load_tile(x, o_n, o_d, last, stride_x, D), load_tile(y, o_m, o_d, M, stride_y, D)
+    b_s = similarity(x, y, b_x, b_y, o_n, o_m, last, M, stride_x, stride_y, D, BD, PRECISION)
+    b_g, b_soft, b_prob, b_slope = tile_grad(
+        b_s,
+        load_rows(row_stats, o_n, row_stride, 0, Q, TERM, SHIFTED, CUT),
+        load_columns(col_stats, o_n, col_stride, 0, COLUMNS, BIASED) if AS_COLUMNS else None,
+        load_ids(x_ids, o_n, last, 0, IDS),
+        o_n, row_stats, col_stats, y_ids, i_m * BM, M, row_stride, col_stride,
+        b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
+        True, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, SELF, CUT,
+    )  # fmt: skip
+    b_undo = weight_factor(unit, 1.0, 1.0, False, "")
+    if g is not None:
+        m_g = m_n[:, None] & (o_m < M)[None, :]
+        tl.store(g + o_g[:, None] * stride_g + o_m[None, :], b_g.to(g.dtype.element_ty), mask=m_g)
+    o_share = i_m.to(tl.int64) * (last - first) + o_g
+    if d_scale is not None:
+        tl.store(d_scale + o_share, tl.sum(b_soft * b_s, 1) * b_undo, mask=m_n)
+    if d_term_scale is not None:
+        tl.store(d_term_scale + o_share, tl.sum(b_slope * b_s, 1) * b_undo, mask=m_n)
+    if d_term_offset is not None:
+        tl.store(d_term_offset + o_share, tl.sum(b_slope, 1) * b_undo, mask=m_n)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b accumulated and returned in float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda and not torch.version.hip:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in float32."""
+    if a.dtype != torch.float32 and a.is_cuda and not torch.version.hip:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+def weights_bwd(
+    sweep: Sweep, packed: Packed, g: Tensor, first: int, wanted: set[str], tile: tiles.Tile
+) -> dict[str, Tensor]:
+    """Fill g (rows, M) with the weights of the rows from `first` on; the chunk's share of the other wanted gradients."""
+    x, y, (rows, m) = sweep.x, sweep.y, g.shape
+    blocks_n, blocks_m = triton.cdiv(rows, tile.rows), triton.cdiv(m, tile.columns)
+    shares = {name: x.new_empty((blocks_m, rows), dtype=torch.float32) for name in SHARES if name in wanted}
+    _weights_bwd_kernel[(blocks_n * blocks_m,)](
+        x, y, sweep.x_ids, sweep.y_ids, packed.rows, packed.columns, sweep.scale, sweep.term_scale, packed.unit,
+        g, *(shares.get(name) for name in SHARES),
+        first, first + rows, m, x.stride(0), y.stride(0), g.stride(0), packed.rows.shape[1], packed.columns.shape[1],
+        **sweep.scalars(), D=x.shape[1], **tile.blocks(x.shape[1]), GROUP=GROUP,
+        AS_COLUMNS=sweep.self_similarity, **sweep.flags(), **tile.options(),
+    )  # fmt: skip
+    return {name: share.sum(0) for name, share in shares.items()}
+
+
+def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor]:
+    """All wanted gradients, x or y among them."""
+    x, y, (n, d), m = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0]
+    gradients = grad.grad_bwd(sweep, packed, False, True, {"bias"}) if "bias" in wanted else {}
+    tile = tiles.pick("weights", x, sweep.heavy)
+    # The GEMMs want rows of whole 16-byte vectors.
+    width = tiles.round_up(m, 8)
+    size = tiles.round_down(workspace_bytes() // max(1, width * x.element_size()), tiles.ALIGNMENT)
+    buffer = x.new_empty((min(max(size, tiles.ALIGNMENT), n), width))
+    size = max(1, buffer.shape[0])
+    factor = packed.factor(sweep)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dy = y.new_zeros(y.shape if "y" in wanted else (0, d), dtype=torch.float32)
+    parts = []
+    for first in range(0, n, size):
+        rows = slice(first, min(first + size, n))
+        g = buffer[: rows.stop - first, :m]
+        parts.append(weights_bwd(sweep, packed, g, first, wanted, tile))
+        if "x" in wanted:
+            torch.mul(_matmul(g, y), factor, out=dx[rows])
+        if "y" in wanted:
+            _add_matmul(dy, g.t(), x[rows])
+    for name in wanted.intersection(SHARES):
+        rows = torch.cat([part[name] for part in parts])
+        gradients[name] = rows if name == "term_offset" else rows.sum()
+    if "x" in wanted:
+        gradients["x"] = dx
+    if "y" in wanted:
+        gradients["y"] = torch.mul(dy, factor, out=torch.empty_like(y, memory_format=torch.contiguous_format))
+    return gradients

@@ -1,0 +1,138 @@
+"""The backward sweep with the gradient in registers: S is recomputed tile by tile, dX = G Y never leaves the program.
+
+dY is the same kernel with the operands exchanged and the owner acting as the sweep's columns; x against itself is one
+kernel in both roles, dX = (G + G^T) X. Where the gradient of an operand does not fit in registers `chunk` takes over.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from contrastive_kernels.backends.triton import tiles
+from contrastive_kernels.backends.triton.launch import Packed, Sweep
+from contrastive_kernels.backends.triton.tile import (
+    load_columns, load_ids, load_rows, load_tile, similarity, tile_grad, weight_factor,
+)  # fmt: skip
+
+# The gradients that come as a share per row of the owner, in the order of the kernel's arguments.
+SHARES = ("scale", "term_scale", "bias", "term_offset")
+
+
+@triton.jit
+def _grad_bwd_kernel(
+    x, y, x_ids, y_ids, row_stats, col_stats, scale, term_scale, unit,
+    dx, d_scale, d_term_scale, d_bias, d_term_offset,
+    N, M, stride_x, stride_y, stride_dx, row_stride, col_stride,
+    exponent_0, exponent_1, constant_0, constant_1,
+    D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
+    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr,
+    CUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of the owner x against all of y. An output that is None is not computed.
+
+    dx (N, D) needs D <= BD. Of the others every row of the owner leaves its share: d_bias is final where it acts as the
+    sweep's columns, d_term_offset where it acts as its rows, d_scale and d_term_scale are to be added up.
+    """
+    i_n = tl.program_id(0).to(tl.int64)
+    o_n, o_d = i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
+    m_n = o_n < N
+    b_scale, b_term_scale = tl.load(scale), 1.0
+    if term_scale is not None:
+        b_term_scale = tl.load(term_scale)
+    own_id = load_ids(x_ids, o_n, N, 0, IDS)
+    own_rows = load_rows(row_stats, o_n, row_stride, 0, Q, TERM, SHIFTED, CUT) if AS_ROWS else None
+    own_cols = load_columns(col_stats, o_n, col_stride, 0, COLUMNS, BIASED) if AS_COLUMNS else None
+
+    # With one kind of weight, sum_ij w_ij s_ij is <x, w y>: a row dot at the end for a reduction in every tile. Where dx
+    # fills the registers, x beside it spills.
+    ROW_DOT: tl.constexpr = dx is not None and BD <= 128 and not ((Q > 0 or COLUMNS) and TERM != "")
+    b_dx = tl.zeros([BN, BD], tl.float32)
+    b_d_scale, b_d_term_scale = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    b_d_bias, b_d_term_offset = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    b_x = load_tile(x, o_n, o_d, N, stride_x, D)
+    for i_m in range(0, M, BM):
+        o_m = i_m + tl.arange(0, BM).to(tl.int64)
+        b_y = load_tile(y, o_m, o_d, M, stride_y, D)
+        b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
+        b_g, b_soft, b_prob, b_slope = tile_grad(
+            b_s, own_rows, own_cols, own_id, o_n, row_stats, col_stats, y_ids, i_m, M, row_stride, col_stride,
+            b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
+            AS_ROWS, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, SELF, CUT,
+        )  # fmt: skip
+        if dx is not None:
+            b_dx = tl.dot(b_g.to(b_y.dtype), b_y, b_dx, input_precision=PRECISION)
+        if d_scale is not None and not ROW_DOT:
+            b_d_scale += tl.sum(b_soft * b_s, 1)
+        if d_term_scale is not None and not ROW_DOT:
+            b_d_term_scale += tl.sum(b_slope * b_s, 1)
+        if d_bias is not None:
+            b_d_bias += tl.sum(b_prob, 1)
+        if d_term_offset is not None:
+            b_d_term_offset += tl.sum(b_slope, 1)
+
+    b_undo = weight_factor(unit, 1.0, 1.0, False, "")
+    m_dx = m_n[:, None] & (o_d < D)[None, :]
+    if ROW_DOT:
+        # Read again, and in another way: or the compiler keeps b_x in registers throughout the loop.
+        p_x = x + o_n[:, None] * stride_x + o_d[None, :]
+        b_x = tl.load(p_x, mask=m_dx, other=0.0, eviction_policy="evict_first")
+        b_dot = tl.sum(b_dx * b_x.to(tl.float32), 1)
+        if AS_ROWS and AS_COLUMNS:
+            b_dot *= 0.5  # every pair is met twice
+        if TERM == "":
+            b_d_scale = b_dot
+        else:
+            b_d_term_scale = b_dot
+    if dx is not None:
+        b_dx *= weight_factor(unit, b_scale, b_term_scale, Q > 0 or COLUMNS, TERM)
+        tl.store(dx + o_n[:, None] * stride_dx + o_d[None, :], b_dx.to(dx.dtype.element_ty), mask=m_dx)
+    if d_scale is not None:
+        tl.store(d_scale + o_n, b_d_scale * b_undo, mask=m_n)
+    if d_term_scale is not None:
+        tl.store(d_term_scale + o_n, b_d_term_scale * b_undo, mask=m_n)
+    if d_bias is not None:
+        tl.store(d_bias + o_n, b_d_bias * b_undo, mask=m_n)
+    if d_term_offset is not None:
+        tl.store(d_term_offset + o_n, b_d_term_offset * b_undo, mask=m_n)
+
+
+def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: set[str]) -> dict[str, Tensor]:
+    """The wanted gradients with x acting as rows, y as columns or x as both; "x" or "y" is that of the owner."""
+    x, y, x_ids, y_ids = sweep.x, sweep.y, sweep.x_ids, sweep.y_ids
+    if not rows:
+        x, y, x_ids, y_ids = y, x, y_ids, x_ids
+    (n, d), m, owner = x.shape, y.shape[0], "x" if rows else "y"
+    tile = tiles.pick("grad" if owner in wanted else "weights", x, sweep.heavy)
+    shapes = {owner: (n, d)} | dict.fromkeys(SHARES, (n,))
+    outputs = {
+        name: x.new_empty(shape, dtype=x.dtype if name == owner else torch.float32)
+        for name, shape in shapes.items()
+        if name in wanted
+    }
+    _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
+        x, y, x_ids, y_ids, packed.rows, packed.columns, sweep.scale, sweep.term_scale, packed.unit,
+        outputs.get(owner), *(outputs.get(name) for name in SHARES),
+        n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
+        D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), **tile.options(),
+    )  # fmt: skip
+    return {name: output.sum() if name in ("scale", "term_scale") else output for name, output in outputs.items()}
+
+
+def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor]:
+    """All wanted gradients, by the fewest launches."""
+    if sweep.self_similarity:
+        # Without a product or a bias every pair is met in the role of rows already.
+        return grad_bwd(sweep, packed, True, bool(wanted & {"x", "bias"}), wanted)
+    of_rows, of_columns = wanted & {"x", "term_offset"}, wanted & {"y", "bias"}
+    scalars = wanted - of_rows - of_columns
+    gradients = {}
+    if of_rows or not of_columns:
+        gradients |= grad_bwd(sweep, packed, True, False, of_rows | scalars)
+        scalars = set()
+    if of_columns:
+        gradients |= grad_bwd(sweep, packed, False, True, of_columns | scalars)
+    return gradients

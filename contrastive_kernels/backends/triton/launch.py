@@ -1,0 +1,192 @@
+"""What every launcher needs: the inputs of one sweep, its compile-time flags, scalars and packed vectors, and limits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from contrastive_kernels.backends.triton import tiles
+from contrastive_kernels.backends.triton.tile import PACKED_ROWS, _pack_bwd_kernel
+
+WORKSPACE_MB = 512
+ENVIRONMENT_VARIABLE = "CONTRASTIVE_KERNELS_WORKSPACE_MB"
+
+
+def workspace_bytes() -> int:
+    """How much scratch memory one call may take."""
+    return int(os.environ.get(ENVIRONMENT_VARIABLE) or WORKSPACE_MB) << 20
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _dense(v: Tensor | None) -> Tensor | None:
+    return None if v is None else v.contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """The inputs of one sweep as the kernels take them; y is x where a matrix meets itself."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    x_ids: Tensor | None
+    y_ids: Tensor | None
+    cutoff: Tensor | None
+    term_scale: Tensor | None
+    term_offset: Tensor | None
+    exponents: tuple[float, ...]
+    columns: bool
+    term: str
+    constants: tuple[float, ...]
+    same: bool
+    self_similarity: bool
+
+    @classmethod
+    def of(
+        cls, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same
+    ) -> Sweep:
+        """From the arguments of an operator."""
+        exponents = tuple(exponents)
+        if len(exponents) > 2 or (columns and exponents not in ((), (1.0,))):
+            raise NotImplementedError(
+                f"at most two exponents, with columns only 1, not {list(exponents)}; backend='torch' takes any"
+            )
+        rows, x_ids = _rows(x), _dense(x_ids)
+        return cls(
+            rows, rows if y is None else _rows(y), scale, _dense(bias), x_ids, x_ids if y is None else _dense(y_ids),
+            _dense(cutoff), term_scale, _dense(term_offset), exponents, columns, term, tuple(constants), same,
+            y is None,
+        )  # fmt: skip
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether kept pairs, logits and terms are the same for (i, j) and (j, i)."""
+        return self.self_similarity and self.bias is None and self.cutoff is None and self.term_offset is None
+
+    @property
+    def soft(self) -> bool:
+        """Whether there is a log-sum-exp."""
+        return bool(self.exponents) or self.columns
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the epilogue holds more than one pair of vectors per side of the tile."""
+        return len(self.exponents) > 1 or self.cutoff is not None or (self.soft and self.term != "")
+
+    @property
+    def precision(self) -> str:
+        """How tl.dot multiplies float32, after `torch.set_float32_matmul_precision`; of no effect on half precision.
+
+        "highest" means float32 accuracy, which three bf16 products do not reach. AMD has float32 matrix instructions.
+        """
+        if self.x.dtype != torch.float32 or not self.x.is_cuda or torch.version.hip:
+            return "ieee"
+        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+    def scalars(self) -> dict[str, float]:
+        """The run-time scalars; those that a flag switches off have some value."""
+        exponents, constants = (*self.exponents, 1.0, 1.0), (*self.constants, 0.0, 0.0)
+        return dict(
+            exponent_0=exponents[0], exponent_1=exponents[1], constant_0=constants[0], constant_1=constants[1]
+        )
+
+    def flags(self) -> dict[str, object]:
+        """The compile-time description of the epilogue."""
+        return dict(
+            Q=len(self.exponents), COLUMNS=self.columns, TERM=self.term, BIASED=self.bias is not None,
+            SHIFTED=self.term_offset is not None, IDS=self.x_ids is not None, SAME=self.same,
+            SELF=self.self_similarity, CUT=self.cutoff is not None, PRECISION=self.precision,
+        )  # fmt: skip
+
+    def largest_similarity(self) -> Tensor:
+        """A bound of |s|: the product of the largest norms. On the device, as everything that depends on values."""
+        x = torch.linalg.vector_norm(self.x, dim=1, dtype=torch.float32).amax()
+        return x * (x if self.self_similarity else torch.linalg.vector_norm(self.y, dim=1, dtype=torch.float32).amax())
+
+
+def _largest(v: Tensor) -> Tensor:
+    return v.abs().amax() if v.numel() else v.new_zeros(())
+
+
+def _largest_slope(sweep: Sweep) -> Tensor | float:
+    """A bound of |phi'|; 1 holds for every term but those that grow with the similarity."""
+    if sweep.term not in ("square", "gaussian"):
+        return 1.0
+    v = sweep.largest_similarity()
+    if sweep.term_scale is not None:
+        v = v * sweep.term_scale.abs()
+    if sweep.term_offset is not None:
+        v = v + _largest(sweep.term_offset)
+    if sweep.term == "square":
+        return 2 * v
+    t = sweep.constants[0]
+    return 2 * abs(t) * torch.exp(2 * abs(t) * v - 2 * t)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """The vectors of a backward sweep, packed for the tiles, and the power of two that its weights carry."""
+
+    rows: Tensor  # (PACKED_ROWS, stride)
+    columns: Tensor  # (PACKED_ROWS, stride)
+    unit: Tensor | None
+
+    @classmethod
+    def of(
+        cls, sweep: Sweep, grad_row_lse: Tensor, grad_col_lse: Tensor, grad_row_sum: Tensor, row_lse, col_lse
+    ) -> Packed:
+        """From the arguments of an operator."""
+        unit = gradient_unit(sweep, grad_row_lse, grad_col_lse, grad_row_sum)
+        grad_row_sum = grad_row_sum if sweep.term else None
+        rows = pack_bwd(sweep.x.shape[0], row_lse, grad_row_lse, grad_row_sum, sweep.term_offset, sweep.cutoff, None, unit)
+        columns = (col_lse[None], grad_col_lse[None]) if sweep.columns else (col_lse.new_empty(0, 0),) * 2
+        return cls(rows, pack_bwd(sweep.y.shape[0], *columns, None, None, None, sweep.bias, unit), unit)
+
+    def factor(self, sweep: Sweep) -> Tensor | float:
+        """`tile.weight_factor` for the products that a library makes."""
+        factor = 1.0 if self.unit is None else 1.0 / self.unit
+        if sweep.soft and not sweep.term:
+            factor = sweep.scale * factor
+        if sweep.term and not sweep.soft and sweep.term_scale is not None:
+            factor = sweep.term_scale * factor
+        return factor
+
+
+def gradient_unit(sweep: Sweep, grad_row_lse: Tensor, grad_col_lse: Tensor, grad_row_sum: Tensor) -> Tensor | None:
+    """A power of two that brings the largest weight below 2^14: float16 holds neither 1 / N^2 nor more than 65504.
+
+    No softmax probability exceeds 1 and no slope its bound, so the incoming gradients bound the weights.
+    """
+    if sweep.x.dtype != torch.float16:
+        return None
+    soft = _largest(grad_col_lse) + sum(abs(e) * _largest(g) for e, g in zip(sweep.exponents, grad_row_lse, strict=True))
+    slope = _largest(grad_row_sum) * _largest_slope(sweep) if sweep.term else 0.0
+    if sweep.term and sweep.soft:
+        soft = soft * sweep.scale.abs()
+        slope = slope if sweep.term_scale is None else slope * sweep.term_scale.abs()
+    # x against itself adds the weights of both roles.
+    bound = (soft + slope) * (2 if sweep.self_similarity else 1)
+    return torch.exp2(14 - bound.clamp(min=2.0**-100).log2().ceil())
+
+
+def pack_bwd(n, lse, grad, grad_sum, offset, cutoff, bias, unit) -> Tensor:
+    """(PACKED_ROWS, n padded to whole tiles), see the kernel; lse and grad are (Q, n)."""
+    packed = lse.new_empty((PACKED_ROWS, tiles.round_up(n, tiles.ALIGNMENT)))
+    _pack_bwd_kernel[(packed.shape[1] // tiles.ALIGNMENT,)](
+        lse.contiguous(), grad.contiguous(), _dense(grad_sum), offset, cutoff, bias, unit, packed, n, packed.shape[1],
+        Q=lse.shape[0], BN=tiles.ALIGNMENT,
+    )  # fmt: skip
+    return packed
+
+
+def processors(x: Tensor) -> int:
+    """Streaming multiprocessors (compute units) of x's device; a few in the interpreter, so that work gets split."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2

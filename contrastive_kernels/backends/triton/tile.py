@@ -1,0 +1,328 @@
+"""What happens to one tile of similarities, and the vectors that go with it; every kernel of the sweep is built on this.
+
+A kernel walks over pairs of an *owner*, whose block a program keeps, and a *streamed* operand. Either may hold the rows
+of the sweep: vectors are put on the axis of the tile where their operand is, so that one epilogue serves dX, dY and the
+self-similarity, where a tile plays both roles. Logits are in base 2.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+OUT = tl.constexpr(float("-inf"))
+
+# Rows of the packed statistics, see `_pack_bwd_kernel`. Those of a sweep's row ...
+LSE_0 = tl.constexpr(0)
+GRAD_0 = tl.constexpr(1)
+LSE_1 = tl.constexpr(2)
+GRAD_1 = tl.constexpr(3)
+GRAD_SUM = tl.constexpr(4)
+OFFSET = tl.constexpr(5)
+CUTOFF = tl.constexpr(6)
+# ... and those of a sweep's column, which has one log-sum-exp in the first two places.
+BIAS = tl.constexpr(2)
+PACKED_ROWS = 7
+
+
+@triton.jit
+def load_tile(p, o_n, o_d, N, stride, D: tl.constexpr):
+    """Rows o_n and columns o_d of an (N, D) matrix with inner stride 1, 0 outside."""
+    m_tile = (o_n < N)[:, None] & (o_d < D)[None, :]
+    p_tile = p + o_n[:, None] * stride + o_d[None, :]
+    return tl.load(p_tile, mask=m_tile, other=0.0)  # [BN, BD]
+
+
+@triton.jit
+def load_vector(p, o_n, N, AXIS: tl.constexpr):
+    """Entries o_n of a vector, 0 outside, as a tile operand whose extent is along AXIS."""
+    return tl.expand_dims(tl.load(p + o_n, mask=o_n < N, other=0), 1 - AXIS)
+
+
+@triton.jit
+def similarity(
+    x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr
+):
+    """s = <x_n, y_m> with float32 accumulation; b_x and b_y are the first BD columns of the two tiles.
+
+    Where these are not all, the loop starts afresh, so that the compiler pipelines all of it and drops the two.
+    """
+    if D <= BD:
+        b_s = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+    else:
+        b_s = tl.zeros([b_x.shape[0], b_y.shape[0]], tl.float32)
+        for i_d in range(0, D, BD):
+            o_d = i_d + tl.arange(0, BD)
+            b_xd, b_yd = load_tile(x, o_n, o_d, N, stride_x, D), load_tile(y, o_m, o_d, M, stride_y, D)
+            b_s = tl.dot(b_xd, tl.trans(b_yd), b_s, input_precision=PRECISION)
+    return b_s  # [BN, BM]
+
+
+@triton.jit
+def exclude(
+    b_v, b_s, own_id, str_id, own_o, str_o, cutoff, FILL: tl.constexpr,
+    IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """b_v with FILL at every dropped pair: a select, so that nothing of a dropped pair survives, not even NaN."""
+    if IDS:
+        if SAME:
+            m_kept = own_id == str_id
+            if SELF:
+                m_kept = m_kept & (own_o != str_o)
+        else:
+            m_kept = own_id != str_id
+        b_v = tl.where(m_kept, b_v, FILL)
+    if CUT:
+        # not `s <= cutoff`: a NaN similarity is kept
+        b_v = tl.where(b_s > cutoff, FILL, b_v)
+    return b_v
+
+
+@triton.jit
+def log1p_unit(b_v):
+    """log(1 + v) for v in [0, 1], relative error 4e-7; NaN stays. The library's logarithm is far too slow per pair."""
+    b_p = b_v * -0.00853916816 + 0.0440894887
+    b_p = b_p * b_v - 0.107681513
+    b_p = b_p * b_v + 0.177452266
+    b_p = b_p * b_v - 0.244954571
+    b_p = b_p * b_v + 0.332754791
+    b_p = b_p * b_v - 0.499974042
+    return (b_p * b_v + 0.999999821) * b_v
+
+
+@triton.jit
+def phi(b_v, constant_0, constant_1, TERM: tl.constexpr):
+    """The term; NaN stays NaN, for which tl.maximum has to be asked."""
+    if TERM == "identity":
+        b_p = b_v
+    elif TERM == "count":
+        b_p = tl.full(b_v.shape, 1.0, tl.float32)
+    elif TERM == "square":
+        b_p = b_v * b_v
+    elif TERM == "band":
+        b_d = 0.5 - 0.5 * b_v
+        b_p = tl.maximum((b_d - constant_0) * (constant_1 - b_d), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif TERM == "softplus":
+        b_p = tl.maximum(b_v, 0.0) + log1p_unit(tl.exp2(-LOG2E * tl.abs(b_v)))
+    elif TERM == "hinge":
+        b_p = tl.maximum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        tl.static_assert(TERM == "gaussian", "unknown term")
+        b_p = tl.exp2((2.0 * LOG2E) * constant_0 * (b_v - 1.0))
+    return b_p
+
+
+@triton.jit
+def phi_grad(b_v, constant_0, constant_1, TERM: tl.constexpr):
+    """The derivative of the term. Comparisons single out where it is 0, so that NaN takes the other branch."""
+    if TERM == "identity":
+        b_p = tl.full(b_v.shape, 1.0, tl.float32)
+    elif TERM == "count":
+        b_p = tl.zeros(b_v.shape, tl.float32)
+    elif TERM == "square":
+        b_p = 2.0 * b_v
+    elif TERM == "band":
+        b_d = 0.5 - 0.5 * b_v
+        b_p = tl.where((b_d <= constant_0) | (b_d >= constant_1), 0.0, b_d - 0.5 * (constant_0 + constant_1))
+    elif TERM == "softplus":
+        b_e = tl.exp2(-LOG2E * tl.abs(b_v))
+        b_r = 1.0 / (1.0 + b_e)
+        b_p = tl.where(b_v >= 0, b_r, b_e * b_r)
+    elif TERM == "hinge":
+        b_p = tl.where(b_v <= 0, 0.0, 1.0 + 0.0 * tl.minimum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        tl.static_assert(TERM == "gaussian", "unknown term")
+        b_p = 2.0 * constant_0 * tl.exp2((2.0 * LOG2E) * constant_0 * (b_v - 1.0))
+    return b_p
+
+
+@triton.jit
+def _pack_bwd_kernel(
+    lse, grad, grad_sum, offset, cutoff, bias, unit, packed, N, stride,
+    Q: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The vectors of one axis of the sweep, as the tiles want them: (PACKED_ROWS, stride), stride a multiple of any tile.
+
+    Padded and converted once, they are loaded without masks by every tile. A log-sum-exp of -inf (no pair kept) becomes
+    +inf with gradient 0, so that its weights are exactly 0. `unit` scales all gradients, see `gradient_unit`.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    m_n = o_n < N
+    p_packed = packed + o_n
+    b_unit = 1.0
+    if unit is not None:
+        b_unit = tl.load(unit)
+    for q in tl.static_range(Q):
+        b_lse = tl.load(lse + q * N + o_n, mask=m_n, other=OUT)
+        b_grad = tl.load(grad + q * N + o_n, mask=m_n, other=0.0) * b_unit
+        m_none = b_lse == OUT
+        tl.store(p_packed + 2 * q * stride, tl.where(m_none, -OUT, b_lse * LOG2E))
+        tl.store(p_packed + (2 * q + 1) * stride, tl.where(m_none, 0.0, b_grad))
+    if grad_sum is not None:
+        tl.store(p_packed + GRAD_SUM * stride, tl.load(grad_sum + o_n, mask=m_n, other=0.0) * b_unit)
+    if offset is not None:
+        tl.store(p_packed + OFFSET * stride, tl.load(offset + o_n, mask=m_n, other=0.0))
+    if cutoff is not None:
+        tl.store(p_packed + CUTOFF * stride, tl.load(cutoff + o_n, mask=m_n, other=0.0))
+    if bias is not None:
+        tl.store(p_packed + BIAS * stride, tl.load(bias + o_n, mask=m_n, other=0.0) * LOG2E)
+
+
+@triton.jit
+def packed_vector(packed, o_n, stride, i_row: tl.constexpr, WANTED: tl.constexpr, AXIS: tl.constexpr):
+    """One packed vector on AXIS of the tile; a 0 that nobody reads where it is not wanted."""
+    if WANTED:
+        b_v = tl.expand_dims(tl.load(packed + i_row * stride + o_n), 1 - AXIS)
+    else:
+        b_v = 0.0
+    return b_v
+
+
+@triton.jit
+def load_ids(ids, o_n, N, AXIS: tl.constexpr, IDS: tl.constexpr):
+    """The ids of a block on AXIS of the tile."""
+    if IDS:
+        b_id = load_vector(ids, o_n, N, AXIS)
+    else:
+        b_id = 0
+    return b_id
+
+
+@triton.jit
+def load_rows(
+    packed, o_n, stride, AXIS: tl.constexpr,
+    Q: tl.constexpr, TERM: tl.constexpr, SHIFTED: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """What a gradient needs of the sweep's rows o_n."""
+    return (
+        packed_vector(packed, o_n, stride, LSE_0, Q > 0, AXIS),
+        packed_vector(packed, o_n, stride, GRAD_0, Q > 0, AXIS),
+        packed_vector(packed, o_n, stride, LSE_1, Q > 1, AXIS),
+        packed_vector(packed, o_n, stride, GRAD_1, Q > 1, AXIS),
+        packed_vector(packed, o_n, stride, GRAD_SUM, TERM != "", AXIS),
+        packed_vector(packed, o_n, stride, OFFSET, SHIFTED, AXIS),
+        packed_vector(packed, o_n, stride, CUTOFF, CUT, AXIS),
+    )
+
+
+@triton.jit
+def load_columns(packed, o_m, stride, AXIS: tl.constexpr, COLUMNS: tl.constexpr, BIASED: tl.constexpr):
+    """What a gradient needs of the sweep's columns o_m."""
+    return (
+        packed_vector(packed, o_m, stride, LSE_0, COLUMNS, AXIS),
+        packed_vector(packed, o_m, stride, GRAD_0, COLUMNS, AXIS),
+        packed_vector(packed, o_m, stride, BIAS, BIASED, AXIS),
+    )
+
+
+@triton.jit
+def pair_grad(
+    b_s, rows, cols, own_id, str_id, own_o, str_o,
+    b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
+    Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr,
+    IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
+    """The three derivatives of a tile's pairs, each times the incoming gradients: with respect to scale * s (soft), to
+    the logit's bias (prob) and to the argument of the term (slope). What a kernel does not use, it does not compute.
+    """
+    lse_0, grad_0, lse_1, grad_1, grad_sum, offset, cutoff = rows
+    col_lse, grad_col, bias = cols
+    # Every derivative is assigned before it is added to: the compiler may not drop an addition of 0.
+    b_zero = tl.zeros(b_s.shape, tl.float32)
+    b_soft, b_prob, b_slope = b_zero, b_zero, b_zero
+    if Q > 0 or COLUMNS:
+        # a column statistic beside that of the row has the same logits: its exponent is 1 then
+        b_u = b_s * (b_scale * LOG2E * exponent_0)
+        if BIASED:
+            b_u += bias
+        b_u = exclude(b_u, b_s, own_id, str_id, own_o, str_o, cutoff, OUT, IDS, SAME, SELF, CUT)
+    if Q > 0:
+        b_e = tl.exp2(b_u - lse_0)
+        b_soft, b_prob = b_e * (grad_0 * exponent_0), b_e * grad_0
+    if Q > 1:
+        b_v = b_s * (b_scale * LOG2E * exponent_1)
+        if BIASED:
+            b_v += bias
+        b_v = exclude(b_v, b_s, own_id, str_id, own_o, str_o, cutoff, OUT, IDS, SAME, SELF, CUT)
+        b_e = tl.exp2(b_v - lse_1)
+        b_soft, b_prob = b_soft + b_e * (grad_1 * exponent_1), b_prob + b_e * grad_1
+    if COLUMNS:
+        b_e = tl.exp2(b_u - col_lse) * grad_col
+        b_soft = b_soft + b_e if Q > 0 else b_e
+    if TERM != "":
+        b_v = b_s * b_term_scale
+        if SHIFTED:
+            b_v += offset
+        b_slope = phi_grad(b_v, constant_0, constant_1, TERM) * grad_sum
+        b_slope = exclude(b_slope, b_s, own_id, str_id, own_o, str_o, cutoff, 0.0, IDS, SAME, SELF, CUT)
+    return b_soft, b_prob, b_slope
+
+
+@triton.jit
+def tile_grad(
+    b_s, own_rows, own_cols, own_id, o_n, row_stats, col_stats, y_ids, i_m, M, row_stride, col_stride,
+    b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
+    AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
+    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr,
+    CUT: tl.constexpr,
+):  # fmt: skip
+    """The weights that multiply the streamed operand, owner o_n on axis 0 and the streamed block at i_m on axis 1, and what the other
+    gradients are sums of: (weights, soft, prob, slope), see `pair_grad`; 0 beyond the last streamed element.
+
+    The owner acts as the sweep's rows, as its columns, or, x against itself, as both. In that case soft and slope are
+    those of its part as rows: every pair once. The weights lack `weight_factor`.
+    """
+    o_m = i_m + tl.arange(0, b_s.shape[1]).to(tl.int64)
+    own_o, str_o = o_n[:, None], o_m[None, :]
+    str_id = load_ids(y_ids, o_m, M, 1, IDS)
+    SOFT: tl.constexpr = Q > 0 or COLUMNS
+    if AS_COLUMNS:
+        str_rows = load_rows(row_stats, o_m, row_stride, 1, Q, TERM, SHIFTED, CUT)
+        b_soft, b_prob, b_slope = pair_grad(
+            b_s, str_rows, own_cols, own_id, str_id, own_o, str_o,
+            b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
+            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, SELF, CUT,
+        )  # fmt: skip
+        b_g = combine(b_soft, b_slope, b_scale, b_term_scale, SOFT, TERM)
+    if AS_ROWS:
+        str_cols = load_columns(col_stats, o_m, col_stride, 1, COLUMNS, BIASED)
+        b_soft, b_row_prob, b_slope = pair_grad(
+            b_s, own_rows, str_cols, own_id, str_id, own_o, str_o,
+            b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
+            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, SELF, CUT,
+        )  # fmt: skip
+        b_row_g = combine(b_soft, b_slope, b_scale, b_term_scale, SOFT, TERM)
+        b_g, b_prob = (b_g + b_row_g, b_prob) if AS_COLUMNS else (b_row_g, b_row_prob)
+    # The same for the whole program: only a ragged last tile pays. Zeros loaded for y do not suffice, 0 * inf is NaN.
+    if i_m + b_s.shape[1] > M:
+        m_m = o_m[None, :] < M
+        b_g = tl.where(m_m, b_g, 0.0)
+        b_soft = tl.where(m_m, b_soft, 0.0)
+        b_prob = tl.where(m_m, b_prob, 0.0)
+        b_slope = tl.where(m_m, b_slope, 0.0)
+    return b_g, b_soft, b_prob, b_slope
+
+
+@triton.jit
+def combine(b_soft, b_slope, b_scale, b_term_scale, SOFT: tl.constexpr, TERM: tl.constexpr):
+    """dL/ds up to `weight_factor`: the factors are applied per pair only where there are two of them."""
+    if SOFT and TERM != "":
+        b_g = b_soft * b_scale + b_slope * b_term_scale
+    elif SOFT:
+        b_g = b_soft
+    else:
+        b_g = b_slope
+    return b_g
+
+
+@triton.jit
+def weight_factor(unit, b_scale, b_term_scale, SOFT: tl.constexpr, TERM: tl.constexpr):
+    """What a sum of weights is to be multiplied by in float32."""
+    b_factor = 1.0
+    if unit is not None:
+        b_factor /= tl.load(unit)
+    if SOFT and TERM == "":
+        b_factor *= b_scale
+    if TERM != "" and not SOFT:
+        b_factor *= b_term_scale
+    return b_factor

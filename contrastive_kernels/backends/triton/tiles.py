@@ -1,0 +1,140 @@
+"""The tile table: how large the tiles of each kernel are on each architecture, and what limits them.
+
+Registers and shared memory were read from binaries compiled ahead of time (`tests/test_aot.py`); nothing here was timed,
+so every row is `untuned` among those that its reason admits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Vectors are padded to, and chunks cut at, multiples of the largest tile side.
+ALIGNMENT = 256
+
+ANY = 1 << 31
+
+
+def round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def round_down(size: int, multiple: int) -> int:
+    return size // multiple * multiple
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One row: for `kernel` on `architecture`, elements of `size` bytes, D up to `limit`.
+
+    `rows` is the side of the tile along N and `columns` that along M, whatever the two are of. `depth` is how much of D
+    is taken at a time, None for all of it. A `heavy` row serves the epilogues that hold more than one pair of vectors per
+    side: two exponents, a cutoff, a term beside a log-sum-exp; in "sums" ids.
+    """
+
+    kernel: str
+    architecture: int | str
+    size: int
+    heavy: bool
+    limit: int
+    rows: int
+    columns: int
+    depth: int | None
+    warps: int
+    stages: int
+    reason: str
+
+    def blocks(self, d: int) -> dict[str, int]:
+        """The block sizes as compile-time arguments."""
+        return dict(BN=self.rows, BM=self.columns, BD=self.depth or max(16, 1 << (d - 1).bit_length()))
+
+    def options(self) -> dict[str, int]:
+        """The launch options."""
+        return dict(num_warps=self.warps, num_stages=self.stages)
+
+    @property
+    def pair_sum(self) -> bool:
+        """Whether a thread holds rows r and r + 8 of a tile: not where an accumulator row is a lane, nor on AMD."""
+        return self.architecture in (80, 90)
+
+
+_CLAMPED = "registers: the next larger tile spills"
+_SPLIT = "D does not stay in shared memory"
+_PAIRS = "64-bit ids beside the column accumulator spill at 128 x 128"
+
+TABLE = (
+    # fmt: off
+    Tile("sums", 80, 2, False, 256, 128, 128, None, 8, 2, "130 KB at D = 256"),
+    Tile("sums", 80, 2, False, ANY, 128, 128, 64, 8, 3, _SPLIT),
+    Tile("sums", 90, 2, False, 128, 128, 128, None, 8, 2, "97 KB: two blocks per multiprocessor while registers allow"),
+    Tile("sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB; resident at D = 256 the ids spill"),
+    Tile("sums", 100, 2, True, 128, 64, 64, None, 4, 2, _PAIRS),
+    Tile("sums", 100, 2, True, ANY, 64, 64, 64, 4, 3, _PAIRS),
+    Tile("sums", 100, 2, False, 128, 128, 128, None, 8, 2, "97 KB"),
+    Tile("sums", 100, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB"),
+    Tile("sums", "gfx942", 2, False, 128, 128, 128, None, 8, 2, "34 of 64 KB"),
+    Tile("sums", "gfx942", 2, False, ANY, 128, 128, 64, 8, 2, _SPLIT),
+    Tile("safe_sums", 80, 2, True, ANY, 64, 64, 64, 8, 3, _CLAMPED),
+    Tile("safe_sums", 80, 2, False, 256, 128, 64, None, 8, 2, "97 KB at D = 256"),
+    Tile("safe_sums", 90, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
+    Tile("safe_sums", 90, 2, False, 256, 128, 64, None, 8, 2, "128 KB at D = 256"),
+    Tile("safe_sums", 100, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
+    Tile("safe_sums", 100, 2, False, 256, 128, 64, None, 8, 2, "129 KB at D = 256"),
+    Tile("safe_sums", "gfx942", 2, True, ANY, 128, 64, 64, 8, 2, "24 of 64 KB"),
+    Tile("safe_sums", "gfx942", 2, False, 256, 64, 64, None, 4, 1, "32 of 64 KB at D = 256"),
+    Tile("grad", 80, 2, True, 256, 64, 32, None, 8, 2, _CLAMPED),
+    Tile("grad", 80, 2, False, 256, 64, 64, None, 8, 2, _CLAMPED),
+    Tile("grad", 90, 2, True, 256, 64, 32, None, 8, 2, "64 x 64 spills with 4 warps, serializes wgmma (C7515) with 8"),
+    Tile("grad", 90, 2, False, 128, 128, 128, None, 8, 2, "97 KB, 228 registers"),
+    Tile("grad", 90, 2, False, 256, 128, 64, None, 8, 2, "128 KB, 255 registers"),
+    Tile("grad", 100, 2, True, 256, 64, 32, None, 8, 2, _CLAMPED),
+    Tile("grad", 100, 2, False, 256, 128, 64, None, 8, 2, "all 512 columns of tensor memory at D = 256"),
+    Tile("grad", "gfx942", 2, False, 128, 64, 64, None, 4, 1, "dX takes half of the registers"),
+    Tile("weights", 80, 2, True, ANY, 64, 64, 64, 8, 3, _CLAMPED),
+    Tile("weights", 80, 2, False, ANY, 128, 128, 64, 8, 3, "64 KB, 255 registers"),
+    Tile("weights", 90, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
+    Tile("weights", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB, 255 registers"),
+    Tile("weights", 100, 2, False, ANY, 64, 64, 64, 4, 3, _CLAMPED),
+    Tile("weights", "gfx942", 2, True, ANY, 128, 64, 64, 8, 2, _CLAMPED),
+    Tile("weights", "gfx942", 2, False, ANY, 128, 128, 64, 8, 2, "32 of 64 KB"),
+    # float32: three TF32 products hold three times the operands. Only one architecture has room for dX beside them.
+    Tile("grad", 90, 4, False, 64, 64, 64, None, 4, 2, "81 KB, 241 registers"),
+    *(Tile(kernel, architecture, 4, False, ANY, 64, 64, 32, 4, 2, _CLAMPED)
+      for kernel in ("sums", "safe_sums", "weights") for architecture in (80, 90, 100, "gfx942")),
+    # Other GPUs, of at least 64 KB of shared memory.
+    *(Tile(kernel, "other", size, False, ANY, 64, 64, 32, 4, 2, "untuned: what fits anywhere")
+      for kernel in ("sums", "safe_sums", "weights") for size in (2, 4)),
+    Tile("grad", "other", 2, False, 128, 64, 32, None, 8, 2, "untuned: what fits anywhere"),
+    # The interpreter: small, so that small tests have several tiles, ragged ones, and more than one step of depth.
+    *(Tile(kernel, "interpreter", size, False, ANY, 32, 32, 256, 1, 1, "tests")
+      for kernel in ("sums", "safe_sums", "weights") for size in (2, 4)),
+    *(Tile("grad", "interpreter", size, False, 256, 32, 32, None, 1, 1, "tests") for size in (2, 4)),
+    # fmt: on
+)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int | str:
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        name = 10 * major + minor
+    return name if any(row.architecture == name for row in TABLE) else "other"
+
+
+@functools.cache
+def find(kernel: str, architecture: int | str, size: int, d: int, heavy: bool) -> Tile | None:
+    """The row that applies; a light epilogue may have to do with a heavy row, or the other way. None: not this kernel."""
+    rows = [r for r in TABLE if (r.kernel, r.architecture, r.size) == (kernel, architecture, size) and d <= r.limit]
+    return min(rows, key=lambda row: row.heavy != heavy, default=None)
+
+
+def pick(kernel: str, x: Tensor, heavy: bool) -> Tile | None:
+    """The tile for rows like those of x on its device."""
+    return find(kernel, _architecture(x.device), x.element_size(), x.shape[1], heavy)
