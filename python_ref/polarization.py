@@ -1,0 +1,34 @@
+"""Distance polarization: push pairwise distances out of an ambiguous band."""
+
+from __future__ import annotations
+
+import torch
+
+from .dense import different, unit_rows
+from .similarity import band
+
+
+def polarization_term(similarity, kept, polarization, reduction="mean"):
+    """``weight * sum h / #kept``; for ``none`` every row's own mean. Source: losses.md 8.3."""
+    values = band(similarity, polarization.lower, polarization.upper).masked_fill(~kept, 0.0)
+    if reduction == "none":
+        return polarization.weight * values.sum(1) / kept.sum(1).clamp(min=1)
+    return polarization.weight * values.sum() / kept.sum().clamp(min=1)
+
+
+def distance_polarization(z, ids=None, *, lower=0.1, upper=0.5, reduction="mean", normalize=True):
+    """``R_1 = mean_{i != j} max(0, (D - lower)(upper - D))``, ``D = (1 - s) / 2``.
+
+    Source: Chen et al. 2021; losses.md 8.3.
+    """
+    z = unit_rows(z, normalize)
+    ids = torch.arange(len(z), device=z.device) if ids is None else ids
+    kept = different(ids, ids)
+    values = band(z @ z.mT, lower, upper).masked_fill(~kept, 0.0)
+    rows = values.sum(1)
+    return {
+        "none": rows,
+        "row": rows.mean(),
+        "sum": rows.sum(),
+        "mean": rows.sum() / kept.sum().clamp(min=1),
+    }[reduction]
