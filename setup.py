@@ -1,6 +1,6 @@
 """Builds the C++ backend where it can be built; the metadata is in pyproject.toml.
 
-``CONTRASTIVE_KERNELS_BUILD=0`` leaves the extension out; ``=1`` makes a failure to build it an error instead of a message.
+``CONTRASTIVE_KERNELS_BUILD=0`` leaves the extension out; ``=1`` makes a failure to build it an error, not a message.
 """
 
 import os

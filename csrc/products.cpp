@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <type_traits>
-#include <vector>
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -99,7 +98,7 @@ class MatrixUnitProducts final : public Products<float> {
  public:
   MatrixUnitProducts(const at::Tensor& x, const at::Tensor& y, Wanted wanted, int64_t slots)
       : wanted_(wanted), n_(x.size(0)), m_(y.size(0)), d_(x.size(1)), depth_(round_up(d_, kDepth)),
-        panels_(round_up(m_, kPanel) / kPanel), buffers_(slots) {
+        panels_(round_up(m_, kPanel) / kPanel), buffers_(wanted.dx || wanted.dy ? new Buffer[slots] : nullptr) {
     const auto floats = x.options().dtype(at::kFloat);
     x_ = padded(x, round_up(n_, kPanel));
     const auto y_padded = y.is_same(x) ? x_ : padded(y, panels_ * kPanel);
@@ -179,7 +178,7 @@ class MatrixUnitProducts final : public Products<float> {
   Wanted wanted_;
   int64_t n_, m_, d_, depth_, panels_;
   at::Tensor x_, x_transposed_, y_columns_, y_rows_, dx_, dy_;
-  std::vector<Buffer> buffers_;
+  std::unique_ptr<Buffer[]> buffers_;  // one a slot
 };
 
 bool use_matrix_unit(at::ScalarType dtype) {

@@ -80,13 +80,13 @@ struct SideGradients {
   bool need_term_scale = false;
 };
 
-// One thread's memory.
+// One slot's memory: about 1 MiB in float.
 template <typename T>
 struct Workspace {
   alignas(64) T scores[kTileRows * kTileCols];
   alignas(64) T logits[kTileRows * kTileCols];
-  alignas(64) T row[4][kTileRows];
-  alignas(64) T col[6][kTileCols];
+  alignas(64) T row[3][kTileRows];
+  alignas(64) T col[4][kTileCols];
   alignas(64) uint8_t kept[kTileCols];
   SideGradients side;
 };

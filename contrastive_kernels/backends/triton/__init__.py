@@ -1,7 +1,7 @@
 """The sweep in Triton, on GPUs, and in Triton's interpreter on the CPU.
 
 Importing this module imports no Triton and asks no driver. `sums` is the forward, `grad` and `chunk` the backward,
-`views` the view minimum; `tile` holds what they share on the device, `launch` on the host, `tiles` the table of tile shapes.
+`views` the view minimum; `tile` is what they share on the device, `launch` on the host, `tiles` the tile table.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def backward(
 
 
 def view_minimum(views: Tensor) -> Tensor:
-    """(N, 2): the least similar pair j < k of each sample's views, the first in row-major order on a tie; NaN is least."""
+    """(N, 2): the least similar pair j < k of each sample's views, the first on a tie; NaN is least."""
     from contrastive_kernels.backends.triton import views as kernels
 
     with torch.cuda.device_of(views):

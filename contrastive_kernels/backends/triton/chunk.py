@@ -1,8 +1,8 @@
 """The backward sweep through chunks of G, for D beyond what `grad` holds in registers.
 
-A chunk of rows of G = dL/dS is written once, in the dtype of the features, by a GEMM whose epilogue is the tile of every
-kernel; the library's GEMMs make dX = G Y and dY += G^T X of it, accumulating in float32. For x against itself the chunk
-holds G + G^T and its product is the finished dX.
+A chunk of rows of G = dL/dS is written once, in the dtype of the features, by a GEMM whose epilogue is that of every
+kernel; the library's GEMMs make dX = G Y and dY += G^T X of it, accumulating in float32. For x against itself the
+chunk holds G + G^T and its product is the finished dX.
 """
 
 from __future__ import annotations
@@ -15,7 +15,13 @@ from torch import Tensor
 from contrastive_kernels.backends.triton import grad, tiles
 from contrastive_kernels.backends.triton.launch import Packed, Sweep, workspace_bytes
 from contrastive_kernels.backends.triton.tile import (
-    load_columns, load_ids, load_rows, load_tile, similarity, tile_grad, weight_factor,
+    load_columns,
+    load_ids,
+    load_rows,
+    load_tile,
+    similarity,
+    tile_grad,
+    weight_factor,
 )  # fmt: skip
 
 # Row blocks that one column block is visited by before the next: the grouped order that keeps tiles in L2.
@@ -51,7 +57,7 @@ def _weights_bwd_kernel(
         b_term_scale = tl.load(term_scale)
     b_x, b_y = load_tile(x, o_n, o_d, last, stride_x, D), load_tile(y, o_m, o_d, M, stride_y, D)
     b_s = similarity(x, y, b_x, b_y, o_n, o_m, last, M, stride_x, stride_y, D, BD, PRECISION)
-    b_g, b_soft, b_prob, b_slope = tile_grad(
+    b_g, b_soft, _, b_slope = tile_grad(
         b_s,
         load_rows(row_stats, o_n, row_stride, 0, Q, TERM, SHIFTED, CUT),
         load_columns(col_stats, o_n, col_stride, 0, COLUMNS, BIASED) if AS_COLUMNS else None,
@@ -93,7 +99,7 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 def weights_bwd(
     sweep: Sweep, packed: Packed, g: Tensor, first: int, wanted: set[str], tile: tiles.Tile
 ) -> dict[str, Tensor]:
-    """Fill g (rows, M) with the weights of the rows from `first` on; the chunk's share of the other wanted gradients."""
+    """Fill g (rows, M) with the weights of the rows from `first` on; returns their share of the other gradients."""
     x, y, (rows, m) = sweep.x, sweep.y, g.shape
     blocks_n, blocks_m = triton.cdiv(rows, tile.rows), triton.cdiv(m, tile.columns)
     shares = {name: x.new_empty((blocks_m, rows), dtype=torch.float32) for name in SHARES if name in wanted}

@@ -14,7 +14,13 @@ from torch import Tensor
 from contrastive_kernels.backends.triton import tiles
 from contrastive_kernels.backends.triton.launch import Packed, Sweep
 from contrastive_kernels.backends.triton.tile import (
-    load_columns, load_ids, load_rows, load_tile, similarity, tile_grad, weight_factor,
+    load_columns,
+    load_ids,
+    load_rows,
+    load_tile,
+    similarity,
+    tile_grad,
+    weight_factor,
 )  # fmt: skip
 
 # The gradients that come as a share per row of the owner, in the order of the kernel's arguments.
@@ -47,8 +53,8 @@ def _grad_bwd_kernel(
     own_rows = load_rows(row_stats, o_n, row_stride, 0, Q, TERM, SHIFTED, CUT) if AS_ROWS else None
     own_cols = load_columns(col_stats, o_n, col_stride, 0, COLUMNS, BIASED) if AS_COLUMNS else None
 
-    # With one kind of weight, sum_ij w_ij s_ij is <x, w y>: a row dot at the end for a reduction in every tile. Where dx
-    # fills the registers, x beside it spills.
+    # With one kind of weight, sum_ij w_ij s_ij is <x, w y>: a row dot at the end for a reduction in every tile. Where
+    # dx fills the registers, x beside it spills.
     ROW_DOT: tl.constexpr = dx is not None and BD <= 128 and not ((Q > 0 or COLUMNS) and TERM != "")
     b_dx = tl.zeros([BN, BD], tl.float32)
     b_d_scale, b_d_term_scale = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)

@@ -1,4 +1,4 @@
-"""What every launcher needs: the inputs of one sweep, its compile-time flags, scalars and packed vectors, and limits."""
+"""What every launcher needs: the inputs of one sweep, its compile-time flags, scalars and packed vectors, limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles
@@ -79,7 +78,8 @@ class Sweep:
     @property
     def heavy(self) -> bool:
         """Whether the epilogue holds more than one pair of vectors per side of the tile."""
-        return len(self.exponents) > 1 or self.cutoff is not None or (self.soft and self.term != "")
+        mixed = self.soft and self.term != ""
+        return len(self.exponents) > 1 or self.bias is not None or self.cutoff is not None or mixed
 
     @property
     def precision(self) -> str:
@@ -94,9 +94,7 @@ class Sweep:
     def scalars(self) -> dict[str, float]:
         """The run-time scalars; those that a flag switches off have some value."""
         exponents, constants = (*self.exponents, 1.0, 1.0), (*self.constants, 0.0, 0.0)
-        return dict(
-            exponent_0=exponents[0], exponent_1=exponents[1], constant_0=constants[0], constant_1=constants[1]
-        )
+        return dict(exponent_0=exponents[0], exponent_1=exponents[1], constant_0=constants[0], constant_1=constants[1])
 
     def flags(self) -> dict[str, object]:
         """The compile-time description of the epilogue."""
@@ -146,9 +144,10 @@ class Packed:
         """From the arguments of an operator."""
         unit = gradient_unit(sweep, grad_row_lse, grad_col_lse, grad_row_sum)
         grad_row_sum = grad_row_sum if sweep.term else None
-        rows = pack_bwd(sweep.x.shape[0], row_lse, grad_row_lse, grad_row_sum, sweep.term_offset, sweep.cutoff, None, unit)
-        columns = (col_lse[None], grad_col_lse[None]) if sweep.columns else (col_lse.new_empty(0, 0),) * 2
-        return cls(rows, pack_bwd(sweep.y.shape[0], *columns, None, None, None, sweep.bias, unit), unit)
+        n, m, none = sweep.x.shape[0], sweep.y.shape[0], col_lse.new_empty(0, 0)
+        rows = pack_bwd(n, row_lse, grad_row_lse, grad_row_sum, sweep.term_offset, sweep.cutoff, None, unit)
+        col_lse, grad_col_lse = (col_lse[None], grad_col_lse[None]) if sweep.columns else (none, none)
+        return cls(rows, pack_bwd(m, col_lse, grad_col_lse, None, None, None, sweep.bias, unit), unit)
 
     def factor(self, sweep: Sweep) -> Tensor | float:
         """`tile.weight_factor` for the products that a library makes."""
@@ -167,7 +166,9 @@ def gradient_unit(sweep: Sweep, grad_row_lse: Tensor, grad_col_lse: Tensor, grad
     """
     if sweep.x.dtype != torch.float16:
         return None
-    soft = _largest(grad_col_lse) + sum(abs(e) * _largest(g) for e, g in zip(sweep.exponents, grad_row_lse, strict=True))
+    soft = _largest(grad_col_lse)
+    for exponent, grad in zip(sweep.exponents, grad_row_lse, strict=True):
+        soft = soft + abs(exponent) * _largest(grad)
     slope = _largest(grad_row_sum) * _largest_slope(sweep) if sweep.term else 0.0
     if sweep.term and sweep.soft:
         soft = soft * sweep.scale.abs()

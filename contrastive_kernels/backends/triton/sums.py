@@ -20,7 +20,15 @@ from torch import Tensor
 from contrastive_kernels.backends.triton import tiles
 from contrastive_kernels.backends.triton.launch import Sweep, processors, workspace_bytes
 from contrastive_kernels.backends.triton.tile import (
-    LN2, LOG2E, OUT, exclude, load_ids, load_tile, load_vector, phi, similarity,
+    LN2,
+    LOG2E,
+    OUT,
+    exclude,
+    load_ids,
+    load_tile,
+    load_vector,
+    phi,
+    similarity,
 )  # fmt: skip
 
 # The largest exponent that the fixed shift lets an exponential have: 2^26 of them may be added.
@@ -78,9 +86,8 @@ def _sums_fwd_kernel(
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
         row_id = load_ids(x_ids, o_n, N, 0, IDS)
         b_cutoff = load_vector(cutoff, o_n, N, 0) if CUT else 0.0
-        b_u = exclude(
-            b_s * b_scale - b_shift, b_s, row_id, col_id, o_n[:, None], o_m[None, :], b_cutoff, OUT, IDS, SAME, SELF, CUT
-        )
+        b_u = b_s * b_scale - b_shift
+        b_u = exclude(b_u, b_s, row_id, col_id, o_n[:, None], o_m[None, :], b_cutoff, OUT, IDS, SAME, SELF, CUT)
         # Zeros loaded outside would be logits of 0. The same for the whole program: only ragged tiles pay.
         if (i_n * BN + BN > N) | (i_m * BM + BM > M):
             b_u = tl.where((o_n < N)[:, None] & (o_m < M)[None, :], b_u, OUT)
@@ -121,8 +128,8 @@ def _fold_fwd_kernel(
         tl.store(total + o_n, b_total, mask=m_n)
     else:
         b_shift = fixed_shift(reach)
-        # Exponentials below 2^-126 are flushed. Where a logit of -reach would be, the sum has to be 2^20 times what `terms`
-        # of them can amount to. An empty sum is then in doubt too.
+        # Exponentials below 2^-126 are flushed. Where that of -reach would be, the sum has to be 2^20 times what
+        # `terms` of them can amount to. An empty sum is then in doubt too.
         b_floor = tl.where(tl.load(reach) + b_shift <= 126.0, 0.0, terms * 2.0**-106)
         m_sure = (b_total >= b_floor) & (b_total < float("inf"))
         if tl.max((m_n & (m_sure == 0)).to(tl.int32), 0) > 0:
@@ -165,7 +172,7 @@ def _safe_sums_fwd_kernel(
     The owner acts as the sweep's rows or as its columns; bias and term go with the rows. A flag that is down, and it
     leaves its outputs to the other kernel.
     """
-    if flag is not None:
+    if flag is not None:  # noqa: SIM102 (a compile-time and a run-time condition)
         if tl.load(flag) == 0:
             return
     i_n, i_split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -227,7 +234,7 @@ def _merge_fwd_kernel(
     Q: tl.constexpr, TERM: tl.constexpr, MAXIMUM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The partial results of `_safe_sums_fwd_kernel`, in a fixed order, into lse (Q, N), term_sum and largest (N,)."""
-    if flag is not None:
+    if flag is not None:  # noqa: SIM102 (a compile-time and a run-time condition)
         if tl.load(flag) == 0:
             return
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
@@ -345,8 +352,9 @@ def forward(sweep: Sweep, maximum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor
     def empty(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    row_lse, row_sum, row_max = empty(len(sweep.exponents), n), empty(n if sweep.term else 0), empty(n if maximum else 0)
-    col_lse, col_max = empty(m if sweep.columns else 0), empty(m if sweep.columns and maximum else 0)
+    row_lse, col_lse = empty(len(sweep.exponents), n), empty(m if sweep.columns else 0)
+    row_sum = empty(n if sweep.term else 0)
+    row_max, col_max = empty(n if maximum else 0), empty(m if sweep.columns and maximum else 0)
     both = sweep.columns or sweep.symmetric
     if both and sweep.exponents == (1.0,) and sweep.bias is None and not (sweep.term or maximum) and n and m:
         sums_fwd(sweep, row_lse[0], col_lse)

@@ -1,4 +1,4 @@
-"""What happens to one tile of similarities, and the vectors that go with it; every kernel of the sweep is built on this.
+"""What happens to one tile of similarities, and the vectors that go with it: every kernel of the sweep uses this.
 
 A kernel walks over pairs of an *owner*, whose block a program keeps, and a *streamed* operand. Either may hold the rows
 of the sweep: vectors are put on the axis of the tile where their operand is, so that one epilogue serves dX, dY and the
@@ -141,7 +141,7 @@ def _pack_bwd_kernel(
     lse, grad, grad_sum, offset, cutoff, bias, unit, packed, N, stride,
     Q: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The vectors of one axis of the sweep, as the tiles want them: (PACKED_ROWS, stride), stride a multiple of any tile.
+    """The vectors of one axis of the sweep as tiles want them: (PACKED_ROWS, stride), stride a multiple of any tile.
 
     Padded and converted once, they are loaded without masks by every tile. A log-sum-exp of -inf (no pair kept) becomes
     +inf with gradient 0, so that its weights are exactly 0. `unit` scales all gradients, see `gradient_unit`.
@@ -171,21 +171,13 @@ def _pack_bwd_kernel(
 @triton.jit
 def packed_vector(packed, o_n, stride, i_row: tl.constexpr, WANTED: tl.constexpr, AXIS: tl.constexpr):
     """One packed vector on AXIS of the tile; a 0 that nobody reads where it is not wanted."""
-    if WANTED:
-        b_v = tl.expand_dims(tl.load(packed + i_row * stride + o_n), 1 - AXIS)
-    else:
-        b_v = 0.0
-    return b_v
+    return tl.expand_dims(tl.load(packed + i_row * stride + o_n), 1 - AXIS) if WANTED else 0.0
 
 
 @triton.jit
 def load_ids(ids, o_n, N, AXIS: tl.constexpr, IDS: tl.constexpr):
     """The ids of a block on AXIS of the tile."""
-    if IDS:
-        b_id = load_vector(ids, o_n, N, AXIS)
-    else:
-        b_id = 0
-    return b_id
+    return load_vector(ids, o_n, N, AXIS) if IDS else 0
 
 
 @triton.jit
@@ -266,8 +258,8 @@ def tile_grad(
     BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr,
     CUT: tl.constexpr,
 ):  # fmt: skip
-    """The weights that multiply the streamed operand, owner o_n on axis 0 and the streamed block at i_m on axis 1, and what the other
-    gradients are sums of: (weights, soft, prob, slope), see `pair_grad`; 0 beyond the last streamed element.
+    """The weights that multiply the streamed operand, owner o_n on axis 0 and the streamed block at i_m on axis 1, and
+    what the other gradients are sums of: (weights, soft, prob, slope), see `pair_grad`; 0 beyond the last streamed one.
 
     The owner acts as the sweep's rows, as its columns, or, x against itself, as both. In that case soft and slope are
     those of its part as rows: every pair once. The weights lack `weight_factor`.

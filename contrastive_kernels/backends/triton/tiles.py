@@ -1,7 +1,7 @@
 """The tile table: how large the tiles of each kernel are on each architecture, and what limits them.
 
-Registers and shared memory were read from binaries compiled ahead of time (`tests/test_aot.py`); nothing here was timed,
-so every row is `untuned` among those that its reason admits.
+Registers and shared memory were read from binaries compiled ahead of time (`tests/test_aot.py`). Nothing here was
+timed: every row is `untuned` among those that its reason admits.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Tile:
     """One row: for `kernel` on `architecture`, elements of `size` bytes, D up to `limit`.
 
     `rows` is the side of the tile along N and `columns` that along M, whatever the two are of. `depth` is how much of D
-    is taken at a time, None for all of it. A `heavy` row serves the epilogues that hold more than one pair of vectors per
-    side: two exponents, a cutoff, a term beside a log-sum-exp; in "sums" ids.
+    is taken at a time, None for all of it. A `heavy` row serves the epilogues that hold more than one pair of vectors
+    per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids.
     """
 
     kernel: str
@@ -66,7 +66,6 @@ _SPLIT = "D does not stay in shared memory"
 _PAIRS = "64-bit ids beside the column accumulator spill at 128 x 128"
 
 TABLE = (
-    # fmt: off
     Tile("sums", 80, 2, False, 256, 128, 128, None, 8, 2, "130 KB at D = 256"),
     Tile("sums", 80, 2, False, ANY, 128, 128, 64, 8, 3, _SPLIT),
     Tile("sums", 90, 2, False, 128, 128, 128, None, 8, 2, "97 KB: two blocks per multiprocessor while registers allow"),
@@ -97,13 +96,17 @@ TABLE = (
     Tile("weights", 80, 2, False, ANY, 128, 128, 64, 8, 3, "64 KB, 255 registers"),
     Tile("weights", 90, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
     Tile("weights", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB, 255 registers"),
-    Tile("weights", 100, 2, False, ANY, 64, 64, 64, 4, 3, _CLAMPED),
+    Tile("weights", 100, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
+    Tile("weights", 100, 2, False, ANY, 64, 64, 64, 8, 3, "80 registers; at 128 x 64 ptxas stops at 128 and spills"),
     Tile("weights", "gfx942", 2, True, ANY, 128, 64, 64, 8, 2, _CLAMPED),
     Tile("weights", "gfx942", 2, False, ANY, 128, 128, 64, 8, 2, "32 of 64 KB"),
-    # float32: three TF32 products hold three times the operands. Only one architecture has room for dX beside them.
-    Tile("grad", 90, 4, False, 64, 64, 64, None, 4, 2, "81 KB, 241 registers"),
-    *(Tile(kernel, architecture, 4, False, ANY, 64, 64, 32, 4, 2, _CLAMPED)
-      for kernel in ("sums", "safe_sums", "weights") for architecture in (80, 90, 100, "gfx942")),
+    # float32: three TF32 products hold three times the operands; with dX beside them every epilogue but the lightest
+    # spills, so there is no "grad".
+    Tile("sums", 80, 4, False, ANY, 64, 64, 32, 8, 2, _CLAMPED),
+    *(Tile("sums", name, 4, False, ANY, 64, 64, 32, 4, 2, _CLAMPED) for name in (90, 100, "gfx942")),
+    *(Tile("safe_sums", name, 4, False, ANY, 64, 64, 32, 4, 2, _CLAMPED) for name in (80, 90, 100, "gfx942")),
+    *(Tile("weights", name, 4, False, ANY, 64, 64, 32, 4, 2, _CLAMPED) for name in (80, 90, "gfx942")),
+    Tile("weights", 100, 4, False, ANY, 64, 64, 32, 8, 2, _CLAMPED),
     # Other GPUs, of at least 64 KB of shared memory.
     *(Tile(kernel, "other", size, False, ANY, 64, 64, 32, 4, 2, "untuned: what fits anywhere")
       for kernel in ("sums", "safe_sums", "weights") for size in (2, 4)),
@@ -112,8 +115,7 @@ TABLE = (
     *(Tile(kernel, "interpreter", size, False, ANY, 32, 32, 256, 1, 1, "tests")
       for kernel in ("sums", "safe_sums", "weights") for size in (2, 4)),
     *(Tile("grad", "interpreter", size, False, 256, 32, 32, None, 1, 1, "tests") for size in (2, 4)),
-    # fmt: on
-)
+)  # fmt: skip
 
 
 @functools.cache
@@ -130,7 +132,7 @@ def _architecture(device: torch.device) -> int | str:
 
 @functools.cache
 def find(kernel: str, architecture: int | str, size: int, d: int, heavy: bool) -> Tile | None:
-    """The row that applies; a light epilogue may have to do with a heavy row, or the other way. None: not this kernel."""
+    """The row that applies; with none of its weight an epilogue takes the other one. None: not this kernel."""
     rows = [r for r in TABLE if (r.kernel, r.architecture, r.size) == (kernel, architecture, size) and d <= r.limit]
     return min(rows, key=lambda row: row.heavy != heavy, default=None)
 

@@ -1,0 +1,45 @@
+# Every target is one command that also works by hand. The first one that needs it creates .venv and builds the extension.
+PYTHON ?= python3
+VENV := .venv/bin/python
+# the build finds ninja here
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test bench lint interpret aot gpu sanitize clean
+
+demo: .venv/built      ## compare time and memory on this machine, about three minutes
+	$(VENV) -m benchmarks --preset demo
+
+test: .venv/built      ## the whole suite; GPU tests skip themselves
+	$(VENV) -m pytest
+
+bench: .venv/built     ## every loss, more sizes and dtypes: about half an hour
+	$(VENV) -m benchmarks --losses all --dims 128 512 --dtypes float32 bfloat16
+
+lint: .venv/installed
+	$(VENV) -m ruff check . && $(VENV) -m ruff format --check .
+
+interpret: .venv/built ## the Triton kernels in the interpreter
+	TRITON_INTERPRET=1 $(VENV) -m pytest -m interpret
+
+aot: .venv/built       ## the Triton kernels compiled for GPUs that are not here
+	$(VENV) -m pytest -m aot
+
+gpu:                   ## GPU tests and benchmark with the machine's own Python; PART="d128 d256" for some of it
+	$(PYTHON) -m benchmarks.gpu $(if $(PART),--parts $(PART))
+
+sanitize: .venv/installed
+	bash csrc/sanitize.sh
+
+clean:
+	rm -rf .venv build dist results *.egg-info contrastive_kernels/*.so
+
+.venv/installed: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install -r requirements-dev.txt
+# a CUDA build of torch brings its own Triton; the tables were made with this one
+	$(VENV) -c "import triton" 2>/dev/null || $(VENV) -m pip install triton==3.6.0
+	touch $@
+
+.venv/built: .venv/installed setup.py pyproject.toml $(wildcard csrc/*)
+	$(VENV) -m pip install --no-build-isolation --no-deps -e .
+	touch $@

@@ -1,0 +1,131 @@
+"""The stopwatch, the memory gauge and the matmul yardstick, for CPU and CUDA alike."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MIB = 2**20
+MODES = ("fwd", "bwd", "both")
+
+# A CUDA launch is asynchronous: several iterations are queued at a time, or the host is what gets timed.
+_CUDA_QUEUE = 5
+# Elements of the largest product that the yardstick writes; a taller one runs at the same rate.
+_YARDSTICK_PAIRS = 2**26
+
+
+class Step(NamedTuple):
+    """One iteration in two halves; ``backward`` takes what ``forward`` returned."""
+
+    forward: Callable[[], Tensor]
+    backward: Callable[[Tensor], Mapping[str, Tensor]]
+
+    def run(self) -> Mapping[str, Tensor]:
+        """Both halves; returns the gradients."""
+        return self.backward(self.forward())
+
+
+class Spread(NamedTuple):
+    """Median and the 20 % and 80 % quantiles, in milliseconds."""
+
+    ms_50: float
+    ms_20: float
+    ms_80: float
+
+
+def _time_cpu(step: Step) -> list[tuple[float, float]]:
+    start = time.perf_counter()
+    result = step.forward()
+    middle = time.perf_counter()
+    step.backward(result)
+    end = time.perf_counter()
+    return [((middle - start) * 1e3, (end - middle) * 1e3)]
+
+
+def _time_cuda(step: Step) -> list[tuple[float, float]]:
+    events = []
+    for _ in range(_CUDA_QUEUE):
+        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        start.record()
+        result = step.forward()
+        middle.record()
+        step.backward(result)
+        end.record()
+        events.append((start, middle, end))
+    torch.cuda.synchronize()
+    return [(start.elapsed_time(middle), middle.elapsed_time(end)) for start, middle, end in events]
+
+
+def time_interleaved(
+    steps: Mapping[str, Step], device: torch.device, *, seconds: float, min_rounds: int, max_rounds: int = 100
+) -> dict[str, dict[str, Spread]]:
+    """Time all steps in turn, round after round, so that noise and clock changes meet them alike.
+
+    Rounds go on for about ``seconds`` and at least ``min_rounds``. The steps should have run before. Returns the spread
+    of ``"fwd"``, ``"bwd"`` and ``"both"`` by step.
+    """
+    time_once = _time_cuda if device.type == "cuda" else _time_cpu
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    start = time.perf_counter()
+    for finished in range(max_rounds):
+        if finished >= min_rounds and time.perf_counter() - start > seconds:
+            break
+        for name, step in steps.items():
+            samples[name] += time_once(step)
+    return {name: _spreads(times) for name, times in samples.items()}
+
+
+def _spreads(times: list[tuple[float, float]]) -> dict[str, Spread]:
+    halves = torch.tensor(times, dtype=torch.float64).T
+    levels = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    series = zip(MODES, (*halves, halves.sum(0)), strict=True)
+    return {mode: Spread(*torch.quantile(values, levels).round(decimals=4).tolist()) for mode, values in series}
+
+
+def matmul_step(n: int, m: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
+    """The two products that a dense loss is made of, X Yᵀ and S Y, as plain ``torch.mm``, and the FLOP of each.
+
+    The faster of the two is the yardstick: with few features the first is bound by writing S.
+    """
+    rows = max(1, min(n, _YARDSTICK_PAIRS // m))
+    x, y = (torch.randn(length, d, device=device).to(dtype) for length in (rows, m))
+    s, dx = x.new_empty(rows, m), torch.empty_like(x)
+    return Step(lambda: torch.mm(x, y.T, out=s), lambda s: {"dx": torch.mm(s, y, out=dx)}), 2.0 * rows * m * d
+
+
+def peak_extra_mib(step: Step, device: torch.device) -> float | None:
+    """MiB that one iteration takes at its peak beyond what is there before (the inputs) and after it (the gradients).
+
+    On CUDA that is PyTorch's allocator; on Linux the process's resident memory, whose high-water mark the kernel resets
+    on request; elsewhere None.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return _extra_mib(step, torch.cuda.memory_allocated, torch.cuda.max_memory_allocated)
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    # Memory that the C library keeps for reuse would hide what the step takes.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _extra_mib(step, lambda: _status_bytes("VmRSS"), lambda: _status_bytes("VmHWM"))
+
+
+def _extra_mib(step: Step, current: Callable[[], int], peak: Callable[[], int]) -> float:
+    before = current()
+    gradients = step.run()
+    gradient_bytes = sum(gradient.nbytes for gradient in gradients.values())
+    return round(max(0.0, (peak() - before - gradient_bytes) / MIB), 2)
+
+
+def _status_bytes(key: str) -> int:
+    return int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024

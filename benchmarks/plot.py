@@ -1,0 +1,156 @@
+"""The picture: time and memory over the batch, one panel above the other for every loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from .cases import PROVIDERS
+from .measure import MIB
+from .report import significant, timed
+from .run import Row
+
+# Okabe and Ito's colours, told apart with any colour vision; the markers do the same in black and white.
+COLORS = dict(zip(PROVIDERS, ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#009E73"], strict=True))
+MARKERS = dict(zip(PROVIDERS, "ovsD^P", strict=True))
+LABELS = {
+    "ours": "contrastive_kernels",
+    "ours-torch": "ours, torch backend",
+    "eager": "eager PyTorch",
+    "autocast": "eager, autocast",
+    "compile": "torch.compile",
+    "linear_cross_entropy": "linear_cross_entropy",
+}
+INK, GREY, PALE = "#222222", "#777777", "#e2e2e2"
+PANEL_INCHES, PANELS_ABREAST = (4.6, 2.9), 3
+TIME_UNITS = (1000, "s"), (1, "ms"), (1e-3, "µs")
+MEMORY_UNITS = (1024, "GiB"), (1, "MiB"), (1 / 1024, "KiB")
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """One PNG in ``folder`` for every D and dtype in which a loss was measured at three sizes or more."""
+    files = []
+    rows = timed(rows)
+    for d, dtype in dict.fromkeys((row.d, row.dtype) for row in rows):
+        by_loss: dict[str, list[Row]] = {}
+        for row in rows:
+            if (row.d, row.dtype) == (d, dtype):
+                by_loss.setdefault(row.loss, []).append(row)
+        series = {loss: group for loss, group in by_loss.items() if len({row.n for row in group}) > 2}
+        if series:
+            files.append(folder / f"scaling-d{d}-{dtype}.png")
+            _draw_figure(series, files[-1])
+    return files
+
+
+def _draw_figure(series: dict[str, list[Row]], file: Path) -> None:
+    first = next(iter(series.values()))[0]
+    abreast = min(len(series), PANELS_ABREAST)
+    bands = -(-len(series) // abreast)
+    width, height = PANEL_INCHES[0] * abreast, PANEL_INCHES[1] * 2 * bands + 0.8
+    figure, grid = plt.subplots(2 * bands, abreast, figsize=(width, height), squeeze=False)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for i, (loss, rows) in enumerate(series.items()):
+        band, column = divmod(i, abreast)
+        _draw_panel(grid[2 * band, column], rows, "ms_50", f"{loss}: time forward + backward", TIME_UNITS)
+        gauged = [row for row in rows if row.peak_mib is not None]
+        if gauged:
+            _draw_panel(grid[2 * band + 1, column], gauged, "peak_mib", f"{loss}: peak extra memory", MEMORY_UNITS)
+    inch = 1 / height
+    title = f"Contrastive losses over the batch, D = {first.d}, {first.dtype}"
+    figure.text(0.1 / width, 1 - 0.1 * inch, title, va="top", fontsize=14, fontweight="bold", color=INK)
+    source = (
+        f"{first.device}, {first.threads} threads, torch {first.torch}, {first.date}. "
+        "Medians, bands 20–80 %. Memory is beyond inputs and gradients."
+    )
+    figure.text(0.1 / width, 1 - 0.42 * inch, source, va="top", fontsize=9, color=GREY)
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.65 * inch), h_pad=1.8, w_pad=1.5)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _draw_panel(axes: Axes, rows: Sequence[Row], value: str, title: str, units: Sequence[tuple[float, str]]) -> None:
+    axes.set_visible(True)
+    sizes = sorted({row.n for row in rows})
+    axes.set(xscale="log", yscale="log", xlim=(sizes[0] / 1.15, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.55))
+    ends = []
+    if value == "peak_mib":
+        matrix = {row.n: row.n * row.m * getattr(torch, row.dtype).itemsize / MIB for row in rows}
+        axes.plot(sizes, [matrix[n] for n in sizes], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        ends.append((sizes[-1], matrix[sizes[-1]], "one N × M matrix", GREY, None))
+    # Ours is drawn last, above the others.
+    for provider in reversed(PROVIDERS):
+        line = sorted((row for row in rows if row.provider == provider), key=lambda row: row.n)
+        if not line:
+            continue
+        ours = provider == "ours"
+        color, x, y = COLORS[provider], [row.n for row in line], [getattr(row, value) for row in line]
+        axes.plot(x, y, color=color, marker=MARKERS[provider], markersize=4.5, linewidth=2.4 if ours else 1.5)
+        if value == "ms_50":
+            axes.fill_between(
+                x, [row.ms_20 for row in line], [row.ms_80 for row in line], color=color, alpha=0.18, lw=0
+            )
+        ends.append((x[-1], y[-1], LABELS[provider], color, "bold" if ours else None))
+    _set_axes(axes, sizes, units)
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=20)
+    axes.text(0, 1.03, _comparison(rows, value), transform=axes.transAxes, fontsize=8.5, color=GREY)
+    _label_ends(axes, ends)
+
+
+def _set_axes(axes: Axes, sizes: Sequence[int], units: Sequence[tuple[float, str]]) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * (high / low) ** 0.12)  # room for the names of lines that end together
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0,) if high / low > 150 else (1.0, 2.0, 5.0), numticks=12))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, units)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("rows N of the similarity matrix", fontsize=8.5, color=GREY, loc="left")
+    axes.grid(color=PALE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(GREY)
+    axes.tick_params(which="both", labelsize=8, color=GREY, labelcolor=INK)
+
+
+def _comparison(rows: Sequence[Row], value: str) -> str:
+    """Ours against eager at the largest size at which both were measured."""
+    ours, eager = ({row.n: getattr(row, value) for row in rows if row.provider == name} for name in ("ours", "eager"))
+    common = ours.keys() & eager.keys()
+    if not common:
+        return ""
+    n = max(common)
+    if value == "ms_50":
+        return f"{eager[n] / ours[n]:.1f} × as fast as eager at N = {n:,}"
+    return f"{significant(ours[n], MEMORY_UNITS)} instead of {significant(eager[n], MEMORY_UNITS)} at N = {n:,}"
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[int, float, str, str, str | None]]) -> None:
+    """Write every line's name at its end, moved up where two would overlap."""
+    points = 72 / axes.figure.dpi
+    lowest = -float("inf")
+    for n, value, text, color, weight in sorted(ends, key=lambda end: end[1]):
+        height = axes.transData.transform((n, value))[1] * points
+        lowest = max(height, lowest + 10)
+        offset = (7, lowest - height)
+        axes.annotate(
+            text,
+            (n, value),
+            offset,
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=color,
+            fontweight=weight,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )

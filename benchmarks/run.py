@@ -1,0 +1,202 @@
+"""Measuring a list of cases: all providers of a case in one interleaved run, a row for every provider and mode."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import metadata
+from itertools import product
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .cases import (
+    DENSE,
+    DENSE_COPIES,
+    PROVIDERS,
+    Case,
+    Inputs,
+    Unavailable,
+    check,
+    dtype_name,
+    gradients,
+    provider_function,
+)
+from .measure import Spread, Step, matmul_step, peak_extra_mib, time_interleaved
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV. ``peak_mib`` is the whole iteration's (mode ``both``); ``note`` says why a time is missing."""
+
+    loss: str
+    provider: str
+    mode: str
+    n: int
+    m: int
+    d: int
+    dtype: str
+    device: str
+    threads: int
+    ms_50: float | None
+    ms_20: float | None
+    ms_80: float | None
+    peak_mib: float | None
+    tflops: float | None
+    matmul_fraction: float | None
+    torch: str
+    triton: str
+    commit: str
+    date: str
+    note: str
+
+    @property
+    def case(self) -> tuple[str, int, int, str]:
+        return self.loss, self.n, self.d, self.dtype
+
+
+COLUMNS = [field.name for field in fields(Row)]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Cases to measure: every combination of its fields, by the same providers."""
+
+    losses: Sequence[str]
+    sizes: Sequence[int]
+    dims: Sequence[int] = (128,)
+    dtypes: Sequence[torch.dtype] = (torch.float32,)
+    providers: Sequence[str] = PROVIDERS
+
+    def __iter__(self) -> Iterator[tuple[Case, Sequence[str]]]:
+        for loss, dtype, d, n in product(self.losses, self.dtypes, self.dims, self.sizes):
+            yield Case(loss, n, d, dtype), self.providers
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: on which device, how long a case, and how much memory a provider may take."""
+
+    device: torch.device
+    seconds: float
+    min_rounds: int
+    memory_limit_gib: float
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """Device and versions, as every row records them."""
+    root = Path(__file__).parent
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = ""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def measure(grids: Sequence[Grid], settings: Settings, console: Console) -> list[Row]:
+    """Measure all cases of ``grids``; shows its progress and prints a line as each case ends."""
+    cases = [case for grid in grids for case in grid]
+    bar = SpinnerColumn(), MofNCompleteColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}")
+    where = environment(settings.device)
+    rows: list[Row] = []
+    with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(cases))
+
+        def report(doing: str) -> None:
+            progress.update(task, description=doing)
+
+        for case, providers in cases:
+            found = measure_case(case, providers, settings, where, report)
+            progress.advance(task)
+            times = [f"{row.provider} {row.ms_50:,.1f} ms" for row in found if row.mode == "both" and row.ms_50]
+            console.print(f"{case}: {', '.join(times)}", highlight=False, soft_wrap=True)
+            rows += found
+    return rows
+
+
+def measure_case(
+    case: Case,
+    providers: Sequence[str],
+    settings: Settings,
+    where: Mapping[str, str | int],
+    report: Callable[[str], None],
+) -> list[Row]:
+    """Check, warm up and time all providers of one case; tells ``report`` what it is doing."""
+    inputs = case.inputs(settings.device)
+    steps, peaks, notes = {}, {}, {}
+    for provider in providers:
+        report(f"{case}: checking {provider}")
+        try:
+            steps[provider], peaks[provider] = _prepare(provider, case, inputs, settings)
+        except Unavailable as reason:
+            notes[provider] = str(reason)
+    report(f"{case}: timing")
+    yardstick, yardstick_flop = matmul_step(case.n, case.m, case.d, case.dtype, settings.device)
+    yardstick.run()
+    spreads = time_interleaved(
+        steps | {"matmul": yardstick}, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds
+    )
+    matmul = spreads.pop("matmul")
+    matmul_tflops = yardstick_flop / min(matmul["fwd"].ms_50, matmul["bwd"].ms_50) / 1e9
+
+    def row(provider: str, mode: str, spread: Spread | None = None) -> Row:
+        tflops = case.flop(mode) / spread.ms_50 / 1e9 if spread else None
+        return Row(
+            loss=case.loss,
+            provider=provider,
+            mode=mode,
+            n=case.n,
+            m=case.m,
+            d=case.d,
+            dtype=dtype_name(case.dtype),
+            **(spread or Spread(None, None, None))._asdict(),
+            peak_mib=peaks.get(provider) if mode == "both" else None,
+            tflops=tflops and round(tflops, 4),
+            matmul_fraction=tflops and round(tflops / matmul_tflops, 4),
+            note=notes.get(provider, ""),
+            **where,
+        )
+
+    rows = [row(provider, mode, spread) for provider, modes in spreads.items() for mode, spread in modes.items()]
+    return rows + [row(provider, "both") for provider in notes]
+
+
+def _prepare(provider: str, case: Case, inputs: Inputs, settings: Settings) -> tuple[Step, float | None]:
+    """A provider's checked and warmed-up step, and the memory that it takes; raises `Unavailable` with the reason."""
+    expected_gib = DENSE_COPIES * case.pairs * case.dtype.itemsize / 2**30
+    if provider in DENSE and expected_gib > settings.memory_limit_gib:
+        raise Unavailable(f"N = {case.n:,} needs about {expected_gib:.0f} GiB")
+    try:
+        check(provider, case, settings.device)
+        function = provider_function(provider, case, settings.device)
+        step = Step(lambda: function(**inputs), lambda loss: gradients(loss, inputs))
+        if provider == "compile":
+            step.run()  # compiling takes memory of its own
+        return step, peak_extra_mib(step, settings.device)
+    except RuntimeError as error:  # out of memory, no compiler, no kernel for this device, ...
+        raise Unavailable(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error

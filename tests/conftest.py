@@ -1,0 +1,28 @@
+"""Fixtures: the seed, the backends that can run here, poisoned memory."""
+
+import os
+
+# A waiting thread that spins takes the core from the one it waits for when other processes share the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import testing
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=testing.backends())
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised floating memory is filled with NaN, in Python and in C++ alike."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,289 @@
+"""The accuracy contract: against float64 on the same rounded inputs at most 2 (gradients: 3) times PyTorch's error.
+
+PyTorch's own is what a user has before changing the import: `F.normalize`, one matrix product in the dtype of the
+features, and `F.cross_entropy` in float32, as autocast does (a loss rounded to bfloat16 is too easy to beat).
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from testing import CASES, Case, device_of, differentiate, dtype_id, supports, within
+
+import contrastive_kernels as ck
+import python_ref
+
+N, M, D = 65, 129, 64
+SEEDS = 8  # the errors of the scale's gradient, one number a run, are pooled over the seeds like those of all others
+
+
+def unit(x):
+    return F.normalize(x, dim=-1)
+
+
+def cross_entropy(positive, *negatives):
+    """Per row, the positive logit first; everything that arrives is the rounded product."""
+    logits = torch.cat([positive[:, None], *negatives], 1)
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64), reduction="none")
+
+
+def info_nce(query, positive_key, scale):
+    logits = scale * (unit(query) @ unit(positive_key).T).float()
+    return F.cross_entropy(logits, torch.arange(len(query)), reduction="none")
+
+
+def info_nce_shared(query, positive_key, negative_keys, scale):
+    query, positive_key, negative_keys = map(unit, (query, positive_key, negative_keys))
+    positive = (query * positive_key).sum(1).float()
+    return cross_entropy(scale * positive, scale * (query @ negative_keys.T).float())
+
+
+def clip(image_features, text_features, scale):
+    logits = scale * (image_features @ text_features.T).float()
+    target = torch.arange(len(logits))
+    return torch.stack([F.cross_entropy(s, target, reduction="none") for s in (logits, logits.T)])
+
+
+def nt_xent(z0, z1, scale):
+    z = unit(torch.cat([z0, z1]))
+    logits = (scale * (z @ z.T).float()).fill_diagonal_(-math.inf)
+    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z0)), reduction="none")
+
+
+def moco(query, key, queue, scale):
+    return info_nce_shared(query, key.detach(), queue.detach(), scale)
+
+
+def least(similarity):
+    return similarity.min(1).values
+
+
+def pair_similarities(views):
+    first, second = torch.triu_indices(views.shape[1], views.shape[1], 1)
+    return (views @ views.mT)[:, first, second]
+
+
+def arcl(denominator, positive=least):
+    def loss(views, scale):
+        views = unit(views)
+        aligned = scale * positive(pair_similarities(views).float())
+        first, second = views[:, 0], views[:, 1]
+        one = (scale * (first @ first.T).float()).fill_diagonal_(-math.inf)
+        both = torch.cat([one, scale * (first @ second.T).float()], 1)
+        if denominator == "two_view":
+            return both.logsumexp(1) - aligned
+        if denominator == "one_view":
+            return one.logsumexp(1) - aligned
+        if denominator == "positive+one_view":
+            return cross_entropy(aligned, one)
+        own = torch.arange(len(views))
+        return cross_entropy(aligned, both.index_put((own, own + len(views)), torch.tensor(-math.inf)))
+
+    return loss
+
+
+def moco_arcl(positive):
+    def loss(query, keys, queue, scale):
+        query, keys, queue = unit(query), unit(keys).detach(), unit(queue).detach()
+        similarity = torch.einsum("nd,nvd->nv", query, keys).float()
+        negatives = scale * (query @ queue.T).float()
+        if positive == "mean_loss":
+            return torch.stack([cross_entropy(scale * p, negatives) for p in similarity.unbind(1)], 1).mean(1)
+        return cross_entropy(scale * positive(similarity), negatives)
+
+    return loss
+
+
+def band(z, lower, upper):
+    """Row sums of the band over all pairs but those of a row with itself, where it is 0."""
+    d = (1 - (z @ z.T).float()) / 2
+    return ((d - lower) * (upper - d)).clamp(min=0).fill_diagonal_(0)
+
+
+def nt_xent_polarized(z0, z1, scale):
+    band_values = band(unit(torch.cat([z0, z1])), 0.1, 0.5)
+    instance = torch.arange(len(z0)).repeat(2)
+    negatives = instance[:, None] != instance
+    return nt_xent(z0, z1, scale) + 0.3 * (band_values * negatives).sum(1) / max(2 * len(z0) - 2, 1)
+
+
+def mean(similarity):
+    return similarity.mean(1)
+
+
+EAGER = {
+    "info_nce": info_nce,
+    "info_nce-shared": info_nce_shared,
+    "nt_xent": nt_xent,
+    "clip": clip,
+    "moco": moco,
+    "nt_xent-polarized": nt_xent_polarized,
+    "arcl": arcl("two_view"),
+    "arcl-mean": arcl("two_view", mean),
+    "arcl-one_view": arcl("one_view"),
+    "arcl-positive+one_view": arcl("positive+one_view"),
+    "arcl-positive+two_view": arcl("positive+two_view"),
+    "moco_arcl": moco_arcl(least),
+    "moco_arcl-mean": moco_arcl(mean),
+    "moco_arcl-mean_loss": moco_arcl("mean_loss"),
+}
+
+
+def random(features):
+    """Independent rows."""
+    return features
+
+
+def collapsed(features):
+    """Every sample's rows agree and the samples are orthogonal: losses of about 1e-8, the end of training."""
+    axes = torch.linalg.qr(torch.randn(2 * D, 2 * D, dtype=torch.float64)).Q
+    out = {}
+    for name, x in features.items():
+        rows = axes[N:] if name in ("queue", "negative_keys") else axes[:N]
+        centers = rows[torch.arange(len(x)) % len(rows)].reshape(len(x), *(1,) * (x.dim() - 2), -1)
+        out[name] = centers + 0.01 * torch.randn(*x.shape[:-1], 2 * D, dtype=torch.float64)
+    return out
+
+
+def clustered(features):
+    """All rows point almost the same way: every similarity is 1 to three digits."""
+    return {name: 1 + 0.03 * x for name, x in features.items()}
+
+
+def opposed(features):
+    """Positives and views at cosine -1: losses of 2 / T."""
+    first = next(iter(features.values()))
+    anchor = first if first.dim() == 2 else first[:, 0]
+    out = {}
+    for name, x in features.items():
+        if name in ("queue", "negative_keys") or (x is first and x.dim() == 2):
+            out[name] = x
+        elif x.dim() == 3:
+            signs = torch.tensor([1.0, -1.0] * x.shape[1], dtype=torch.float64)[: x.shape[1], None]
+            out[name] = anchor[:, None] * signs + 0.01 * x
+        else:
+            out[name] = -anchor
+    return out
+
+
+def near_tie(features, tolerance):
+    """Samples whose two least similar pairs differ by less, so that rounding decides which one has the gradient."""
+    if "views" in features:
+        similarity = pair_similarities(unit(features["views"]))
+    elif "keys" in features:
+        similarity = torch.einsum("nd,nvd->nv", unit(features["query"]), unit(features["keys"]))
+    else:
+        return None
+    if similarity.shape[1] == 1:
+        return None
+    least, second = similarity.topk(2, largest=False).values.unbind(1)
+    return second - least < tolerance
+
+
+# (features, temperature)
+REGIMES = {
+    "random": (random, 0.07),
+    "collapsed": (collapsed, 0.045),
+    "clustered": (clustered, 0.07),
+    "opposed": (opposed, 0.07),
+    "cold": (random, 0.01),
+}
+
+
+def outcomes(case: Case, eager, regime, dtype, backend):
+    """Value and gradients of ours, of eager PyTorch and of the reference, pooled over the seeds."""
+    transform, temperature = REGIMES[regime]
+    device = device_of(backend)
+    runs = {"ours": [], "eager": [], "reference": []}
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        features = transform(case.features((N, M, D)))
+        for _ in range(30 if transform in (random, clustered) else 0):
+            near = near_tie(features, 16 * torch.finfo(dtype).eps)
+            if near is None or not near.any():
+                break
+            again = transform(case.features((N, M, D)))
+            features = {
+                k: x if k == "queue" else torch.where(near.view(-1, *(1,) * (x.dim() - 1)), again[k], x)
+                for k, x in features.items()
+            }
+        if case.unit:
+            features = {k: unit(v) for k, v in features.items()}
+        features = {k: v.to(dtype) for k, v in features.items()}
+        scale = torch.tensor(1 / temperature).float()
+        tensors = {**features, "scale": scale}
+
+        def ours(scale, **t):
+            return case(ck, t, logit_scale=scale, reduction="none", backend=backend)
+
+        def reference(scale, **t):
+            return case(python_ref, t, logit_scale=scale, reduction="none")
+
+        runs["ours"].append(differentiate(ours, {k: v.to(device) for k, v in tensors.items()}))
+        runs["eager"].append(differentiate(eager, tensors))
+        runs["reference"].append(differentiate(reference, {k: v.double() for k, v in tensors.items()}))
+
+    def pooled(results, name):
+        return torch.stack([(r.value if name == "value" else r.gradients[name]).cpu() for r in results])
+
+    names = ["value", *(k for k in (*features, "scale") if k not in case.detached)]
+    return {name: {who: pooled(results, name) for who, results in runs.items()} for name in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", EAGER)
+def test_error_is_within_the_contract(name, regime, dtype, backend):
+    if not supports(backend, dtype):
+        pytest.skip(f"{backend} does not take {dtype}")
+    failures = []
+    for what, by in outcomes(CASES[name], EAGER[name], regime, dtype, backend).items():
+        factor = 2 if what == "value" else 3
+        result = dtype if what not in ("value", "scale") else torch.float32
+        if failure := within(by["ours"], by["eager"], by["reference"], factor, result):
+            failures.append(f"{what}: {failure}")
+    assert not failures, "; ".join(failures)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_distance_polarization_is_within_the_contract(reduction, dtype, backend):
+    if not supports(backend, dtype):
+        pytest.skip(f"{backend} does not take {dtype}")
+    runs = []
+    for seed in range(SEEDS):
+        torch.manual_seed(seed)
+        z = {"z": torch.randn(N, D, dtype=torch.float64).to(dtype)}
+
+        def eager(z):
+            rows = band(unit(z), 0.3, 0.6).sum(1)
+            return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / (N * (N - 1))}[reduction]
+
+        def ours(z):
+            return ck.distance_polarization(z, lower=0.3, upper=0.6, reduction=reduction, backend=backend)
+
+        def reference(z):
+            return python_ref.distance_polarization(z, lower=0.3, upper=0.6, reduction=reduction)
+
+        runs.append(
+            (
+                differentiate(ours, {"z": z["z"].to(device_of(backend))}),
+                differentiate(eager, z),
+                differentiate(reference, {"z": z["z"].double()}),
+            )
+        )
+    values = [torch.stack([r.value.cpu() for r in results]) for results in zip(*runs, strict=True)]
+    gradients = [torch.stack([r.gradients["z"].cpu() for r in results]) for results in zip(*runs, strict=True)]
+    assert (failure := within(*values, 2, torch.float32)) is None, failure
+    assert (failure := within(*gradients, 3, dtype)) is None, failure
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "nt_xent", "clip", "moco", "arcl-positive+two_view"])
+def test_a_loss_of_1e_minus_8_keeps_five_digits(loss, backend):
+    """Where subtracting the positive from the log-sum-exp leaves 0 or 1e-7."""
+    by = outcomes(CASES[loss], EAGER[loss], "collapsed", torch.float32, backend)["value"]
+    assert 1e-10 < by["reference"].median() < 1e-7
+    relative = ((by["ours"] - by["reference"]) / by["reference"]).abs()
+    # a similarity near 1 is off by 6e-8 of rounding; divided by T that is 1.3e-6 in the logit
+    assert relative.max() < 1e-5

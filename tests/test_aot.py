@@ -1,0 +1,161 @@
+"""Every row of the tile table, compiled for its GPU with the epilogues that the losses ask for: no GPU, no driver.
+
+What the binaries are, not how fast and not that they are right: nothing spilled, the matrix unit in use, within limits.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+aot = pytest.importorskip("aot", reason="triton is not installed", exc_type=ImportError)
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+if os.environ.get("TRITON_INTERPRET") != "1":
+    from contrastive_kernels.backends.triton import chunk, grad, sums, tile, tiles, views
+
+PLAIN = dict(Q=1, COLUMNS=False, TERM="", BIASED=False, SHIFTED=False, IDS=False, SAME=False, SELF=False, CUT=False)
+# The epilogues that the losses ask for, those light and heavy on registers apart.
+LIGHT = {
+    "clip": dict(COLUMNS=True),
+    "nt_xent": dict(IDS=True, SELF=True),
+    "siglip": dict(Q=0, TERM="softplus", SHIFTED=True),
+}
+HEAVY = {
+    "hard_negative-band": dict(Q=2, IDS=True, SELF=True, TERM="band"),
+    "info_nce-columns-band": dict(COLUMNS=True, IDS=True, TERM="band"),
+    "cutoff": dict(IDS=True, CUT=True),
+    "bias": dict(IDS=True, SELF=True, BIASED=True),
+}
+# The rest of the flags, on one architecture.
+OTHERS = {
+    "rows": {},
+    "columns-alone": dict(Q=0, COLUMNS=True),
+    "same": dict(IDS=True, SAME=True, SELF=True),
+    "clip-ids": dict(COLUMNS=True, IDS=True),
+    # Not identity and count, whose weights do not depend on S: the one product left is serialized. Slow, not wrong.
+    **{term: dict(Q=0, TERM=term, IDS=True) for term in ("square", "hinge", "gaussian")},
+}
+ARCHITECTURES = (80, 90, 100, "gfx942")
+EVERYTHING = "CONTRASTIVE_KERNELS_AOT_ALL"  # set: all epilogues on all architectures
+
+
+def arguments(kernel, row, flags: dict, **extra) -> dict:
+    """The compile-time arguments of a kernel: block sizes, flags, None for the pointers that they switch off."""
+    d = min(row.limit, 768)
+    flags = PLAIN | flags
+    precision = "ieee" if row.size == 2 or row.architecture == "gfx942" else "tf32x3"
+    constants = row.blocks(d) | flags | extra | dict(D=d, PRECISION=precision, MAXIMUM=False, GROUP=8)
+    constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=flags["SELF"], flag=None, d_bias=None)
+    absent = {
+        "IDS": ("x_ids", "y_ids"), "CUT": ("cutoff",), "BIASED": ("bias",), "SHIFTED": ("term_offset", "d_term_offset")
+    }  # fmt: skip
+    constants |= {name: None for flag, names in absent.items() if not flags[flag] for name in names}
+    constants |= {} if flags["TERM"] == "softplus" else {"term_scale": None, "d_term_scale": None}
+    # a power of two for float16 only; the rows are compiled for bfloat16
+    constants |= {"unit": None}
+    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+
+
+def variants(row, epilogues: dict) -> list:
+    """(name, kernel, compile-time arguments) of the launches that use a row."""
+    kernel = {
+        "sums": sums._sums_fwd_kernel, "safe_sums": sums._safe_sums_fwd_kernel,
+        "grad": grad._grad_bwd_kernel, "weights": chunk._weights_bwd_kernel,
+    }[row.kernel]  # fmt: skip
+    found = []
+    for name, flags in epilogues.items():
+        roles = dict(AS_ROWS=True, AS_COLUMNS=bool(flags.get("SELF")))
+        found.append((name, kernel, arguments(kernel, row, flags, **roles)))
+    return found
+
+
+def cases() -> list:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return []
+    found = []
+    for row in tiles.TABLE:
+        if row.architecture not in ARCHITECTURES:
+            continue
+        epilogues = HEAVY if row.heavy else LIGHT
+        if row.kernel == "sums":
+            # ids are what is heavy here; without a heavy row the light one takes them
+            name = "nt_xent" if tiles.find("sums", row.architecture, row.size, row.limit, True) is row else "clip"
+            epilogues = {name: LIGHT[name]}
+        elif (row.architecture, row.size) != (90, 2) and os.environ.get(EVERYTHING) is None:
+            # The most demanding of them; all where tuning begins.
+            demanding = "hard_negative-band" if row.heavy else "nt_xent"
+            epilogues = {demanding: epilogues[demanding]}
+        if row.kernel != "sums" and tiles.find(row.kernel, row.architecture, row.size, row.limit, True) is row:
+            epilogues = epilogues | {"hard_negative-band": HEAVY["hard_negative-band"]}
+        if row.architecture == 90 and row.kernel == "grad" and row.size == 2 and row.limit == 128:
+            epilogues = epilogues | OTHERS
+        found += [(row, *variant) for variant in variants(row, epilogues)]
+    return found
+
+
+def case_id(case) -> str:
+    row, name, _, arguments = case
+    return f"{row.kernel}-{row.architecture}-{'float32' if row.size == 4 else 'half'}-D{arguments['D']}-{name}"
+
+
+@pytest.fixture(scope="module")
+def binaries():
+    """All of them compiled, two at a time: ptxas and LLVM release the interpreter."""
+    jobs = cases()
+
+    def build(case):
+        row, _, kernel, constants = case
+        dtype = torch.float32 if row.size == 4 else torch.bfloat16
+        try:
+            return aot.compile_kernel(kernel, row.architecture, dtype, constants, row.options())
+        except Exception as error:  # raised by the test that it belongs to
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(map(case_id, jobs), pool.map(build, jobs), strict=True))
+
+
+@pytest.mark.parametrize("case", cases(), ids=case_id)
+def test_binary(binaries, case):
+    row, binary = case[0], binaries[case_id(case)]
+    if isinstance(binary, Exception):
+        raise binary
+    assert binary.spilled == 0, binary
+    assert binary.shared <= aot.SHARED[row.architecture], binary
+    assert binary.tensor_memory <= 512, binary
+    assert binary.matrix_instructions > 0, binary
+    assert not binary.warnings, binary
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_small_kernels(architecture):
+    """Those without a row: packing, adding up, merging, views."""
+    for kernel, constants in (
+        (tile._pack_bwd_kernel, dict(Q=2, BN=tiles.ALIGNMENT, unit=None)),
+        (
+            sums._fold_fwd_kernel,
+            dict(BLOCK=128, TRIANGLE=True, ACCUMULATE=True, BN=sums.FOLD_ROWS, BS=sums.FOLD_SLOTS),
+        ),
+        (sums._merge_fwd_kernel, dict(Q=2, TERM="band", MAXIMUM=True, BN=sums.MERGE_ROWS)),
+        (views._view_minimum_fwd_kernel, dict(D=128, BN=views.ROWS, BD=views.DEPTH)),
+    ):
+        assert aot.compile_kernel(kernel, architecture, torch.bfloat16, constants, {}).spilled == 0
+
+
+@pytest.mark.parametrize("kernel", ["sums", "safe_sums", "weights"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "other", "interpreter"])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("d", [1, 128, 256, 4096])
+def test_table_complete(kernel, architecture, size, d):
+    """A tile for every D of every kernel but grad, which chunk stands in for."""
+    for heavy in (False, True):
+        assert tiles.find(kernel, architecture, size, d, heavy)
+    symmetric = tiles.find("sums", architecture, size, d, True)
+    assert symmetric.rows == symmetric.columns, "the triangle needs square tiles"
+    assert tiles.ALIGNMENT % max(symmetric.rows, tiles.find("weights", architecture, size, d, False).rows) == 0

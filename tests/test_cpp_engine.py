@@ -1,0 +1,397 @@
+"""The C++ operators against a dense float64 computation on the same, already rounded, inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.nn.functional import normalize, softplus
+
+from contrastive_kernels import sweep
+from contrastive_kernels.backends import cpp
+
+pytestmark = pytest.mark.skipif(cpp.missing is not None, reason=str(cpp.missing))
+
+ops = torch.ops.contrastive_kernels
+
+# Relative to the largest value of the reference. A gradient in half precision is a product of rounded factors.
+VALUE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 3e-6, torch.float16: 3e-6}
+GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+TERMS = {
+    "identity": ((), lambda v: v),
+    "count": ((), lambda v: 1 + 0 * v),
+    "square": ((), torch.square),
+    "band": ((0.1, 0.5), lambda v: (((1 - v) / 2 - 0.1) * (0.5 - (1 - v) / 2)).clamp(min=0)),
+    "softplus": ((), softplus),
+    "hinge": ((), torch.relu),
+    "gaussian": ((2.0,), lambda v: torch.exp(4 * (v - 1))),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sweep: its shape (m = 0: x against itself) and everything that can be switched on."""
+
+    n: int = 130
+    m: int = 70
+    d: int = 24
+    exponents: tuple[float, ...] = (1.0,)
+    columns: bool = False
+    maximum: bool = False
+    ids: int = 0  # how many different ones
+    same: bool = False
+    bias: bool = False
+    cutoff: bool = False
+    term: str = ""
+    term_operands: bool = False
+    temperature: float = 0.1
+
+    def __str__(self) -> str:
+        shape = f"N{self.n}-M{self.m or 'self'}-D{self.d}"
+        exponents = "q" + "_".join(map(str, self.exponents))
+        names = ("columns", "maximum", "same", "bias", "cutoff", "term_operands")
+        switches = [name for name in names if getattr(self, name)]
+        return "-".join([shape, exponents, f"ids{self.ids}", *switches, f"tau{self.temperature}", self.term])
+
+    def inputs(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
+        """The tensors of the schema, in its order."""
+        torch.manual_seed(0)
+        compute = sweep.compute_dtype(torch.empty(0, dtype=dtype))
+        m = self.m or self.n
+
+        def unit(rows: int) -> torch.Tensor:
+            return normalize(torch.randn(rows, self.d, dtype=torch.float64), dim=1).to(dtype)
+
+        def when(condition: bool, tensor: torch.Tensor) -> torch.Tensor | None:
+            return (tensor.to(compute) if tensor.is_floating_point() else tensor) if condition else None
+
+        return [
+            unit(self.n),
+            unit(m) if self.m else None,
+            torch.tensor(1 / self.temperature, dtype=compute),
+            when(self.bias, torch.randn(m)),
+            when(self.ids > 0, torch.randint(max(self.ids, 1), (self.n,))),
+            when(self.ids > 0 and self.m > 0, torch.randint(max(self.ids, 1), (m,))),
+            when(self.cutoff, 0.3 * torch.rand(self.n)),
+            when(self.term_operands, torch.tensor(1.7)),
+            when(self.term_operands, torch.randn(self.n)),
+        ]
+
+    def description(self) -> list:
+        constants = TERMS[self.term][0] if self.term else ()
+        return [list(self.exponents), self.columns, self.term, list(constants), self.same]
+
+
+def log_sum_exp(logits: torch.Tensor, kept: torch.Tensor, dim: int) -> torch.Tensor:
+    """Over the kept pairs; -inf with zero gradient where there are none."""
+    some = kept.any(dim, keepdim=True)
+    masked = torch.where(some, logits.masked_fill(~kept, -torch.inf), 0 * logits)
+    return masked.logsumexp(dim).masked_fill(~some.squeeze(dim), -torch.inf)
+
+
+def dense(case: Case, inputs: list[torch.Tensor | None]) -> sweep.Statistics:
+    """The statistics as `contrastive_kernels.sweep` defines them, from the full matrix."""
+    x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset = inputs
+    s = x @ (x if y is None else y).T
+    kept = torch.ones_like(s, dtype=torch.bool)
+    if x_ids is not None:
+        equal = x_ids[:, None] == (x_ids if y is None else y_ids)[None, :]
+        kept = equal if case.same else ~equal
+        if case.same and y is None:
+            kept = kept & ~torch.eye(len(x), dtype=torch.bool)
+    if cutoff is not None:
+        kept = kept & ~(s > cutoff[:, None])
+    offset = 0 if bias is None else bias
+    none = s.new_empty(0)
+
+    def maximum(dim: int) -> torch.Tensor:
+        return (scale * s + offset).masked_fill(~kept, -torch.inf).amax(dim)
+
+    argument = s if term_scale is None else term_scale * s + term_offset[:, None]
+    return sweep.Statistics(
+        torch.stack([log_sum_exp(q * scale * s + offset, kept, 1) for q in case.exponents]) if case.exponents else none,
+        log_sum_exp(scale * s, kept, 0) if case.columns else none,
+        torch.where(kept, TERMS[case.term][1](argument), 0).sum(1) if case.term else none,
+        maximum(1) if case.maximum else none,
+        maximum(0) if case.maximum and case.columns else none,
+    )
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
+    actual = actual.double()
+    assert actual.numel() == expected.numel(), what
+    if expected.numel() == 0:
+        return
+    finite = expected.isfinite()
+    torch.testing.assert_close(actual[~finite], expected[~finite], equal_nan=True, msg=f"{what}: other infinities")
+    if finite.any():
+        # A sum over all pairs may cancel: there 1 is small.
+        floor = 1.0 if expected.dim() == 0 else 1e-3
+        error = (actual - expected)[finite].abs().max() / expected[finite].abs().max().clamp(min=floor)
+        assert error <= tolerance, f"{what}: relative error {error:.1e}"
+
+
+def run(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Statistics and gradients of the operators, after a comparison of both with the dense computation."""
+    inputs = case.inputs(dtype)
+    actual = ops.cpp_forward(*inputs, *case.description(), case.maximum)
+
+    exact = [t.double().clone() if t is not None and t.is_floating_point() else t for t in inputs]
+    leaves = [k for k in (0, 1, 2, 3, 7, 8) if exact[k] is not None]
+    for k in leaves:
+        exact[k].requires_grad_()
+    expected = dense(case, exact)
+    for name, a, e in zip(expected._fields, actual, expected, strict=True):
+        assert_near(a, e.detach(), VALUE_TOLERANCE[dtype], name)
+
+    upstream = [torch.randn_like(e) for e in expected[:3]]
+    total = sum((g * e.masked_fill(e == -torch.inf, 0)).sum() for g, e in zip(upstream, expected[:3], strict=True))
+    gradients = torch.autograd.grad(total, [exact[k] for k in leaves], allow_unused=True, materialize_grads=True)
+    upstream[0] = upstream[0].reshape(len(case.exponents), case.n)
+    needs = [k in leaves for k in (0, 1, 2, 3, 7, 8)]
+    found = ops.cpp_backward(*upstream, actual[0], actual[1], *inputs, *case.description(), needs)
+    wanted = iter(gradients)
+    for k, gradient in enumerate(found):
+        name = ("dx", "dy", "dscale", "dbias", "dterm_scale", "dterm_offset")[k]
+        if needs[k]:
+            assert_near(gradient, next(wanted), GRADIENT_TOLERANCE[dtype], name)
+        else:
+            assert gradient.numel() == 0, name
+    assert found[0].dtype == dtype
+    return list(actual), list(found)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Memory that is not written is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[1, 2], ids=lambda threads: f"threads{threads}")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+SELF = Case(m=0, n=200)
+SWITCHES = [
+    Case(),
+    Case(columns=True, maximum=True),
+    Case(columns=True, ids=5),
+    Case(columns=True, exponents=(), maximum=True),
+    Case(exponents=(1.0, 2.5), ids=20, maximum=True),
+    Case(exponents=(2.0,), maximum=True),
+    Case(bias=True, cutoff=True, maximum=True),
+    Case(ids=3, same=True, term="softplus", term_operands=True),
+    Case(term="band", ids=40),
+    Case(columns=True, temperature=0.003),
+    Case(temperature=-0.1, columns=True),
+    SELF,
+    replace(SELF, ids=100, maximum=True),
+    replace(SELF, ids=4, same=True),
+    replace(SELF, exponents=(1.0, 2.0), ids=100, term="band"),
+    replace(SELF, temperature=0.003),
+    replace(SELF, columns=True),
+    replace(SELF, bias=True, cutoff=True, same=True, ids=4),
+    *[replace(SELF, exponents=(), ids=50, term=term) for term in TERMS],
+    *[Case(exponents=(), term=term, term_operands=True) for term in TERMS],
+]
+
+# Around the sizes of a vector, of a group of rows and of a tile (128 x 512), and odd everywhere.
+SHAPES = [
+    *[(1, 1, 1), (2, 1, 3), (1, 1000, 24), (1000, 1, 100), (63, 65, 200), (64, 64, 64), (127, 129, 1), (129, 127, 3)],
+    *[(65, 1000, 100), (1000, 63, 24), (1000, 1000, 64), (300, 2000, 200)],
+    *[(n, 0, d) for n, d in [(1, 1), (2, 3), (63, 24), (65, 64), (127, 100), (129, 200), (1000, 24)]],
+]
+
+
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", SWITCHES, ids=str)
+def test_engine_switches(case, dtype, threads):
+    run(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_engine_shapes(shape, dtype):
+    n, m, d = shape
+    run(Case(n, m, d, columns=m > 0, ids=50), dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (0, 0, 3), (5, 4, 0)], ids=str)
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+def test_engine_empty(shape, dtype):
+    n, m, d = shape
+    x, y, scale = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.tensor(1.0, dtype=torch.float32)
+    scale = scale.to(sweep.compute_dtype(x))
+    inputs, description = [x, y, scale, *[None] * 6], [[1.0], True, "square", [], False]
+    row_lse, col_lse, row_sum, row_max, _ = ops.cpp_forward(*inputs, *description, True)
+    expected = dense(Case(columns=True, term="square"), [t if t is None else t.double() for t in inputs])
+    torch.testing.assert_close(row_lse, expected.row_lse.view(1, n))
+    torch.testing.assert_close(col_lse, expected.col_lse)
+    torch.testing.assert_close(row_sum, expected.row_sum)
+    torch.testing.assert_close(row_max, torch.full((n,), 0.0 if m else -torch.inf, dtype=torch.float64))
+    upstream = [torch.ones(1, n), torch.ones(m), torch.ones(n)]
+    needs = [True, True, True, False, False, False]
+    dx, dy, dscale, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, *description, needs)
+    assert dx.shape == x.shape and dy.shape == y.shape and dscale == 0
+    assert not dx.any() and not dy.any()
+
+
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+@pytest.mark.parametrize("m", [700, 0], ids=["two-operands", "self"])
+def test_engine_repeats_bitwise(m, dtype):
+    case = Case(n=700, m=m, columns=m > 0, ids=300, term="band")
+    first = run(case, dtype)
+    run(replace(case, n=65), dtype)
+    for before, after in zip(first, run(case, dtype), strict=True):
+        assert all(map(torch.equal, before, after))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every-other-row", "every-other-column", "expanded", "odd-offset"])
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+def test_engine_strides(layout, dtype):
+    x, y, scale, *rest = Case(n=130, m=130, d=130).inputs(dtype)
+    make = {
+        "transposed": lambda t: t.T,
+        "every-other-row": lambda t: t[::2],
+        "every-other-column": lambda t: t[:, ::2],
+        "expanded": lambda t: t[:1].expand(40, -1),
+        "odd-offset": lambda t: t.flatten()[1 : 1 + 64 * 96].view(64, 96),
+    }[layout]
+    x, y = make(x), make(y)
+    description = [[1.0], True, "", [], False]
+
+    def both(x, y):
+        row_lse, col_lse, *_ = ops.cpp_forward(x, y, scale, *rest, *description, False)
+        upstream = [torch.ones_like(row_lse), torch.ones_like(col_lse), torch.empty(0)]
+        needs = [True, True, False, False, False, False]
+        dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, x, y, scale, *rest, *description, needs)
+        return row_lse, col_lse, dx, dy
+
+    for strided, contiguous in zip(both(x, y), both(x.contiguous(), y.contiguous()), strict=True):
+        torch.testing.assert_close(strided, contiguous)
+
+
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+@pytest.mark.parametrize("m", [300, 0], ids=["two-operands", "self"])
+def test_engine_nan_stays_in_its_row(m, dtype):
+    case = Case(n=300, m=m, term="square", maximum=True)
+    inputs = case.inputs(dtype)
+    inputs[0][7, 3] = torch.nan
+    row_lse, _, row_sum, row_max, _ = ops.cpp_forward(*inputs, *case.description(), True)
+    expected = torch.ones(300, dtype=torch.bool) if m == 0 else torch.arange(300) == 7
+    for statistic in (row_lse[0], row_sum, row_max):
+        assert torch.equal(statistic.isnan(), expected)
+
+
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+def test_engine_infinite_similarity(dtype):
+    inputs = Case(n=300, m=300).inputs(dtype)
+    inputs[0][7] = 0
+    inputs[0][7, 0] = torch.inf
+    row_lse, col_lse, _, row_max, _ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, True)
+    assert torch.equal(row_lse[0] == torch.inf, torch.arange(300) == 7)
+    assert torch.equal(row_max == torch.inf, torch.arange(300) == 7)
+    assert torch.equal(col_lse == torch.inf, inputs[1][:, 0] > 0)
+    assert not row_lse.isnan().any() and not col_lse.isnan().any()
+
+
+@pytest.mark.parametrize("m", [150, 0], ids=["two-operands", "self"])
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+def test_engine_nothing_kept(m, dtype):
+    run(Case(n=150, m=m, ids=1, term="gaussian", columns=m > 0, maximum=True), dtype)
+
+
+def unlike_inputs(kind: str, n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs that strain a log-sum-exp: ordinary ones, all rows nearly the same, and every row against its opposite."""
+    torch.manual_seed(0)
+    x = torch.randn(n, d, dtype=torch.float64)
+    if kind == "collapsed":
+        x = x[:1] + 1e-3 * x
+    y = -x + 1e-2 * torch.randn_like(x) if kind == "anti-aligned" else x + 0.5 * torch.randn_like(x)
+    return normalize(x, dim=1), normalize(y, dim=1)
+
+
+@pytest.mark.parametrize("kind", ["random", "collapsed", "anti-aligned"])
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_engine_error_within_a_multiple_of_pytorch(kind, temperature, dtype):
+    x, y = (t.to(dtype) for t in unlike_inputs(kind, 500, 96))
+    n, scale = len(x), 1 / temperature
+
+    def clip(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        # Half-precision logits go into a float32 cross-entropy, as under autocast.
+        logits = scale * (x @ y.T).to(sweep.compute_dtype(x))
+        rows, cols = logits.logsumexp(1), logits.logsumexp(0)
+        return [rows.detach(), cols.detach(), *torch.autograd.grad(rows.mean() + cols.mean(), [x, y])]
+
+    inputs = [x, y, torch.tensor(scale), *[None] * 6]
+    row_lse, col_lse, *_ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, False)
+    upstream = [torch.full((1, n), 1 / n), torch.full((n,), 1 / n), torch.empty(0)]
+    needs = [True, True, False, False, False, False]
+    dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, [1.0], True, "", [], False, needs)
+    exact = clip(x.double(), y.double())
+    for k, (ours, torchs, right) in enumerate(zip([row_lse[0], col_lse, dx, dy], clip(x, y), exact, strict=True)):
+        for norm in (2, torch.inf):
+            rounding = torch.finfo(ours.dtype if k >= 2 else torch.float32).eps * right.norm(norm)
+            bound = (2 if k < 2 else 3) * (torchs - right).norm(norm) + rounding
+            assert (ours - right).norm(norm) <= bound
+
+
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+@pytest.mark.parametrize(("n", "v", "d"), [(1, 2, 1), (7, 3, 5), (100, 4, 33), (0, 3, 4), (3, 2, 0)])
+def test_views_least_pair(n, v, d, dtype):
+    torch.manual_seed(0)
+    views = torch.randn(n, v, d).to(dtype)
+    first, second = torch.triu_indices(v, v, 1)
+    products = (views.double() @ views.double().mT)[:, first, second]
+    least = products.argmin(1)
+    assert torch.equal(ops.cpp_views(views), torch.stack([first[least], second[least]], 1))
+
+
+@pytest.mark.parametrize("views", [torch.ones(1, 4, 2), torch.zeros(1, 4, 2)], ids=["equal", "zero"])
+def test_views_first_of_a_tie(views):
+    assert ops.cpp_views(views).tolist() == [[0, 1]]
+
+
+def test_views_nan_is_least():
+    views = torch.tensor([[[1.0], [-1.0], [torch.nan], [2.0]]])
+    assert ops.cpp_views(views).tolist() == [[0, 2]]
+
+
+def test_engine_schemas():
+    for name, schema in [
+        ("forward", sweep.FORWARD_SCHEMA),
+        ("backward", sweep.BACKWARD_SCHEMA),
+        ("views", sweep.VIEWS_SCHEMA),
+    ]:
+        registered = getattr(ops, f"cpp_{name}").default._schema
+        assert registered == torch._C.parse_schema(f"contrastive_kernels::cpp_{name}{schema}")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({1: torch.randn(4, 5)}, ValueError, "same last dimension"),
+        ({1: torch.randn(4, 3).double()}, TypeError, "dtype of x"),
+        ({0: torch.ones(4, 3, dtype=torch.int32)}, TypeError, "must be float32"),
+        ({3: torch.randn(5)}, ValueError, "bias"),
+        ({4: torch.arange(4.0), 5: torch.arange(4)}, TypeError, "x_ids"),
+        ({4: torch.arange(4)}, ValueError, "given together"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_engine_refuses(change, error, message):
+    inputs = [torch.randn(4, 3), torch.randn(4, 3), torch.tensor(1.0), *[None] * 6]
+    for k, value in change.items():
+        inputs[k] = value
+    with pytest.raises(error, match=message):
+        ops.cpp_forward(*inputs, [1.0], False, "", [], False, False)
