@@ -14,6 +14,7 @@ from . import plot, report
 from .cases import CORE, LOSSES, PROVIDERS
 from .run import Grid, Row, Settings, measure
 
+DTYPES = ["float64", "float32", "float16", "bfloat16"]
 # Compiling costs more than the rest of a small case.
 PRESETS = {
     "quick": [Grid(LOSSES, [256], [64], providers=["ours", "ours-torch", "eager", "linear_cross_entropy"])],
@@ -31,14 +32,18 @@ PRESETS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print the tables, write the files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, help="a fixed list of cases, instead of the next five options")
-    parser.add_argument("--losses", nargs="+", default=CORE, choices=[*LOSSES, "all"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 2048, 4096, 8192], help="rows N")
-    parser.add_argument("--dims", nargs="+", type=int, default=[128], help="features D")
+    parser.add_argument("--preset", choices=PRESETS, help="a fixed list of cases, instead of the five options below")
     parser.add_argument(
-        "--dtypes", nargs="+", default=["float32"], choices=["float16", "bfloat16", "float32", "float64"]
+        "--losses", nargs="+", default=CORE, choices=[*LOSSES, "all"], metavar="LOSS", help=", ".join(LOSSES)
     )
-    parser.add_argument("--providers", nargs="+", default=PROVIDERS, choices=PROVIDERS)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 2048, 4096, 8192], metavar="N", help="rows N")
+    parser.add_argument("--dims", nargs="+", type=int, default=[128], metavar="D", help="features D")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32"], choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES)
+    )
+    parser.add_argument(
+        "--providers", nargs="+", default=PROVIDERS, choices=PROVIDERS, metavar="PROVIDER", help=", ".join(PROVIDERS)
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=1.5, help="timing budget of a case, shared by its providers")

@@ -136,21 +136,21 @@ def _comparison(rows: Sequence[Row], value: str) -> str:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[int, float, str, str, str | None]]) -> None:
-    """Write every line's name at its end, moved up where two would overlap."""
-    points = 72 / axes.figure.dpi
+    """Write every line's name right of the last size, at the height of its end or above where two would overlap."""
+    right = max(n for n, *_ in ends) * 1.12
+    gap = 10 * axes.figure.dpi / 72
     lowest = -float("inf")
     for n, value, text, color, weight in sorted(ends, key=lambda end: end[1]):
-        height = axes.transData.transform((n, value))[1] * points
-        lowest = max(height, lowest + 10)
-        offset = (7, lowest - height)
+        lowest = max(axes.transData.transform((n, value))[1], lowest + gap)
+        _, height = axes.transData.inverted().transform((0, lowest))
         axes.annotate(
             text,
             (n, value),
-            offset,
-            textcoords="offset points",
+            (right, height),
             va="center",
             fontsize=8,
             color=color,
             fontweight=weight,
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.7, "alpha": 0.6, "shrinkA": 1, "shrinkB": 4},
         )

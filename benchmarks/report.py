@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import combinations, groupby
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from .cases import Case
+from .cases import LOSSES, Case
 from .measure import MIB
 from .run import COLUMNS, Row
 
@@ -106,26 +106,25 @@ def not_timed(rows: Sequence[Row]) -> list[str]:
 def largest_batch(rows: Sequence[Row], limit_gib: float) -> float:
     """Rows N that fit into ``limit_gib`` by the measured peaks of one provider, inputs and gradients included.
 
-    The peaks are fitted by c0 + c1·N + c2·N² with coefficients that are not negative, the error taken relative to the
-    peak (at least 1 MiB, about what the gauge can tell).
+    The peaks are fitted by the slowest growth in N, with coefficients that are not negative, that meets all of them
+    within a third, otherwise by c·N². Two sizes are enough to tell N from N².
     """
-    sizes = np.array([row.n for row in rows], dtype=float)
-    peaks = np.array([row.peak_mib for row in rows])
-    weights = 1 / np.maximum(peaks, 1.0)
+    sizes, peaks = (
+        np.array(values, dtype=float) for values in zip(*((row.n, row.peak_mib) for row in rows), strict=True)
+    )
+    weights = 1 / np.maximum(peaks, 4.0)  # MiB: what is less is noise of the C library's heap
     powers = sizes[:, None] ** np.arange(3)
-    best, best_error = np.zeros(3), np.inf
-    for count in (1, 2, 3):
-        for chosen in map(list, combinations(range(3), count)):
-            fitted, *_ = np.linalg.lstsq(powers[:, chosen] * weights[:, None], peaks * weights, rcond=None)
-            error = np.linalg.norm((powers[:, chosen] @ fitted - peaks) * weights)
-            if (fitted >= 0).all() and error < best_error:
-                best, best_error = np.zeros(3), error
-                best[chosen] = fitted
+    coefficients = np.zeros(3)
+    for chosen in ([0, 1], [1], [1, 2], [2]):
+        fitted, *_ = np.linalg.lstsq(powers[:, chosen] * weights[:, None], peaks * weights, rcond=None)
+        if (fitted >= 0).all() and (abs(powers[:, chosen] @ fitted - peaks) * weights < 1 / 3).all():
+            break
+    coefficients[chosen] = fitted
     largest = rows[-1]
     held = [held_mib(largest.loss, n, largest.d, largest.dtype) for n in (256, 512)]
     per_row = (held[1] - held[0]) / 256
-    best += (held[0] - 256 * per_row - limit_gib * 1024, per_row, 0)
-    return max(np.polynomial.Polynomial(best).trim().roots().real)
+    coefficients += (held[0] - 256 * per_row - limit_gib * 1024, per_row, 0)
+    return max(np.polynomial.Polynomial(coefficients).trim().roots().real)
 
 
 def held_mib(loss: str, n: int, d: int, dtype: str) -> float:
@@ -147,7 +146,7 @@ def batch_table(rows: Sequence[Row], limit_gib: float) -> Table | None:
     for header in ("largest N", "measured up to N", "peak MiB there"):
         table.add_column(header, justify="right")
     series: dict[tuple[str, int, str, str], list[Row]] = {}
-    for row in timed(rows):
+    for row in sorted(timed(rows), key=lambda row: list(LOSSES).index(row.loss)):
         if row.peak_mib is not None:
             series.setdefault((row.loss, row.d, row.dtype, row.provider), []).append(row)
     for (loss, d, dtype, provider), group in series.items():

@@ -87,7 +87,7 @@ def cases() -> list:
             # ids are what is heavy here; without a heavy row the light one takes them
             name = "nt_xent" if tiles.find("sums", row.architecture, row.size, row.limit, True) is row else "clip"
             epilogues = {name: LIGHT[name]}
-        elif (row.architecture, row.size) != (90, 2) and os.environ.get(EVERYTHING) is None:
+        elif (row.kernel, row.architecture) != ("grad", 90) and os.environ.get(EVERYTHING) is None:
             # The most demanding of them; all where tuning begins.
             demanding = "hard_negative-band" if row.heavy else "nt_xent"
             epilogues = {demanding: epilogues[demanding]}

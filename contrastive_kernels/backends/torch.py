@@ -167,7 +167,7 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, y, scale, bias, term_scale and term_offset; differentiable in its turn."""
     scores = _Scores(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same)
-    dtype = scores.dtype
+    dtype, totals_dtype = scores.dtype, statistic_dtype(x)
     needs_x, needs_y, needs_scale, needs_bias, needs_term_scale, needs_term_offset = needs
     needs_y = needs_y or (needs_x and y is None)
     grad_row_lse, grad_col_lse, grad_row_sum = (g.to(dtype) for g in (grad_row_lse, grad_col_lse, grad_row_sum))
@@ -182,17 +182,18 @@ def backward(
             shifted = scores.logits(s, dropped, exponent) - row_high[q, rows, None] - row_low[q, rows, None]
             part = grad_row_lse[q, rows, None] * shifted.exp()
             weight = weight + (part if exponent == 1 else exponent * part)
-            d_bias = part.sum(0) if needs_bias else None
+            if needs_bias:
+                d_bias = part.sum(0) if d_bias is None else d_bias + part.sum(0)
         if columns:
             weight = weight + grad_col_lse * (scores.logits(s, dropped, bias=False) - col_high - col_low).exp()
         grad = weight * scale
-        d_scale = (s * weight).sum() if needs_scale else None
+        d_scale = (s * weight).sum(dtype=totals_dtype) if needs_scale else None
         d_term_scale = d_term_offset = None
         if term:
             slope = grad_row_sum[rows, None] * _phi_grad(term, constants, scores.argument(rows, s))
             slope = slope if dropped is None else slope.masked_fill(dropped, 0)
             grad = grad + (slope if term_scale is None else slope * term_scale)
-            d_term_scale = (s * slope).sum() if needs_term_scale else None
+            d_term_scale = (s * slope).sum(dtype=totals_dtype) if needs_term_scale else None
             d_term_offset = slope.sum(1) if needs_term_offset else None
         d_x = grad @ scores.y if needs_x else None
         d_y = grad.T @ scores.x[rows] if needs_y else None
@@ -202,19 +203,26 @@ def backward(
         return scores.x.new_zeros(shape)
 
     # Rows of x and term_offset belong to one chunk each; the other gradients are sums over the chunks.
-    totals = [[zeros(0, x.shape[1])], zeros(*scores.y.shape), zeros(), zeros(scores.m), zeros(), [zeros(0)]]
+    scalar = zeros().to(totals_dtype)
+    totals = [[zeros(0, x.shape[1])], zeros(*scores.y.shape), scalar, zeros(scores.m), scalar.clone(), [zeros(0)]]
     for rows in scores.chunks:
         # With a graph to be built, a chunk is recomputed by its own backward: second derivatives in O(N * D) memory too.
         parts = checkpoint(chunk, rows, use_reentrant=False) if torch.is_grad_enabled() else chunk(rows)
         for k, part in enumerate(parts):
-            if part is not None:
-                totals[k] = totals[k] + ([part] if isinstance(totals[k], list) else part)
+            if part is None:
+                continue
+            if isinstance(totals[k], list):
+                totals[k].append(part)
+            elif torch.is_grad_enabled():
+                totals[k] = totals[k] + part
+            else:
+                totals[k] += part
     d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset = (
         torch.cat(total) if isinstance(total, list) else total for total in totals
     )
     if y is None and needs_x:
         d_x, d_y = d_x + d_y, zeros(0)
-    grads = (d_x.to(x.dtype), d_y.to(x.dtype), d_scale, d_bias, d_term_scale, d_term_offset)
+    grads = (d_x.to(x.dtype), d_y.to(x.dtype), d_scale.to(dtype), d_bias, d_term_scale.to(dtype), d_term_offset)
     return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, needs, strict=True))
 
 

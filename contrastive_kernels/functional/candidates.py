@@ -82,9 +82,15 @@ def listed(similarity: Tensor, dropped: Tensor | None, request: Request) -> Nega
     )
 
 
+def _logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """torch.logaddexp, but with zero gradient instead of NaN where both are -inf."""
+    nothing = (a == -torch.inf) & (b == -torch.inf)
+    return torch.logaddexp(a.masked_fill(nothing, 0), b.masked_fill(nothing, 0)).masked_fill(nothing, -torch.inf)
+
+
 def merged(a: Negatives, b: Negatives) -> Negatives:
     """The negatives of both."""
-    merge = (torch.logaddexp, torch.maximum, torch.add, torch.add, torch.add)
+    merge = (_logaddexp, torch.maximum, torch.add, torch.add, torch.add)
     return Negatives(*(None if u is None else f(u, v) for f, u, v in zip(merge, a, b, strict=True)))
 
 
