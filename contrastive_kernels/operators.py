@@ -37,7 +37,7 @@ def _without_autocast(function):
 
 def _fake_forward(backend: ModuleType):
     def fake(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants,
-             same, maximum):  # fmt: skip
+             same, exclude_diagonal, maximum):  # fmt: skip
         n, m = x.shape[0], (x if y is None else y).shape[0]
         dtype = backend.statistic_dtype(x)
         shapes = (
@@ -52,8 +52,9 @@ def _fake_forward(backend: ModuleType):
     return fake
 
 
-def _fake_backward(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff,
-                   term_scale, term_offset, exponents, columns, term, constants, same, needs):  # fmt: skip
+def _fake_backward(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids,
+                   cutoff, term_scale, term_offset, exponents, columns, term, constants, same, exclude_diagonal,
+                   needs):  # fmt: skip
     m = (x if y is None else y).shape[0]
     shapes = (x.shape, (m, x.shape[1]), (), (m,), (), (x.shape[0],))
     dtypes = (x.dtype, x.dtype, *(scale.dtype,) * 4)

@@ -11,7 +11,7 @@ from contrastive_kernels import checks
 from contrastive_kernels.backends import choose_backend
 from contrastive_kernels.backends import torch as torch_backend
 from contrastive_kernels.operators import operator
-from contrastive_kernels.sweep import Pairs, Statistics, Term, compute_dtype
+from contrastive_kernels.sweep import ALL_PAIRS, Pairs, Statistics, Term, compute_dtype
 
 __all__ = ["min_view_similarity", "row_dot", "similarity_logsumexp", "similarity_sum", "sweep"]
 
@@ -21,16 +21,16 @@ class _SweepFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants,
-                same, maximum, backend):  # fmt: skip
+                same, exclude_diagonal, maximum, backend):  # fmt: skip
         return operator(backend, "forward")(
             x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
-            maximum,
+            exclude_diagonal, maximum,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, (ctx.exponents, ctx.columns, ctx.term, ctx.constants, ctx.same, _, ctx.backend) = inputs[:9], inputs[9:]
-        row_lse, col_lse, row_sum, row_max, col_max = output
+        tensors, (*ctx.description, _, ctx.backend) = inputs[:9], inputs[9:]
+        row_lse, col_lse, _, row_max, col_max = output
         ctx.mark_non_differentiable(row_max, col_max)
         ctx.save_for_backward(row_lse, col_lse, *tensors)
 
@@ -38,14 +38,13 @@ class _SweepFunction(torch.autograd.Function):
     def backward(ctx, grad_row_lse, grad_col_lse, grad_row_sum, _row_max, _col_max):
         needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
         arguments = (
-            grad_row_lse, grad_col_lse, grad_row_sum, *ctx.saved_tensors, ctx.exponents, ctx.columns, ctx.term,
-            ctx.constants, ctx.same, needs,
+            grad_row_lse, grad_col_lse, grad_row_sum, *ctx.saved_tensors, *ctx.description, needs,
         )  # fmt: skip
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = _SweepBackward.apply(*arguments, ctx.backend)
         else:
             grads = operator(ctx.backend, "backward")(*arguments)
-        all_grads = [None] * 16
+        all_grads = [None] * 17
         for i, grad, need in zip(_DIFFERENTIABLE, grads, needs, strict=True):
             all_grads[i] = grad if need else None
         return tuple(all_grads)
@@ -65,7 +64,7 @@ class _SweepBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, ctx.description = inputs[:14], inputs[14:20]
+        tensors, ctx.description = inputs[:14], inputs[14:21]
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -85,7 +84,7 @@ class _SweepBackward(torch.autograd.Function):
             grads = torch.autograd.grad(
                 [out for out, _ in pairs], [inputs[i] for i in wanted], [grad for _, grad in pairs], allow_unused=True
             )
-        all_grads = [None] * 21
+        all_grads = [None] * 22
         for i, grad in zip(wanted, grads, strict=True):
             all_grads[i] = grad
         return tuple(all_grads)
@@ -94,7 +93,7 @@ class _SweepBackward(torch.autograd.Function):
 def sweep(
     x: Tensor,
     y: Tensor | None = None,
-    pairs: Pairs = Pairs(),
+    pairs: Pairs = ALL_PAIRS,
     *,
     scale: float | Tensor = 1.0,
     bias: Tensor | None = None,
@@ -110,10 +109,7 @@ def sweep(
     """
     x, y = autocast(x), None if y is None else autocast(y)
     dtype = compute_dtype(x)
-    x_ids, y_ids, cutoff, exclude_diagonal, same = pairs
-    if exclude_diagonal and x_ids is None:
-        x_ids = torch.arange(x.shape[0], device=x.device)
-        y_ids = None if y is None else torch.arange(y.shape[0], device=x.device)
+    x_ids, y_ids, cutoff, same, exclude_diagonal = pairs
     term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
     if term_offset is not None:
         term_offset = _as_tensor(term_offset, x, dtype).expand(x.shape[0])
@@ -132,6 +128,7 @@ def sweep(
         "" if term is None else term.name,
         list(constants),
         same,
+        exclude_diagonal,
         maximum,
         choose_backend(x, backend),
     )
@@ -201,7 +198,7 @@ def similarity_logsumexp(
         x_ids: ``(N,)`` integers; a pair with equal ids is left out. With ``y=None`` they serve both sides.
         y_ids: ``(M,)`` integers; given exactly when ``x_ids`` and ``y`` are.
         y_bias: ``(M,)``, added to the logits of column j, differentiable. Not with ``columns``.
-        cutoff: float or ``(N,)``; pairs with ``<x_i, y_j>`` above it are left out. Not differentiated, not with ``columns``.
+        cutoff: float or ``(N,)``; pairs with ``<x_i, y_j>`` above it are left out. No gradient, not with ``columns``.
         columns: also return the log-sum-exp of every column.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
 

@@ -3,7 +3,8 @@
 Notation: ``s_ij = <x_i, y_j>`` (float32 accumulation; float64 for float64 inputs), ``a`` the scale, ``b`` the bias.
 A pair (i, j) is *kept* when every condition that was supplied holds:
 
-- ids: ``x_ids[i] != y_ids[j]``; with ``same`` instead ``x_ids[i] == y_ids[j]`` and, for x against itself, ``i != j``;
+- ids: ``x_ids[i] != y_ids[j]``; with ``same`` instead ``x_ids[i] == y_ids[j]``;
+- diagonal: ``i != j`` with ``exclude_diagonal``;
 - cutoff: ``not (s_ij > cutoff[i])``, so that a NaN similarity is kept and survives.
 
 Statistics of the forward sweep (an empty tensor where not asked for):
@@ -11,11 +12,12 @@ Statistics of the forward sweep (an empty tensor where not asked for):
 - ``row_lse[q, i] = log sum_j exp(exponents[q] * a * s_ij + b_j)``, ``-inf`` for a row with no kept pair;
 - ``col_lse[j]    = log sum_i exp(a * s_ij)`` (``columns``; not together with bias or several exponents);
 - ``row_sum[i]    = sum_j phi(term_scale * s_ij + term_offset[i])`` (``term``);
-- ``row_max[i]    = max_j a * s_ij + b_j`` and, with ``columns``, ``col_max[j] = max_i a * s_ij`` (``maximum``; no gradient).
+- ``row_max[i]    = max_j a * s_ij + b_j`` and, with ``columns``, ``col_max[j] = max_i a * s_ij`` (``maximum``; no
+  gradient).
 
 The backward sweep recomputes every tile, forms ``G_ij = dL/ds_ij`` from the statistics and returns ``dx = G y``,
-``dy = G^T x`` and the gradients of the scalars and vectors. ``y = None`` means x against itself: S and its mask are then
-symmetric unless there is a bias, a cutoff or a term offset, and a backend may visit the upper triangle only.
+``dy = G^T x`` and the gradients of the scalars and vectors. ``y = None`` means x against itself: S and its mask are
+then symmetric unless there is a bias, a cutoff or a term offset, and a backend may visit the upper triangle only.
 """
 
 from __future__ import annotations
@@ -52,8 +54,11 @@ class Pairs(NamedTuple):
     x_ids: Tensor | None = None  # (N,) int64
     y_ids: Tensor | None = None  # (M,) int64; None for x against itself
     cutoff: Tensor | None = None  # (N,)
+    same: bool = False  # keep the pairs with equal ids, not the others
     exclude_diagonal: bool = False  # drop i == j
-    same: bool = False
+
+
+ALL_PAIRS = Pairs()
 
 
 class Statistics(NamedTuple):
@@ -167,7 +172,7 @@ INPUTS = (
     "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? cutoff, "
     "Tensor? term_scale, Tensor? term_offset"
 )
-DESCRIPTION = "float[] exponents, bool columns, str term, float[] constants, bool same"
+DESCRIPTION = "float[] exponents, bool columns, str term, float[] constants, bool same, bool exclude_diagonal"
 FORWARD_SCHEMA = f"({INPUTS}, {DESCRIPTION}, bool maximum) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 # `needs` says which of x, y, scale, bias, term_scale, term_offset want a gradient; the others come back empty.
 # dx and dy have the dtype of x, the others the compute dtype.

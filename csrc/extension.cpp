@@ -10,7 +10,7 @@
 #define INPUTS                                                                                                \
   "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? cutoff, "           \
   "Tensor? term_scale, Tensor? term_offset, float[] exponents, bool columns, str term, float[] constants, "   \
-  "bool same, "
+  "bool same, bool exclude_diagonal, "
 
 namespace contrastive_kernels {
 namespace {
@@ -20,10 +20,11 @@ using Numbers = at::ArrayRef<double>;
 Outputs cpp_forward(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale, const OptionalTensor& bias,
                     const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& cutoff,
                     const OptionalTensor& term_scale, const OptionalTensor& term_offset, Numbers exponents,
-                    bool columns, std::string_view term, Numbers constants, bool same, bool maximum) {
+                    bool columns, std::string_view term, Numbers constants, bool same, bool exclude_diagonal,
+                    bool maximum) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return forward({x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
-                 {exponents.vec(), columns, term, constants.vec(), same}, maximum);
+                 {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, maximum);
 }
 
 Gradients cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
@@ -31,14 +32,15 @@ Gradients cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_co
                        const OptionalTensor& y, const at::Tensor& scale, const OptionalTensor& bias,
                        const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& cutoff,
                        const OptionalTensor& term_scale, const OptionalTensor& term_offset, Numbers exponents,
-                       bool columns, std::string_view term, Numbers constants, bool same, c10::List<bool> needs) {
+                       bool columns, std::string_view term, Numbers constants, bool same, bool exclude_diagonal,
+                       c10::List<bool> needs) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   std::array<bool, 6> wanted;
   TORCH_CHECK(needs.size() == wanted.size(), "needs must have 6 entries, got ", needs.size());
   std::copy(needs.begin(), needs.end(), wanted.begin());
   return backward(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse,
                   {x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
-                  {exponents.vec(), columns, term, constants.vec(), same}, wanted);
+                  {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, wanted);
 }
 
 at::Tensor cpp_views(const at::Tensor& views) {

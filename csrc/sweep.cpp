@@ -87,7 +87,7 @@ class Sweep {
     rules_.y_ids = self_ ? rules_.x_ids : hold<int64_t>(in.y_ids);
     rules_.cutoff = hold<T>(in.cutoff);
     rules_.same = description.same;
-    rules_.drop_diagonal = self_ && description.same && in.x_ids.has_value();
+    rules_.exclude_diagonal = description.exclude_diagonal;
     rules_.term = term_named(description.term);
     rules_.term_scale = in.term_scale ? static_cast<T>(in.term_scale->item<double>()) : T(1);
     rules_.term_offset = hold<T>(in.term_offset);
@@ -147,7 +147,8 @@ class Sweep {
         const bool ids_meet = rules_.x_ids && may_be_equal(rows, cols);
         if (rules_.x_ids && rules_.same && !ids_meet) return;
         products.scores(rows, cols, work_[slot].scores);
-        f(Tile<T>{work_[slot].scores, rows, cols, ids_meet || rules_.cutoff}, diagonal, slot);
+        const bool masked = ids_meet || rules_.cutoff || (rules_.exclude_diagonal && rows.overlaps(cols));
+        f(Tile<T>{work_[slot].scores, rows, cols, masked}, diagonal, slot);
       });
       products.end_block();
     });
@@ -238,11 +239,11 @@ Outputs forward_as(const Inputs& in, const Description& description, bool maximu
   const Accumulators rows(sweep.channels(), sweep.n(), maximum, term);
   const Accumulators cols(description.columns ? sweep.channels() : 0, sweep.m(), maximum, false);
   sweep.forward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers());
-  const auto none = nothing(at::kDouble);
+  const auto none = [] { return nothing(at::kDouble); };  // outputs may not share memory
   return {rows.log_sum_exp().narrow(0, 0, description.exponents.size()),
-          description.columns ? cols.log_sum_exp().select(0, sweep.one()) : none, rows.term_sum(),
-          maximum ? rows.maximum(sweep.one()) : none,
-          maximum && description.columns ? cols.maximum(sweep.one()) : none};
+          description.columns ? cols.log_sum_exp().select(0, sweep.one()) : none(), rows.term_sum(),
+          maximum ? rows.maximum(sweep.one()) : none(),
+          maximum && description.columns ? cols.maximum(sweep.one()) : none()};
 }
 
 template <typename T>

@@ -25,7 +25,7 @@ struct Description {
   bool columns;
   std::string_view term;
   std::vector<double> constants;
-  bool same;
+  bool same, exclude_diagonal;
 };
 
 // row_lse, col_lse, row_sum, row_max, col_max.

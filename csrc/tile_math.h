@@ -34,8 +34,7 @@ struct Rules {
   const int64_t* x_ids;
   const int64_t* y_ids;
   const T* cutoff;
-  bool same;
-  bool drop_diagonal;
+  bool same, exclude_diagonal;
   Term term;
   T term_scale;
   const T* term_offset;

@@ -19,24 +19,25 @@ pytestmark = [
 if os.environ.get("TRITON_INTERPRET") != "1":
     from contrastive_kernels.backends.triton import chunk, grad, sums, tile, tiles, views
 
-PLAIN = dict(Q=1, COLUMNS=False, TERM="", BIASED=False, SHIFTED=False, IDS=False, SAME=False, SELF=False, CUT=False)
+PLAIN = dict(Q=1, COLUMNS=False, TERM="", BIASED=False, SHIFTED=False)
+PLAIN |= dict(IDS=False, SAME=False, DIAGONAL=False, CUT=False, symmetric=False)
 # The epilogues that the losses ask for, those light and heavy on registers apart.
 LIGHT = {
-    "clip": dict(COLUMNS=True),
-    "nt_xent": dict(IDS=True, SELF=True),
+    "clip": dict(COLUMNS=True, DIAGONAL=True),
+    "nt_xent": dict(IDS=True, symmetric=True),
     "siglip": dict(Q=0, TERM="softplus", SHIFTED=True),
 }
 HEAVY = {
-    "hard_negative-band": dict(Q=2, IDS=True, SELF=True, TERM="band"),
-    "info_nce-columns-band": dict(COLUMNS=True, IDS=True, TERM="band"),
+    "hard_negative-band": dict(Q=2, IDS=True, symmetric=True, TERM="band"),
+    "info_nce-columns-band": dict(COLUMNS=True, IDS=True, DIAGONAL=True, TERM="band"),
     "cutoff": dict(IDS=True, CUT=True),
-    "bias": dict(IDS=True, SELF=True, BIASED=True),
+    "bias": dict(IDS=True, symmetric=True, BIASED=True),
 }
 # The rest of the flags, on one architecture.
 OTHERS = {
     "rows": {},
     "columns-alone": dict(Q=0, COLUMNS=True),
-    "same": dict(IDS=True, SAME=True, SELF=True),
+    "same": dict(IDS=True, SAME=True, DIAGONAL=True, symmetric=True),
     "clip-ids": dict(COLUMNS=True, IDS=True),
     # Not identity and count, whose weights do not depend on S: the one product left is serialized. Slow, not wrong.
     **{term: dict(Q=0, TERM=term, IDS=True) for term in ("square", "hinge", "gaussian")},
@@ -51,7 +52,7 @@ def arguments(kernel, row, flags: dict, **extra) -> dict:
     flags = PLAIN | flags
     precision = "ieee" if row.size == 2 or row.architecture == "gfx942" else "tf32x3"
     constants = row.blocks(d) | flags | extra | dict(D=d, PRECISION=precision, MAXIMUM=False, GROUP=8)
-    constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=flags["SELF"], flag=None, d_bias=None)
+    constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=flags["symmetric"], flag=None, d_bias=None)
     absent = {
         "IDS": ("x_ids", "y_ids"), "CUT": ("cutoff",), "BIASED": ("bias",), "SHIFTED": ("term_offset", "d_term_offset")
     }  # fmt: skip
@@ -70,7 +71,7 @@ def variants(row, epilogues: dict) -> list:
     }[row.kernel]  # fmt: skip
     found = []
     for name, flags in epilogues.items():
-        roles = dict(AS_ROWS=True, AS_COLUMNS=bool(flags.get("SELF")))
+        roles = dict(AS_ROWS=True, AS_COLUMNS=bool(flags.get("symmetric")))
         found.append((name, kernel, arguments(kernel, row, flags, **roles)))
     return found
 

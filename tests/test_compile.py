@@ -103,13 +103,13 @@ def sweep_arguments(kind, dtype, device):
         return torch.randn(size, dtype=wide, device=device)
 
     scale = torch.tensor(2.0, dtype=wide, device=device)
-    plain = [x, y, scale, None, None, None, None, None, None, [1.0], True, "", [], False, True]
+    plain = [x, y, scale, None, None, None, None, None, None, [1.0], True, "", [], False, False, True]
     ids = torch.arange(n, device=device) % 5
     options = [scale, vector(m), ids, torch.arange(m, device=device), vector(n), scale, vector(n)]
     of_itself = [None, scale, None, ids, None, None, None, None]
     return {
-        "options": [x, y, *options, [1.0], False, "softplus", [], False, True],
-        "self": [x, *of_itself, [1.0, 2.0], False, "band", [0.1, 0.5], False, False],
+        "options": [x, y, *options, [1.0], False, "softplus", [], False, False, True],
+        "self": [x, *of_itself, [1.0, 2.0], False, "band", [0.1, 0.5], False, True, False],
     }.get(kind, plain)
 
 
@@ -123,7 +123,7 @@ def test_opcheck(kind, dtype, backend):
     arguments = sweep_arguments(kind, dtype, device_of(backend))
     torch.library.opcheck(forward, arguments)
     statistics = forward(*arguments)
-    tensors, description = arguments[:9], arguments[9:14]
+    tensors, description = arguments[:9], arguments[9:15]
     needs = [True, arguments[1] is not None, True, arguments[3] is not None, *(a is not None for a in arguments[7:9])]
     wide = arguments[2].dtype
     grads = [torch.randn_like(s, dtype=wide) for s in statistics[:3]]

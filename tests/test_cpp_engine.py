@@ -42,6 +42,7 @@ class Case:
     maximum: bool = False
     ids: int = 0  # how many different ones
     same: bool = False
+    exclude_diagonal: bool = False
     bias: bool = False
     cutoff: bool = False
     term: str = ""
@@ -51,7 +52,7 @@ class Case:
     def __str__(self) -> str:
         shape = f"N{self.n}-M{self.m or 'self'}-D{self.d}"
         exponents = "q" + "_".join(map(str, self.exponents))
-        names = ("columns", "maximum", "same", "bias", "cutoff", "term_operands")
+        names = ("columns", "maximum", "same", "exclude_diagonal", "bias", "cutoff", "term_operands")
         switches = [name for name in names if getattr(self, name)]
         return "-".join([shape, exponents, f"ids{self.ids}", *switches, f"tau{self.temperature}", self.term])
 
@@ -81,7 +82,7 @@ class Case:
 
     def description(self) -> list:
         constants = TERMS[self.term][0] if self.term else ()
-        return [list(self.exponents), self.columns, self.term, list(constants), self.same]
+        return [list(self.exponents), self.columns, self.term, list(constants), self.same, self.exclude_diagonal]
 
 
 def log_sum_exp(logits: torch.Tensor, kept: torch.Tensor, dim: int) -> torch.Tensor:
@@ -99,8 +100,8 @@ def dense(case: Case, inputs: list[torch.Tensor | None]) -> sweep.Statistics:
     if x_ids is not None:
         equal = x_ids[:, None] == (x_ids if y is None else y_ids)[None, :]
         kept = equal if case.same else ~equal
-        if case.same and y is None:
-            kept = kept & ~torch.eye(len(x), dtype=torch.bool)
+    if case.exclude_diagonal:
+        kept = kept & ~torch.eye(*s.shape, dtype=torch.bool)
     if cutoff is not None:
         kept = kept & ~(s > cutoff[:, None])
     offset = 0 if bias is None else bias
@@ -194,11 +195,14 @@ SWITCHES = [
     Case(temperature=-0.1, columns=True),
     SELF,
     replace(SELF, ids=100, maximum=True),
-    replace(SELF, ids=4, same=True),
+    replace(SELF, ids=4, same=True, exclude_diagonal=True),
+    replace(SELF, exclude_diagonal=True, maximum=True),
+    Case(n=700, m=900, columns=True, exclude_diagonal=True, ids=20, maximum=True),
+    Case(n=900, m=700, exclude_diagonal=True, cutoff=True, term="square"),
     replace(SELF, exponents=(1.0, 2.0), ids=100, term="band"),
     replace(SELF, temperature=0.003),
     replace(SELF, columns=True),
-    replace(SELF, bias=True, cutoff=True, same=True, ids=4),
+    replace(SELF, bias=True, cutoff=True, same=True, exclude_diagonal=True, ids=4),
     *[replace(SELF, exponents=(), ids=50, term=term) for term in TERMS],
     *[Case(exponents=(), term=term, term_operands=True) for term in TERMS],
 ]
@@ -230,7 +234,7 @@ def test_engine_empty(shape, dtype):
     n, m, d = shape
     x, y, scale = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.tensor(1.0, dtype=torch.float32)
     scale = scale.to(sweep.compute_dtype(x))
-    inputs, description = [x, y, scale, *[None] * 6], [[1.0], True, "square", [], False]
+    inputs, description = [x, y, scale, *[None] * 6], [[1.0], True, "square", [], False, False]
     row_lse, col_lse, row_sum, row_max, _ = ops.cpp_forward(*inputs, *description, True)
     expected = dense(Case(columns=True, term="square"), [t if t is None else t.double() for t in inputs])
     torch.testing.assert_close(row_lse, expected.row_lse.view(1, n))
@@ -266,7 +270,7 @@ def test_engine_strides(layout, dtype):
         "odd-offset": lambda t: t.flatten()[1 : 1 + 64 * 96].view(64, 96),
     }[layout]
     x, y = make(x), make(y)
-    description = [[1.0], True, "", [], False]
+    description = [[1.0], True, "", [], False, False]
 
     def both(x, y):
         row_lse, col_lse, *_ = ops.cpp_forward(x, y, scale, *rest, *description, False)
@@ -296,7 +300,7 @@ def test_engine_infinite_similarity(dtype):
     inputs = Case(n=300, m=300).inputs(dtype)
     inputs[0][7] = 0
     inputs[0][7, 0] = torch.inf
-    row_lse, col_lse, _, row_max, _ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, True)
+    row_lse, col_lse, _, row_max, _ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, False, True)
     assert torch.equal(row_lse[0] == torch.inf, torch.arange(300) == 7)
     assert torch.equal(row_max == torch.inf, torch.arange(300) == 7)
     assert torch.equal(col_lse == torch.inf, inputs[1][:, 0] > 0)
@@ -334,10 +338,10 @@ def test_engine_error_within_a_multiple_of_pytorch(kind, temperature, dtype):
         return [rows.detach(), cols.detach(), *torch.autograd.grad(rows.mean() + cols.mean(), [x, y])]
 
     inputs = [x, y, torch.tensor(scale), *[None] * 6]
-    row_lse, col_lse, *_ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, False)
+    row_lse, col_lse, *_ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, False, False)
     upstream = [torch.full((1, n), 1 / n), torch.full((n,), 1 / n), torch.empty(0)]
     needs = [True, True, False, False, False, False]
-    dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, [1.0], True, "", [], False, needs)
+    dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, [1.0], True, "", [], False, False, needs)
     exact = clip(x.double(), y.double())
     for k, (ours, torchs, right) in enumerate(zip([row_lse[0], col_lse, dx, dy], clip(x, y), exact, strict=True)):
         for norm in (2, torch.inf):
@@ -394,4 +398,4 @@ def test_engine_refuses(change, error, message):
     for k, value in change.items():
         inputs[k] = value
     with pytest.raises(error, match=message):
-        ops.cpp_forward(*inputs, [1.0], False, "", [], False, False)
+        ops.cpp_forward(*inputs, [1.0], False, "", [], False, False, False)

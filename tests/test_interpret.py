@@ -53,6 +53,7 @@ class Case:
     maximum: bool = False
     ids: bool = False
     same: bool = False
+    exclude_diagonal: bool = False
     bias: bool = False
     cutoff: bool = False
     term: str = ""
@@ -78,7 +79,10 @@ CASES = {
     "self": Case(self_similarity=True),
     "self-columns": Case(self_similarity=True, columns=True),
     "self-ids": Case(self_similarity=True, ids=True),
-    "self-same": Case(self_similarity=True, ids=True, same=True),
+    "self-same": Case(self_similarity=True, ids=True, same=True, exclude_diagonal=True),
+    "self-diagonal": Case(self_similarity=True, exclude_diagonal=True),
+    "columns-diagonal": Case(columns=True, exclude_diagonal=True),
+    "ids-diagonal": Case(ids=True, exclude_diagonal=True),
     "same-columns": Case(ids=True, same=True, columns=True),
     "exponents": Case(exponents=(2.0, 1.0)),
     "self-exponents-ids": Case(self_similarity=True, exponents=(1.5, 0.5), ids=True),
@@ -95,7 +99,7 @@ CASES = {
     "self-softplus": Case(term="softplus", self_similarity=True, term_scale=3.0, term_offset=True),
     "everything": Case(
         term="softplus", term_scale=-2.0, term_offset=True, self_similarity=True, exponents=(2.0, 1.0), bias=True,
-        cutoff=True, ids=True, same=True, maximum=True,
+        cutoff=True, ids=True, same=True, exclude_diagonal=True, maximum=True,
     ),
 } | {
     f"{term}-alone": Case(exponents=(), term=term, constants=constants, term_scale=1.5, term_offset=True)
@@ -130,7 +134,7 @@ def inputs(case: Case, n: int, m: int, d: int, dtype: torch.dtype) -> tuple:
 
 
 def description(case: Case) -> tuple:
-    return list(case.exponents), case.columns, case.term, list(case.constants), case.same
+    return list(case.exponents), case.columns, case.term, list(case.constants), case.same, case.exclude_diagonal
 
 
 def dense(case: Case, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset) -> list[torch.Tensor]:
@@ -142,8 +146,8 @@ def dense(case: Case, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_
     if case.ids:
         equal = x_ids[:, None] == y_ids[None, :]
         kept = equal if case.same else ~equal
-        if case.same and case.self_similarity:
-            kept = kept & ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+    if case.exclude_diagonal:
+        kept = kept & ~torch.eye(*s.shape, dtype=torch.bool, device=x.device)
     if case.cutoff:
         kept = kept & ~(s.detach() > cutoff[:, None])
     biases = 0.0 if bias is None else bias

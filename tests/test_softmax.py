@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from testing import (
+    BAND,
     SOFTMAX,
     Case,
     assert_matches,
@@ -195,3 +196,18 @@ def test_moco_takes_the_official_queue_layout(backend):
         ck.moco_loss(query, key, queue.T, backend=backend),
         ck.moco_loss(query, key, queue.T.contiguous(), backend=backend),
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"label_smoothing": 0.1, "polarization": BAND}], ids=str)
+def test_positive_with_another_id_is_counted_once(options, backend):
+    """Key ids need not be the query's: the positive is in the denominator once, and no cutoff drops it."""
+    n = SHAPE[0]
+    features = {k: torch.randn(n, 16, device=device_of(backend)) for k in ("query", "positive_key")}
+    ids = {"query_ids": torch.arange(n), "key_ids": torch.arange(n).flip(0) + n // 2}
+    for cutoff in (None, 0.1):
+        reference = python_ref.info_nce_loss(
+            **{k: v.cpu().double() for k, v in features.items()}, **ids, **options, cutoff=cutoff, reduction="none"
+        )
+        on_device = {k: v.to(device_of(backend)) for k, v in ids.items()}
+        ours = ck.info_nce_loss(**features, **on_device, **options, cutoff=cutoff, reduction="none", backend=backend)
+        assert_matches(ours, reference, torch.float32, scale=20)

@@ -32,7 +32,8 @@ def choose_backend(x: Tensor, requested: str | None = None) -> str:
         raise ValueError(f"backend {requested!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))} or None")
     if BACKENDS[requested].not_supported_reasons(x):
         lines = [
-            f"  {name}: {'; '.join(backend.not_supported_reasons(x)) or 'supported'}" for name, backend in BACKENDS.items()
+            f"  {name}: {'; '.join(backend.not_supported_reasons(x)) or 'supported'}"
+            for name, backend in BACKENDS.items()
         ]
         raise NotImplementedError(f"backend {requested!r} does not support this input:\n" + "\n".join(lines))
     return requested

@@ -47,14 +47,15 @@ def _logsumexp(v: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 class _Scores:
     """The score matrix of one call, produced a chunk of rows at a time, with its mask of dropped pairs."""
 
-    def __init__(self, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same) -> None:
-        self.self_similarity = y is None
+    def __init__(
+        self, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same, exclude_diagonal
+    ) -> None:
         self.dtype = compute_dtype(x)
         self.x = x.to(self.dtype)
         self.y = self.x if y is None else y.to(self.dtype)
         self.scale, self.bias = scale, bias
         self.x_ids, self.y_ids = x_ids, x_ids if y is None else y_ids
-        self.cutoff, self.same = cutoff, same
+        self.cutoff, self.same, self.exclude_diagonal = cutoff, same, exclude_diagonal
         self.term_scale, self.term_offset = term_scale, term_offset
         self.n, self.m = self.x.shape[0], self.y.shape[0]
         self.chunks = _chunks(self.n, self.m)
@@ -64,11 +65,11 @@ class _Scores:
         s, dropped = self.x[rows] @ self.y.T, None
         if self.x_ids is not None:
             dropped = self.x_ids[rows, None] == self.y_ids[None, :]
-            if self.same:
-                dropped = ~dropped
-                if self.self_similarity:
-                    columns = torch.arange(self.m, device=s.device)
-                    dropped = dropped | (columns[rows, None] == columns[None, :])
+            dropped = ~dropped if self.same else dropped
+        if self.exclude_diagonal:
+            index = torch.arange(max(self.n, self.m), device=s.device)
+            diagonal = index[rows, None] == index[None, : self.m]
+            dropped = diagonal if dropped is None else dropped | diagonal
         if self.cutoff is not None:
             above = s > self.cutoff[rows, None]
             dropped = above if dropped is None else dropped | above
@@ -127,10 +128,25 @@ def _phi_grad(term: str, constants: Sequence[float], v: Tensor) -> Tensor:
 
 
 def forward(
-    x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same, maximum
+    x,
+    y,
+    scale,
+    bias,
+    x_ids,
+    y_ids,
+    cutoff,
+    term_scale,
+    term_offset,
+    exponents,
+    columns,
+    term,
+    constants,
+    same,
+    exclude_diagonal,
+    maximum,
 ) -> Statistics:
     """The statistics of `contrastive_kernels.sweep`."""
-    scores = _Scores(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same)
+    scores = _Scores(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same, exclude_diagonal)
     dtype, n, m = statistic_dtype(x), scores.n, scores.m
     row_lse = x.new_empty((len(exponents), n), dtype=dtype)
     row_sum = x.new_empty((n if term else 0,), dtype=dtype)
@@ -163,10 +179,10 @@ def _split(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def backward(
     grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale,
-    term_offset, exponents, columns, term, constants, same, needs,
+    term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, y, scale, bias, term_scale and term_offset; differentiable in its turn."""
-    scores = _Scores(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same)
+    scores = _Scores(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same, exclude_diagonal)
     dtype, totals_dtype = scores.dtype, statistic_dtype(x)
     needs_x, needs_y, needs_scale, needs_bias, needs_term_scale, needs_term_offset = needs
     needs_y = needs_y or (needs_x and y is None)
@@ -206,7 +222,7 @@ def backward(
     scalar = zeros().to(totals_dtype)
     totals = [[zeros(0, x.shape[1])], zeros(*scores.y.shape), scalar, zeros(scores.m), scalar.clone(), [zeros(0)]]
     for rows in scores.chunks:
-        # With a graph to be built, a chunk is recomputed by its own backward: second derivatives in O(N * D) memory too.
+        # With a graph to be built, a chunk is recomputed by its own backward: second derivatives in O(N * D) too.
         parts = checkpoint(chunk, rows, use_reentrant=False) if torch.is_grad_enabled() else chunk(rows)
         for k, part in enumerate(parts):
             if part is None:

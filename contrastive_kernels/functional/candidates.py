@@ -1,4 +1,4 @@
-"""The candidate softmax: negatives reduced to a few numbers per anchor, and the losses made of them and the positives."""
+"""The candidate softmax: negatives reduced to a few numbers per anchor, and the losses made of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class Negatives(NamedTuple):
     band_sum: Tensor | None = None
 
 
-def swept(x: Tensor, y: Tensor | None, pairs: Pairs, request: Request, *, both_directions: bool = False) -> list[Negatives]:
+def swept(
+    x: Tensor, y: Tensor | None, pairs: Pairs, request: Request, *, both_directions: bool = False
+) -> list[Negatives]:
     """The negatives of the rows of x among the rows of y and, with both_directions, of the rows of y among those of x.
 
     Both directions come from one sweep unless there is a cutoff, which each direction applies to its own anchors.

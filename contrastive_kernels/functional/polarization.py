@@ -19,8 +19,8 @@ __all__ = ["Polarization", "distance_polarization"]
 class Polarization:
     r"""The regulariser as an argument of another loss: ``polarization=Polarization(0.1, 0.5, weight=0.1)``.
 
-    Adds ``weight`` times the mean of :math:`\max(0, (d - \mathrm{lower})(\mathrm{upper} - d))`, ``d = (1 - s) / 2``, over
-    the loss's negative pairs, computed in the same sweep as the loss.
+    Adds ``weight`` times the mean of :math:`\max(0, (d - \mathrm{lower})(\mathrm{upper} - d))`, ``d = (1 - s) / 2``,
+    over the loss's negative pairs, computed in the same sweep as the loss.
 
     The defaults are placeholders: the paper's values are not known to us. Choose them for your data.
 
@@ -39,9 +39,7 @@ class Polarization:
         return Band(self.lower, self.upper)
 
 
-def polarized(
-    loss: Tensor, row_sum: Tensor, pair_count: Tensor, polarization: Polarization, reduction: str
-) -> Tensor:
+def polarized(loss: Tensor, row_sum: Tensor, pair_count: Tensor, polarization: Polarization, reduction: str) -> Tensor:
     """The reduced loss plus the weighted mean of the band over the kept pairs; for "none" plus each row's own mean."""
     if reduction != "none":
         row_sum, pair_count = row_sum.sum(), pair_count.sum()

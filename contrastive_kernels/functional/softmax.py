@@ -64,7 +64,7 @@ def info_nce_loss(
         temperature: T, float or 0-dim tensor (differentiable); 0.07 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
         negative_mode: ``"unpaired"`` or ``"paired"``.
-        in_batch_negatives: whether the other rows' positives are negatives; None: exactly if there are no negative_keys.
+        in_batch_negatives: whether the other rows' positives are negatives; None: only without negative_keys.
         symmetric: mean of this loss and of the one with queries and positive keys exchanged; needs in-batch negatives.
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -111,7 +111,6 @@ def info_nce_loss(
     if symmetric and not in_batch:
         raise ValueError("symmetric=True exchanges queries and in-batch keys; it needs in_batch_negatives=True")
 
-    n = query.shape[0]
     request = Request(scale, label_smoothing, polarization, return_stats, backend)
     query, positive_key = rows(query, normalize), rows(positive_key, normalize)
     negative_keys = None if negative_keys is None else rows(negative_keys, normalize)
@@ -172,7 +171,7 @@ def nt_xent_loss(
         multi_view: for V > 2 views: ``"out"``, every other view of the sample is a positive and L the mean of their
             losses, all views in the denominator; or ``"pairs"``, the mean of the two-view loss over all pairs of views.
         normalize: rows to unit norm first.
-        reduction: ``"mean"``, ``"sum"``, ``"none"`` or ``"sum_directions"``, twice the mean, the value of the official code.
+        reduction: ``"mean"``, ``"sum"``, ``"none"`` or ``"sum_directions"``, twice the mean, as the official code.
         weight: ``(N,)`` per sample; the mean is then sum(w l) / sum(w).
         label_smoothing: share of the target spread over all kept candidates.
         ids: ``(N,)`` integers; other samples with the same id are no negatives.
@@ -231,9 +230,7 @@ def nt_xent_loss(
     pairs = Pairs(ids.repeat(v), cutoff=cutoff_from(cutoff, cutoff_margin, similarity))
     directions = swept(views.flatten(0, 1), None, pairs, request)
     factor = 2 if reduction == "sum_directions" else 1
-    out = candidate_loss(
-        directions, positives, request, weight=weight, reduction="mean" if factor == 2 else reduction
-    )
+    out = candidate_loss(directions, positives, request, weight=weight, reduction="mean" if factor == 2 else reduction)
     return out if factor == 1 else (factor * out[0], out[1]) if return_stats else factor * out
 
 

@@ -131,16 +131,16 @@ def moco_arcl_loss(
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""ArCL against a queue: the least similar key view is the positive, without the N x K similarity matrix.
 
-    .. math:: L = \frac1N \sum_i \log\Bigl(1 + \sum_{j=1}^K e^{(\langle q_i, \mathrm{queue}_j \rangle - s_i^+) / T}\Bigr),
+    .. math:: L = \frac1N \sum_i \log\Bigl(1 + \sum_{j=1}^K e^{(\langle q_i, h_j \rangle - s_i^+) / T}\Bigr),
         \qquad s_i^+ = \min_k \langle q_i, k_{ik} \rangle
 
     Args:
         query: ``(N, D)``; ``(N, V, D)`` with ``pairs="all"``, where view 1 meets the queue.
         keys: ``(N, V, D)``, the views of the momentum encoder; detached.
-        queue: ``(K, D)``, past keys; detached. Pass ``queue.T`` of a ``(D, K)`` queue.
+        queue: ``(K, D)``, past keys h; detached. Pass ``queue.T`` of a ``(D, K)`` queue.
         temperature: T, float or 0-dim tensor (differentiable); 0.07 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
-        positive: ``"min"`` or ``"mean"`` of the similarities, or ``"mean_loss"``, the mean of the losses, over key views.
+        positive: ``"min"`` or ``"mean"`` similarity, or ``"mean_loss"``, the mean of the losses, over key views.
         pairs: ``"keys"``: the query against every key view; ``"all"``: every query view against every other key view.
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -201,7 +201,9 @@ def moco_arcl_loss(
     out = candidate_loss(negatives, Positives.single(scale * aligned), request, **options)
     if positive != "mean_loss":
         return out
-    losses = [candidate_loss(negatives, Positives.single(scale * s), request, **options) for s in similarities.unbind(1)]
+    losses = [
+        candidate_loss(negatives, Positives.single(scale * s), request, **options) for s in similarities.unbind(1)
+    ]
     if not return_stats:
         return torch.stack(losses).mean(0)
     return torch.stack([loss for loss, _ in losses]).mean(0), out[1]

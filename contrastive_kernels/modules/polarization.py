@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -51,7 +51,7 @@ class LMCLLoss(FunctionLoss):
         torch.Size([])
     """
 
-    BASES = {"nt_xent": functional.nt_xent_loss, "info_nce": functional.info_nce_loss}
+    BASES: ClassVar = {"nt_xent": functional.nt_xent_loss, "info_nce": functional.info_nce_loss}
 
     def __init__(
         self, base: str = "nt_xent", *, lower: float = 0.1, upper: float = 0.5, weight: float = 0.1, **options: Any

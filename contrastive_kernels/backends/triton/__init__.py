@@ -40,30 +40,33 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
 
 
 def forward(
-    x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same, maximum
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
+    exclude_diagonal, maximum,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The statistics of `contrastive_kernels.sweep`."""
     from contrastive_kernels.backends.triton import sums
     from contrastive_kernels.backends.triton.launch import Sweep
 
     sweep = Sweep.of(
-        x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same
-    )
+        x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
+        exclude_diagonal,
+    )  # fmt: skip
     with torch.cuda.device_of(x):
         return sums.forward(sweep, maximum)
 
 
 def backward(
     grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale,
-    term_offset, exponents, columns, term, constants, same, needs,
+    term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, y, scale, bias, term_scale and term_offset, empty where `needs` says so."""
     from contrastive_kernels.backends.triton import chunk, grad, tiles
     from contrastive_kernels.backends.triton.launch import Packed, Sweep
 
     sweep = Sweep.of(
-        x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same
-    )
+        x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
+        exclude_diagonal,
+    )  # fmt: skip
     names = ("x", "y", "scale", "bias", "term_scale", "term_offset")
     wanted = {name for name, need in zip(names, needs, strict=True) if need}
     # The products of `chunk` are done by the library, where autocast would round their float32 operands.

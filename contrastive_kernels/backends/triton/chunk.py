@@ -39,7 +39,7 @@ def _weights_bwd_kernel(
     exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
     AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
-    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr,
+    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr,
     CUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of the weights of rows first to last, x acting as the sweep's rows and, AS_COLUMNS, as its columns too.
@@ -62,9 +62,9 @@ def _weights_bwd_kernel(
         load_rows(row_stats, o_n, row_stride, 0, Q, TERM, SHIFTED, CUT),
         load_columns(col_stats, o_n, col_stride, 0, COLUMNS, BIASED) if AS_COLUMNS else None,
         load_ids(x_ids, o_n, last, 0, IDS),
-        o_n, row_stats, col_stats, y_ids, i_m * BM, M, row_stride, col_stride,
+        first + i_n * BN, row_stats, col_stats, y_ids, i_m * BM, M, row_stride, col_stride,
         b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-        True, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, SELF, CUT,
+        True, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
     )  # fmt: skip
     b_undo = weight_factor(unit, 1.0, 1.0, False, "")
     if g is not None:

@@ -35,7 +35,7 @@ def _grad_bwd_kernel(
     exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
     AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
-    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr,
+    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr,
     CUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of the owner x against all of y. An output that is None is not computed.
@@ -65,9 +65,9 @@ def _grad_bwd_kernel(
         b_y = load_tile(y, o_m, o_d, M, stride_y, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
         b_g, b_soft, b_prob, b_slope = tile_grad(
-            b_s, own_rows, own_cols, own_id, o_n, row_stats, col_stats, y_ids, i_m, M, row_stride, col_stride,
+            b_s, own_rows, own_cols, own_id, i_n * BN, row_stats, col_stats, y_ids, i_m, M, row_stride, col_stride,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            AS_ROWS, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, SELF, CUT,
+            AS_ROWS, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
         )  # fmt: skip
         if dx is not None:
             b_dx = tl.dot(b_g.to(b_y.dtype), b_y, b_dx, input_precision=PRECISION)

@@ -46,12 +46,14 @@ class Sweep:
     term: str
     constants: tuple[float, ...]
     same: bool
+    exclude_diagonal: bool
     self_similarity: bool
 
     @classmethod
     def of(
-        cls, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same
-    ) -> Sweep:
+        cls, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants,
+        same, exclude_diagonal,
+    ) -> Sweep:  # fmt: skip
         """From the arguments of an operator."""
         exponents = tuple(exponents)
         if len(exponents) > 2 or (columns and exponents not in ((), (1.0,))):
@@ -62,7 +64,7 @@ class Sweep:
         return cls(
             rows, rows if y is None else _rows(y), scale, _dense(bias), x_ids, x_ids if y is None else _dense(y_ids),
             _dense(cutoff), term_scale, _dense(term_offset), exponents, columns, term, tuple(constants), same,
-            y is None,
+            exclude_diagonal, y is None,
         )  # fmt: skip
 
     @property
@@ -101,7 +103,7 @@ class Sweep:
         return dict(
             Q=len(self.exponents), COLUMNS=self.columns, TERM=self.term, BIASED=self.bias is not None,
             SHIFTED=self.term_offset is not None, IDS=self.x_ids is not None, SAME=self.same,
-            SELF=self.self_similarity, CUT=self.cutoff is not None, PRECISION=self.precision,
+            DIAGONAL=self.exclude_diagonal, CUT=self.cutoff is not None, PRECISION=self.precision,
         )  # fmt: skip
 
     def largest_similarity(self) -> Tensor:

@@ -59,7 +59,7 @@ def _sums_fwd_kernel(
     x, y, x_ids, y_ids, scale, cutoff, reach, row_partial, col_partial,
     first_block, N, M, stride_x, stride_y,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, TRIANGLE: tl.constexpr,
-    PAIR_SUM: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr, CUT: tl.constexpr,
+    PAIR_SUM: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of exp2(logit - fixed_shift): a block of columns stays, every `splits`-th block of rows passes by.
@@ -87,7 +87,7 @@ def _sums_fwd_kernel(
         row_id = load_ids(x_ids, o_n, N, 0, IDS)
         b_cutoff = load_vector(cutoff, o_n, N, 0) if CUT else 0.0
         b_u = b_s * b_scale - b_shift
-        b_u = exclude(b_u, b_s, row_id, col_id, o_n[:, None], o_m[None, :], b_cutoff, OUT, IDS, SAME, SELF, CUT)
+        b_u = exclude(b_u, b_s, row_id, col_id, i_m * BM - i_n * BN, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
         # Zeros loaded outside would be logits of 0. The same for the whole program: only ragged tiles pay.
         if (i_n * BN + BN > N) | (i_m * BM + BM > M):
             b_u = tl.where((o_n < N)[:, None] & (o_m < M)[None, :], b_u, OUT)
@@ -148,12 +148,12 @@ def running_lse(b_max, b_sum, b_u):
 
 @triton.jit
 def admit(
-    b_v, b_s, own_id, str_id, o_n, i_m, M, cutoff, FILL: tl.constexpr,
-    IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr, CUT: tl.constexpr,
+    b_v, b_s, own_id, str_id, i_n, i_m, M, cutoff, FILL: tl.constexpr,
+    IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """`exclude`, and FILL beyond the last streamed element."""
     o_m = i_m + tl.arange(0, b_v.shape[1]).to(tl.int64)
-    b_v = exclude(b_v, b_s, own_id, str_id, o_n[:, None], o_m[None, :], cutoff, FILL, IDS, SAME, SELF, CUT)
+    b_v = exclude(b_v, b_s, own_id, str_id, i_m - i_n, cutoff, FILL, IDS, SAME, DIAGONAL, CUT)
     if i_m + b_v.shape[1] > M:
         b_v = tl.where(o_m[None, :] < M, b_v, FILL)
     return b_v
@@ -165,7 +165,7 @@ def _safe_sums_fwd_kernel(
     N, M, stride_x, stride_y, exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, AS_ROWS: tl.constexpr,
     Q: tl.constexpr, TERM: tl.constexpr, MAXIMUM: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr,
-    IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
+    IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of the owner x against every `splits`-th block of y, into partial (splits, PARTIALS, N).
 
@@ -197,21 +197,23 @@ def _safe_sums_fwd_kernel(
         b_bias = load_vector(bias, o_m, M, 1) * LOG2E if BIASED else 0.0
         if Q > 0:
             b_u = b_s * (b_scale * exponent_0) + b_bias
-            b_u = admit(b_u, b_s, own_id, str_id, o_n, i_m, M, b_cutoff, OUT, IDS, SAME, SELF, CUT)
+            b_u = admit(b_u, b_s, own_id, str_id, i_n * BN, i_m, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
             b_max_0, b_sum_0 = running_lse(b_max_0, b_sum_0, b_u)
         if Q > 1:
             b_u = b_s * (b_scale * exponent_1) + b_bias
-            b_u = admit(b_u, b_s, own_id, str_id, o_n, i_m, M, b_cutoff, OUT, IDS, SAME, SELF, CUT)
+            b_u = admit(b_u, b_s, own_id, str_id, i_n * BN, i_m, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
             b_max_1, b_sum_1 = running_lse(b_max_1, b_sum_1, b_u)
         if MAXIMUM:
-            b_u = admit(b_s * b_scale + b_bias, b_s, own_id, str_id, o_n, i_m, M, b_cutoff, OUT, IDS, SAME, SELF, CUT)
+            b_u = admit(
+                b_s * b_scale + b_bias, b_s, own_id, str_id, i_n * BN, i_m, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT
+            )
             # tl.max passes over NaN
             b_nan = tl.max((b_u != b_u).to(tl.int32), 1) > 0
             b_top = tl.where(b_nan, float("nan"), tl.max(b_u, 1))
             b_largest = tl.maximum(b_largest, b_top, propagate_nan=tl.PropagateNan.ALL)
         if TERM != "":
             b_p = phi(b_s * b_term_scale + b_offset, constant_0, constant_1, TERM)
-            b_p = admit(b_p, b_s, own_id, str_id, o_n, i_m, M, b_cutoff, 0.0, IDS, SAME, SELF, CUT)
+            b_p = admit(b_p, b_s, own_id, str_id, i_n * BN, i_m, M, b_cutoff, 0.0, IDS, SAME, DIAGONAL, CUT)
             b_term += tl.sum(b_p, 1)
 
     m_n = o_n < N
@@ -326,7 +328,7 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None) -> None:
         _sums_fwd_kernel[(slots, splits)](
             x, y, sweep.x_ids, sweep.y_ids, sweep.scale, sweep.cutoff, reach, row_partial, col_partial,
             first, n, m, x.stride(0), y.stride(0), D=d, **tile.blocks(d), TRIANGLE=triangle, PAIR_SUM=tile.pair_sum,
-            **{name: flags[name] for name in ("IDS", "SAME", "SELF", "CUT", "PRECISION")}, **tile.options(),
+            **{name: flags[name] for name in ("IDS", "SAME", "DIAGONAL", "CUT", "PRECISION")}, **tile.options(),
         )  # fmt: skip
         last = not triangle and first + slots == blocks
         fold_fwd(

@@ -60,18 +60,21 @@ def similarity(
 
 @triton.jit
 def exclude(
-    b_v, b_s, own_id, str_id, own_o, str_o, cutoff, FILL: tl.constexpr,
-    IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr, CUT: tl.constexpr,
+    b_v, b_s, own_id, str_id, ahead, cutoff, FILL: tl.constexpr,
+    IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """b_v with FILL at every dropped pair: a select, so that nothing of a dropped pair survives, not even NaN."""
+    """b_v with FILL at every dropped pair: a select, so that nothing of a dropped pair survives, not even NaN.
+
+    `ahead` is how far the first streamed element is ahead of the owner's first.
+    """
     if IDS:
-        if SAME:
-            m_kept = own_id == str_id
-            if SELF:
-                m_kept = m_kept & (own_o != str_o)
-        else:
-            m_kept = own_id != str_id
+        m_kept = own_id == str_id if SAME else own_id != str_id
         b_v = tl.where(m_kept, b_v, FILL)
+    if DIAGONAL:  # noqa: SIM102 (a compile-time and a run-time condition)
+        # the same for the whole program: only tiles on the diagonal pay
+        if (ahead < b_v.shape[0]) & (ahead > -b_v.shape[1]):
+            m_kept = tl.arange(0, b_v.shape[0])[:, None] != tl.arange(0, b_v.shape[1])[None, :] + ahead.to(tl.int32)
+            b_v = tl.where(m_kept, b_v, FILL)
     if CUT:
         # not `s <= cutoff`: a NaN similarity is kept
         b_v = tl.where(b_s > cutoff, FILL, b_v)
@@ -209,10 +212,10 @@ def load_columns(packed, o_m, stride, AXIS: tl.constexpr, COLUMNS: tl.constexpr,
 
 @triton.jit
 def pair_grad(
-    b_s, rows, cols, own_id, str_id, own_o, str_o,
+    b_s, rows, cols, own_id, str_id, ahead,
     b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
     Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr,
-    IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr, CUT: tl.constexpr,
+    IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """The three derivatives of a tile's pairs, each times the incoming gradients: with respect to scale * s (soft), to
     the logit's bias (prob) and to the argument of the term (slope). What a kernel does not use, it does not compute.
@@ -227,7 +230,7 @@ def pair_grad(
         b_u = b_s * (b_scale * LOG2E * exponent_0)
         if BIASED:
             b_u += bias
-        b_u = exclude(b_u, b_s, own_id, str_id, own_o, str_o, cutoff, OUT, IDS, SAME, SELF, CUT)
+        b_u = exclude(b_u, b_s, own_id, str_id, ahead, cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
     if Q > 0:
         b_e = tl.exp2(b_u - lse_0)
         b_soft, b_prob = b_e * (grad_0 * exponent_0), b_e * grad_0
@@ -235,7 +238,7 @@ def pair_grad(
         b_v = b_s * (b_scale * LOG2E * exponent_1)
         if BIASED:
             b_v += bias
-        b_v = exclude(b_v, b_s, own_id, str_id, own_o, str_o, cutoff, OUT, IDS, SAME, SELF, CUT)
+        b_v = exclude(b_v, b_s, own_id, str_id, ahead, cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
         b_e = tl.exp2(b_v - lse_1)
         b_soft, b_prob = b_soft + b_e * (grad_1 * exponent_1), b_prob + b_e * grad_1
     if COLUMNS:
@@ -246,42 +249,42 @@ def pair_grad(
         if SHIFTED:
             b_v += offset
         b_slope = phi_grad(b_v, constant_0, constant_1, TERM) * grad_sum
-        b_slope = exclude(b_slope, b_s, own_id, str_id, own_o, str_o, cutoff, 0.0, IDS, SAME, SELF, CUT)
+        b_slope = exclude(b_slope, b_s, own_id, str_id, ahead, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT)
     return b_soft, b_prob, b_slope
 
 
 @triton.jit
 def tile_grad(
-    b_s, own_rows, own_cols, own_id, o_n, row_stats, col_stats, y_ids, i_m, M, row_stride, col_stride,
+    b_s, own_rows, own_cols, own_id, i_n, row_stats, col_stats, y_ids, i_m, M, row_stride, col_stride,
     b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
     AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
-    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, SELF: tl.constexpr,
+    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr,
     CUT: tl.constexpr,
 ):  # fmt: skip
-    """The weights that multiply the streamed operand, owner o_n on axis 0 and the streamed block at i_m on axis 1, and
-    what the other gradients are sums of: (weights, soft, prob, slope), see `pair_grad`; 0 beyond the last streamed one.
+    """The weights that multiply the streamed operand, the owner at i_n on axis 0, the streamed block at i_m on axis 1,
+    and what the other gradients are sums of: (weights, soft, prob, slope), see `pair_grad`; 0 beyond the last streamed.
 
     The owner acts as the sweep's rows, as its columns, or, x against itself, as both. In that case soft and slope are
     those of its part as rows: every pair once. The weights lack `weight_factor`.
     """
     o_m = i_m + tl.arange(0, b_s.shape[1]).to(tl.int64)
-    own_o, str_o = o_n[:, None], o_m[None, :]
+    ahead = i_m - i_n
     str_id = load_ids(y_ids, o_m, M, 1, IDS)
     SOFT: tl.constexpr = Q > 0 or COLUMNS
     if AS_COLUMNS:
         str_rows = load_rows(row_stats, o_m, row_stride, 1, Q, TERM, SHIFTED, CUT)
         b_soft, b_prob, b_slope = pair_grad(
-            b_s, str_rows, own_cols, own_id, str_id, own_o, str_o,
+            b_s, str_rows, own_cols, own_id, str_id, ahead,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, SELF, CUT,
+            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
         )  # fmt: skip
         b_g = combine(b_soft, b_slope, b_scale, b_term_scale, SOFT, TERM)
     if AS_ROWS:
         str_cols = load_columns(col_stats, o_m, col_stride, 1, COLUMNS, BIASED)
         b_soft, b_row_prob, b_slope = pair_grad(
-            b_s, own_rows, str_cols, own_id, str_id, own_o, str_o,
+            b_s, own_rows, str_cols, own_id, str_id, ahead,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, SELF, CUT,
+            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
         )  # fmt: skip
         b_row_g = combine(b_soft, b_slope, b_scale, b_term_scale, SOFT, TERM)
         b_g, b_prob = (b_g + b_row_g, b_prob) if AS_COLUMNS else (b_row_g, b_row_prob)
