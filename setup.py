@@ -31,8 +31,10 @@ def extension():
                 self.extensions = []
 
     standard = "c++20" if torch.__version__ >= torch.torch_version.TorchVersion("2.10") else "c++17"
-    # Comparisons of NaN may not trap, or the compiler could not vectorise them.
-    flags = [f"-std={standard}", "-O3", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+    # -O2 with the vectoriser of -O3: the rest of -O3 makes the loops a fifth slower. Comparisons of NaN may not trap,
+    # or the compiler could not vectorise them.
+    flags = [f"-std={standard}", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
+    flags += ["-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
     flags += os.environ.get("CONTRASTIVE_KERNELS_CXXFLAGS", "").split()
     module = CppExtension(
         "contrastive_kernels._C",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.backends import BACKENDS
-from contrastive_kernels.sweep import BACKWARD_SCHEMA, FORWARD_SCHEMA, VIEWS_SCHEMA
+from contrastive_kernels.sweep import BACKWARD_SCHEMA, FORWARD_SCHEMA, VIEWS_SCHEMA, compute_dtype
 
 __all__ = ["operator"]
 
@@ -37,7 +37,7 @@ def _without_autocast(function):
 
 def _fake_forward(backend: ModuleType):
     def fake(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants,
-             same, exclude_diagonal, maximum):  # fmt: skip
+             same, exclude_diagonal, maximum, keep=False):  # fmt: skip
         n, m = x.shape[0], (x if y is None else y).shape[0]
         dtype = backend.statistic_dtype(x)
         shapes = (
@@ -47,14 +47,15 @@ def _fake_forward(backend: ModuleType):
             (n if maximum else 0,),
             (m if columns and maximum else 0,),
         )
-        return tuple(x.new_empty(shape, dtype=dtype) for shape in shapes)
+        scores = x.new_empty((n, m) if keep and backend.keeps_scores else (0,), dtype=compute_dtype(x))
+        return *(x.new_empty(shape, dtype=dtype) for shape in shapes), scores
 
     return fake
 
 
 def _fake_backward(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids,
                    cutoff, term_scale, term_offset, exponents, columns, term, constants, same, exclude_diagonal,
-                   needs):  # fmt: skip
+                   needs, scores=None):  # fmt: skip
     m = (x if y is None else y).shape[0]
     shapes = (x.shape, (m, x.shape[1]), (), (m,), (), (x.shape[0],))
     dtypes = (x.dtype, x.dtype, *(scale.dtype,) * 4)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels import checks
-from contrastive_kernels.backends import choose_backend
+from contrastive_kernels.autograd import apply
+from contrastive_kernels.backends import BACKENDS, choose_backend
 from contrastive_kernels.backends import torch as torch_backend
 from contrastive_kernels.operators import operator
 from contrastive_kernels.sweep import ALL_PAIRS, Pairs, Statistics, Term, compute_dtype
@@ -16,35 +17,39 @@ from contrastive_kernels.sweep import ALL_PAIRS, Pairs, Statistics, Term, comput
 __all__ = ["min_view_similarity", "row_dot", "similarity_logsumexp", "similarity_sum", "sweep"]
 
 
+KEPT_SCORES_BYTES = 16 << 20
+
+
 class _SweepFunction(torch.autograd.Function):
     """Forward and backward operator of one backend. The arguments are those of the forward schema, then the backend."""
 
     @staticmethod
     def forward(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants,
-                same, exclude_diagonal, maximum, backend):  # fmt: skip
+                same, exclude_diagonal, maximum, keep, backend):  # fmt: skip
         return operator(backend, "forward")(
             x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
-            exclude_diagonal, maximum,
+            exclude_diagonal, maximum, keep,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        tensors, (*ctx.description, _, ctx.backend) = inputs[:9], inputs[9:]
-        row_lse, col_lse, _, row_max, col_max = output
-        ctx.mark_non_differentiable(row_max, col_max)
-        ctx.save_for_backward(row_lse, col_lse, *tensors)
+        tensors, (*ctx.description, _, ctx.kept, ctx.backend) = inputs[:9], inputs[9:]
+        row_lse, col_lse, _, row_max, col_max, scores = output
+        ctx.mark_non_differentiable(row_max, col_max, scores)
+        ctx.save_for_backward(row_lse, col_lse, *tensors, scores)
 
     @staticmethod
-    def backward(ctx, grad_row_lse, grad_col_lse, grad_row_sum, _row_max, _col_max):
+    def backward(ctx, grad_row_lse, grad_col_lse, grad_row_sum, *_):
         needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        *tensors, scores = ctx.saved_tensors
         arguments = (
-            grad_row_lse, grad_col_lse, grad_row_sum, *ctx.saved_tensors, *ctx.description, needs,
+            grad_row_lse, grad_col_lse, grad_row_sum, *tensors, *ctx.description, needs, scores if ctx.kept else None
         )  # fmt: skip
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _SweepBackward.apply(*arguments, ctx.backend)
+            grads = apply(_SweepBackward, *arguments, ctx.backend)
         else:
             grads = operator(ctx.backend, "backward")(*arguments)
-        all_grads = [None] * 17
+        all_grads = [None] * 18
         for i, grad, need in zip(_DIFFERENTIABLE, grads, needs, strict=True):
             all_grads[i] = grad if need else None
         return tuple(all_grads)
@@ -84,7 +89,7 @@ class _SweepBackward(torch.autograd.Function):
             grads = torch.autograd.grad(
                 [out for out, _ in pairs], [inputs[i] for i in wanted], [grad for _, grad in pairs], allow_unused=True
             )
-        all_grads = [None] * 22
+        all_grads = [None] * 23
         for i, grad in zip(wanted, grads, strict=True):
             all_grads[i] = grad
         return tuple(all_grads)
@@ -109,14 +114,26 @@ def sweep(
     """
     x, y = autocast(x), None if y is None else autocast(y)
     dtype = compute_dtype(x)
+    scale = _as_tensor(scale, x, dtype)
     x_ids, y_ids, cutoff, same, exclude_diagonal = pairs
     term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
     if term_offset is not None:
         term_offset = _as_tensor(term_offset, x, dtype).expand(x.shape[0])
-    statistics = _SweepFunction.apply(
+    backend = choose_backend(x, backend)
+    # Few scores are kept for the backward: there a fourth product takes longer than to read them. Not of x with itself,
+    # where half of them serve and the visited half depends on the number of threads.
+    keep = (
+        BACKENDS[backend].keeps_scores
+        and y is not None
+        and torch.is_grad_enabled()
+        and (x.requires_grad or y.requires_grad)
+        and x.shape[0] * y.shape[0] * scale.dtype.itemsize <= KEPT_SCORES_BYTES
+    )
+    statistics = apply(
+        _SweepFunction,
         x,
         y,
-        _as_tensor(scale, x, dtype),
+        scale,
         None if bias is None else bias.to(dtype),
         x_ids,
         y_ids,
@@ -130,9 +147,10 @@ def sweep(
         same,
         exclude_diagonal,
         maximum,
-        choose_backend(x, backend),
+        keep,
+        backend,
     )
-    asked_for = (bool(exponents), columns, term is not None, maximum, maximum and columns)
+    asked_for = (bool(exponents), columns, term is not None, maximum, maximum and columns, False)
     return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
 
 

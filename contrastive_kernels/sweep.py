@@ -15,9 +15,11 @@ Statistics of the forward sweep (an empty tensor where not asked for):
 - ``row_max[i]    = max_j a * s_ij + b_j`` and, with ``columns``, ``col_max[j] = max_i a * s_ij`` (``maximum``; no
   gradient).
 
-The backward sweep recomputes every tile, forms ``G_ij = dL/ds_ij`` from the statistics and returns ``dx = G y``,
-``dy = G^T x`` and the gradients of the scalars and vectors. ``y = None`` means x against itself: S and its mask are
-then symmetric unless there is a bias, a cutoff or a term offset, and a backend may visit the upper triangle only.
+With ``keep`` a backend may also return the similarities, for its own backward: worth it where they are few. The
+backward sweep recomputes every tile, or takes it from the ``scores`` that were kept, forms ``G_ij = dL/ds_ij`` from the
+statistics and returns ``dx = G y``, ``dy = G^T x`` and the gradients of the scalars and vectors. ``y = None`` means x
+against itself: S and its mask are then symmetric unless there is a bias, a cutoff or a term offset, and a backend may
+visit the upper triangle only.
 """
 
 from __future__ import annotations
@@ -69,6 +71,7 @@ class Statistics(NamedTuple):
     row_sum: Tensor  # (N,)
     row_max: Tensor  # (N,)
     col_max: Tensor  # (M,)
+    scores: Tensor  # (N, M), for the backward of the backend that keeps them
 
 
 class Operands(NamedTuple):
@@ -173,11 +176,13 @@ INPUTS = (
     "Tensor? term_scale, Tensor? term_offset"
 )
 DESCRIPTION = "float[] exponents, bool columns, str term, float[] constants, bool same, bool exclude_diagonal"
-FORWARD_SCHEMA = f"({INPUTS}, {DESCRIPTION}, bool maximum) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+FORWARD_SCHEMA = (
+    f"({INPUTS}, {DESCRIPTION}, bool maximum, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 # `needs` says which of x, y, scale, bias, term_scale, term_offset want a gradient; the others come back empty.
 # dx and dy have the dtype of x, the others the compute dtype.
 BACKWARD_SCHEMA = (
     f"(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor col_lse, {INPUTS}, "
-    f"{DESCRIPTION}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{DESCRIPTION}, bool[] needs, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 VIEWS_SCHEMA = "(Tensor views) -> Tensor"  # (N, V, D) -> (N, 2) int64: the least similar pair j < k, first on a tie

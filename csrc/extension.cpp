@@ -21,10 +21,10 @@ Outputs cpp_forward(const at::Tensor& x, const OptionalTensor& y, const at::Tens
                     const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& cutoff,
                     const OptionalTensor& term_scale, const OptionalTensor& term_offset, Numbers exponents,
                     bool columns, std::string_view term, Numbers constants, bool same, bool exclude_diagonal,
-                    bool maximum) {
+                    bool maximum, bool keep) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return forward({x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
-                 {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, maximum);
+                 {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, maximum, keep);
 }
 
 Gradients cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
@@ -33,14 +33,14 @@ Gradients cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_co
                        const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& cutoff,
                        const OptionalTensor& term_scale, const OptionalTensor& term_offset, Numbers exponents,
                        bool columns, std::string_view term, Numbers constants, bool same, bool exclude_diagonal,
-                       c10::List<bool> needs) {
+                       c10::List<bool> needs, const OptionalTensor& scores) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   std::array<bool, 6> wanted;
   TORCH_CHECK(needs.size() == wanted.size(), "needs must have 6 entries, got ", needs.size());
   std::copy(needs.begin(), needs.end(), wanted.begin());
   return backward(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse,
                   {x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
-                  {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, wanted);
+                  {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, wanted, scores);
 }
 
 at::Tensor cpp_views(const at::Tensor& views) {
@@ -52,10 +52,10 @@ at::Tensor cpp_views(const at::Tensor& views) {
 }  // namespace contrastive_kernels
 
 TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
-  m.def("cpp_forward(" INPUTS "bool maximum) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpp_forward(" INPUTS "bool maximum, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor col_lse, " INPUTS
-      "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool[] needs, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpp_views(Tensor views) -> Tensor");
 }
 

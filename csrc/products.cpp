@@ -34,7 +34,24 @@ at::Tensor with_unit_stride(const at::Tensor& matrix) {
                                                                                           : matrix.contiguous();
 }
 
-// Products by the BLAS, in the compute dtype; float16 and bfloat16 operands are converted beforehand.
+// The panels of kFloatPanel rows of y, each transposed: [panels, d, kFloatPanel], the last one filled up with zeros.
+constexpr int64_t kFloatPanel = 64;
+static_assert(kTileRows % kFloatPanel == 0 && kTileCols % kFloatPanel == 0);
+
+at::Tensor transposed_panels(const at::Tensor& y) {
+  const int64_t m = y.size(0), d = y.size(1), whole = m / kFloatPanel, rest = m % kFloatPanel;
+  auto panels = at::empty({whole + (rest > 0), d, kFloatPanel}, y.options());
+  panels.narrow(0, 0, whole).copy_(y.narrow(0, 0, whole * kFloatPanel).view({whole, kFloatPanel, d}).transpose(1, 2));
+  if (rest) {
+    auto last = panels.select(0, whole);
+    last.narrow(1, 0, rest).copy_(y.narrow(0, m - rest, rest).t());
+    last.narrow(1, rest, kFloatPanel - rest).zero_();
+  }
+  return panels;
+}
+
+// Products by the BLAS, in the compute dtype; float16 and bfloat16 operands are converted beforehand. The scores in float
+// are by the kernel of oneDNN, which takes its operands as they lie: for small d the BLAS spends a fifth on packing.
 template <typename T>
 class BlasProducts final : public Products<T> {
  public:
@@ -43,11 +60,22 @@ class BlasProducts final : public Products<T> {
     const auto compute = c10::CppTypeToScalarType<T>::value;
     x_ = with_unit_stride(x.to(compute));
     y_ = y.is_same(x) ? x_ : with_unit_stride(y.to(compute));
+    if (std::is_same_v<T, float> && wanted.scores && y.numel()) y_columns_ = transposed_panels(y_);
     if (wanted.dx) dx_ = at::zeros(x.sizes(), x_.options());
     if (wanted.dy) dy_ = wanted.symmetric ? dx_ : at::zeros(y.sizes(), y_.options());
   }
 
   void scores(Range rows, Range cols, T* s) override {
+    if constexpr (std::is_same_v<T, float>) {
+      if (y_columns_.defined()) {
+        const int64_t d = x_.size(1);
+        const float* x = static_cast<const float*>(row_data(x_, rows.begin));
+        for (int64_t j = cols.begin; j < cols.end; j += kFloatPanel)
+          at::native::cpublas::brgemm(rows.size(), kFloatPanel, d, x_.stride(0), kFloatPanel, kTileCols, false, x,
+                                      y_columns_.data_ptr<float>() + j * d, s + (j - cols.begin));
+        return;
+      }
+    }
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto tile = tile_of(rows, cols, s);
     at::cpu::mm_out(tile, rows_of(x_, rows), transposed_rows_of(y_, cols));
@@ -78,7 +106,7 @@ class BlasProducts final : public Products<T> {
 
   at::ScalarType dtype_;
   Wanted wanted_;
-  at::Tensor x_, y_, dx_, dy_;
+  at::Tensor x_, y_, y_columns_, dx_, dy_;
 };
 
 // bfloat16 products with float sums on the processor's matrix unit. Its right-hand operands hold pairs of consecutive
@@ -103,7 +131,8 @@ class MatrixUnitProducts final : public Products<float> {
     x_ = padded(x, round_up(n_, kPanel));
     const auto y_padded = y.is_same(x) ? x_ : padded(y, panels_ * kPanel);
     // Pairs are consecutive in a row of y: as 32-bit units this is a plain transposition.
-    y_columns_ = y_padded.view(at::kInt).view({panels_, kPanel, depth_ / 2}).transpose(1, 2).contiguous();
+    if (wanted.scores)
+      y_columns_ = y_padded.view(at::kInt).view({panels_, kPanel, depth_ / 2}).transpose(1, 2).contiguous();
     if (wanted.dx) {
       y_rows_ = y_padded.view({panels_ * kPanel / 2, 2, depth_}).transpose(1, 2).contiguous();
       dx_ = at::zeros({n_, depth_}, floats);
@@ -187,7 +216,7 @@ bool use_matrix_unit(at::ScalarType dtype) {
 
 }  // namespace
 
-int64_t granule(at::ScalarType dtype) { return use_matrix_unit(dtype) ? kPanel : 32; }
+int64_t granule(at::ScalarType dtype) { return use_matrix_unit(dtype) ? kPanel : kFloatPanel; }
 
 template <typename T>
 std::unique_ptr<Products<T>> make_products(const at::Tensor& x, const at::Tensor& y, Wanted wanted, int64_t slots) {

@@ -10,9 +10,9 @@
 
 namespace contrastive_kernels {
 
-// The gradients that are wanted.
+// The products that are wanted.
 struct Wanted {
-  bool dx, dy;
+  bool scores, dx, dy;
   // y is x: dY belongs to dX,
   bool self;
   // and no block reaches a row of it both ways, so that one sum can take both.

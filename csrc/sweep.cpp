@@ -107,18 +107,31 @@ class Sweep {
   int64_t one() const { return one_; }
   bool symmetric() const { return symmetric_; }
 
-  void forward(const Statistics& rows, const Statistics& cols) {
-    auto products = make_products<T>(x_, y_, {false, false, self_, symmetric_}, slots_);
-    visit(*products, [&](const Tile<T>& tile, bool diagonal, int64_t slot) {
+  // Leaves the scores in `kept`, [n, m], unless it is null.
+  void forward(const Statistics& rows, const Statistics& cols, T* kept) {
+    auto products = make_products<T>(x_, y_, {true, false, false, self_, symmetric_}, slots_);
+    const auto scores = [&](Range rows, Range cols, T* s) {
+      products->scores(rows, cols, s);
+      if (!kept) return;
+      for (int64_t i = 0; i < rows.size(); ++i)
+        std::copy_n(s + i * kTileCols, cols.size(), kept + (rows.begin + i) * m() + cols.begin);
+    };
+    visit(*products, scores, [&](const Tile<T>& tile, bool diagonal, int64_t slot) {
       tile_math<T>().forward(rules_, tile, rows, diagonal ? nullptr : &cols, work_[slot]);
     });
   }
 
+  // Takes the scores from `kept` unless it is null.
   std::pair<at::Tensor, at::Tensor> backward(const Upstream<T>& rows, const Upstream<T>& cols,
-                                             const SideGradients& side, bool need_x, bool need_y) {
-    auto products = make_products<T>(x_, y_, {need_x, self_ ? need_x : need_y, self_, symmetric_}, slots_);
+                                             const SideGradients& side, bool need_x, bool need_y, const T* kept) {
+    auto products = make_products<T>(x_, y_, {!kept, need_x, self_ ? need_x : need_y, self_, symmetric_}, slots_);
     for (int64_t slot = 0; slot < slots_; ++slot) work_[slot].side = side;
-    visit(*products, [&](const Tile<T>& tile, bool diagonal, int64_t slot) {
+    const auto scores = [&](Range rows, Range cols, T* s) {
+      if (!kept) return products->scores(rows, cols, s);
+      for (int64_t i = 0; i < rows.size(); ++i)
+        std::copy_n(kept + (rows.begin + i) * m() + cols.begin, cols.size(), s + i * kTileCols);
+    };
+    visit(*products, scores, [&](const Tile<T>& tile, bool diagonal, int64_t slot) {
       // A diagonal tile holds (i, j) and (j, i): the gradients of both, at each of them.
       tile_math<T>().backward(rules_, tile, rows, &cols, diagonal ? 0.5 : 1.0, work_[slot]);
       products->add_gradients(tile.rows, tile.cols, tile.s, !diagonal, slot);
@@ -140,13 +153,13 @@ class Sweep {
     return held_.emplace_back(tensor->contiguous()).template const_data_ptr<S>();
   }
 
-  template <typename F>
-  void visit(Products<T>& products, const F& f) {
+  template <typename S, typename F>
+  void visit(Products<T>& products, const S& scores, const F& f) {
     run(schedule_, [&](const Block& block, int64_t slot) {
       for_each_tile(block, [&](Range rows, Range cols, bool diagonal) {
         const bool ids_meet = rules_.x_ids && may_be_equal(rows, cols);
         if (rules_.x_ids && rules_.same && !ids_meet) return;
-        products.scores(rows, cols, work_[slot].scores);
+        scores(rows, cols, work_[slot].scores);
         const bool masked = ids_meet || rules_.cutoff || (rules_.exclude_diagonal && rows.overlaps(cols));
         f(Tile<T>{work_[slot].scores, rows, cols, masked}, diagonal, slot);
       });
@@ -200,65 +213,67 @@ class Accumulators {
   at::Tensor shift_, sum_, maximum_, term_sum_;
 };
 
-// The tensors behind an Upstream: the log-sum-exps as two T, +inf where no pair was kept.
+// The tensors behind an Upstream: `lse` [count, n] and its gradient are those of the channels from `first` on; the log-
+// sum-exps become two T each, +inf where no pair was kept.
 template <typename T>
 class UpstreamTensors {
  public:
-  UpstreamTensors(const at::Tensor& grad_lse, const at::Tensor& lse, const at::Tensor& grad_term_sum) {
+  UpstreamTensors(int64_t channels, int64_t n, int64_t first, const at::Tensor& grad_lse, const at::Tensor& lse,
+                  const at::Tensor& grad_term_sum)
+      : n_(n), grad_lse_(channels * n, T(0)), lse_(channels * n, std::numeric_limits<T>::infinity()),
+        remainder_(channels * n, T(0)) {
     const auto dtype = c10::CppTypeToScalarType<T>::value;
-    const auto exact = at::where(lse == -kInfinity, kInfinity, lse.to(at::kDouble));
-    grad_lse_ = grad_lse.to(dtype).contiguous();
-    lse_ = exact.to(dtype).contiguous();
-    remainder_ = at::where(lse_.isinf(), 0.0, exact - lse_).to(dtype).contiguous();
+    const auto grads = grad_lse.to(dtype).contiguous(), exact = lse.to(at::kDouble).contiguous();
+    const T* grad = grads.template const_data_ptr<T>();
+    const double* value = exact.template const_data_ptr<double>();
+    for (int64_t i = 0, k = first * n; i < exact.numel(); ++i, ++k) {
+      grad_lse_[k] = grad[i];
+      if (value[i] == -kInfinity) continue;
+      lse_[k] = static_cast<T>(value[i]);
+      if (!std::isinf(lse_[k])) remainder_[k] = static_cast<T>(value[i] - lse_[k]);
+    }
     grad_term_sum_ = grad_term_sum.to(dtype).contiguous();
   }
 
   Upstream<T> pointers() const {
-    const auto* term = grad_term_sum_.numel() ? grad_term_sum_.template data_ptr<T>() : nullptr;
-    return {lse_.size(1), grad_lse_.template data_ptr<T>(), lse_.template data_ptr<T>(),
-            remainder_.template data_ptr<T>(), term};
+    const auto* term = grad_term_sum_.numel() ? grad_term_sum_.template const_data_ptr<T>() : nullptr;
+    return {n_, grad_lse_.data(), lse_.data(), remainder_.data(), term};
   }
 
  private:
-  at::Tensor grad_lse_, lse_, remainder_, grad_term_sum_;
+  int64_t n_;
+  std::vector<T> grad_lse_, lse_, remainder_;
+  at::Tensor grad_term_sum_;
 };
-
-// A row of `values` for each channel, in its place; the others are `filler`.
-at::Tensor placed(const at::Tensor& values, int64_t first, int64_t channels, int64_t n, double filler) {
-  auto result = at::full({channels, n}, filler, at::kDouble);
-  result.narrow(0, first, values.size(0)).copy_(values);
-  return result;
-}
 
 at::Tensor nothing(at::ScalarType dtype) { return at::empty({0}, dtype); }
 
 template <typename T>
-Outputs forward_as(const Inputs& in, const Description& description, bool maximum) {
+Outputs forward_as(const Inputs& in, const Description& description, bool maximum, bool keep) {
   Sweep<T> sweep(in, description, maximum);
   const bool term = !description.term.empty();
   const Accumulators rows(sweep.channels(), sweep.n(), maximum, term);
   const Accumulators cols(description.columns ? sweep.channels() : 0, sweep.m(), maximum, false);
-  sweep.forward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers());
+  const auto compute = c10::CppTypeToScalarType<T>::value;
+  const auto kept = keep ? at::empty({sweep.n(), sweep.m()}, compute) : nothing(compute);
+  sweep.forward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(),
+                keep ? kept.template data_ptr<T>() : nullptr);
   const auto none = [] { return nothing(at::kDouble); };  // outputs may not share memory
   return {rows.log_sum_exp().narrow(0, 0, description.exponents.size()),
           description.columns ? cols.log_sum_exp().select(0, sweep.one()) : none(), rows.term_sum(),
           maximum ? rows.maximum(sweep.one()) : none(),
-          maximum && description.columns ? cols.maximum(sweep.one()) : none()};
+          maximum && description.columns ? cols.maximum(sweep.one()) : none(), kept};
 }
 
 template <typename T>
 Gradients backward_as(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
                       const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& in,
-                      const Description& description, const std::array<bool, 6>& needs) {
+                      const Description& description, const std::array<bool, 6>& needs, const OptionalTensor& scores) {
   Sweep<T> sweep(in, description, false);
   const int64_t channels = sweep.channels(), n = sweep.n(), m = sweep.m();
   const auto none = nothing(at::kDouble);
-  const UpstreamTensors<T> rows(placed(grad_row_lse, 0, channels, n, 0), placed(row_lse, 0, channels, n, kInfinity),
-                                description.term.empty() ? none : grad_row_sum);
-  const auto columns = [&](const at::Tensor& values, double filler) {
-    return description.columns ? placed(values.unsqueeze(0), sweep.one(), channels, m, filler) : none.view({0, 0});
-  };
-  const UpstreamTensors<T> cols(columns(grad_col_lse, 0), columns(col_lse, kInfinity), none);
+  const UpstreamTensors<T> rows(channels, n, 0, grad_row_lse, row_lse, description.term.empty() ? none : grad_row_sum);
+  const UpstreamTensors<T> cols(description.columns ? channels : 0, m, sweep.one(), grad_col_lse, col_lse, none);
 
   const auto compute = c10::CppTypeToScalarType<T>::value, exact = at::kDouble;
   const auto bias = at::zeros({needs[3] ? m : 0}, exact), term_offset = at::zeros({needs[5] ? n : 0}, exact);
@@ -268,7 +283,8 @@ Gradients backward_as(const at::Tensor& grad_row_lse, const at::Tensor& grad_col
   if (needs[3]) side.bias = bias.template data_ptr<double>();
   if (needs[5]) side.term_offset = term_offset.template data_ptr<double>();
 
-  auto [dx, dy] = sweep.backward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(), side, needs[0], needs[1]);
+  auto [dx, dy] = sweep.backward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(), side, needs[0], needs[1],
+                                 scores ? scores->template const_data_ptr<T>() : nullptr);
   const auto dtype = in.x.scalar_type();
   return {dx.defined() ? dx : nothing(dtype),
           dy.defined() ? dy : nothing(dtype),
@@ -280,18 +296,23 @@ Gradients backward_as(const at::Tensor& grad_row_lse, const at::Tensor& grad_col
 
 }  // namespace
 
-Outputs forward(const Inputs& in, const Description& description, bool maximum) {
+Outputs forward(const Inputs& in, const Description& description, bool maximum, bool keep) {
   check(in, description);
-  return in.x.scalar_type() == at::kDouble ? forward_as<double>(in, description, maximum)
-                                           : forward_as<float>(in, description, maximum);
+  return in.x.scalar_type() == at::kDouble ? forward_as<double>(in, description, maximum, keep)
+                                           : forward_as<float>(in, description, maximum, keep);
 }
 
 Gradients backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
                    const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& in,
-                   const Description& description, const std::array<bool, 6>& needs) {
+                   const Description& description, const std::array<bool, 6>& needs, const OptionalTensor& scores) {
   check(in, description);
+  if (scores) {
+    const auto compute = in.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    check_vector(scores, "scores", compute, {in.x.size(0), (in.y ? *in.y : in.x).size(0)});
+    TORCH_CHECK_VALUE(scores->is_contiguous(), "scores must be contiguous");
+  }
   const auto run = in.x.scalar_type() == at::kDouble ? backward_as<double> : backward_as<float>;
-  return run(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, in, description, needs);
+  return run(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, in, description, needs, scores);
 }
 
 }  // namespace contrastive_kernels

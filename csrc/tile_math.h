@@ -87,6 +87,8 @@ struct Workspace {
   alignas(64) T row[3][kTileRows];
   alignas(64) T col[4][kTileCols];
   alignas(64) uint8_t kept[kTileCols];
+  // How often a shift known beforehand has not been good enough.
+  int64_t misses = 0;
   SideGradients side;
 };
 

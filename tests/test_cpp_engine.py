@@ -117,6 +117,7 @@ def dense(case: Case, inputs: list[torch.Tensor | None]) -> sweep.Statistics:
         torch.where(kept, TERMS[case.term][1](argument), 0).sum(1) if case.term else none,
         maximum(1) if case.maximum else none,
         maximum(0) if case.maximum and case.columns else none,
+        none,
     )
 
 
@@ -235,7 +236,7 @@ def test_engine_empty(shape, dtype):
     x, y, scale = torch.randn(n, d).to(dtype), torch.randn(m, d).to(dtype), torch.tensor(1.0, dtype=torch.float32)
     scale = scale.to(sweep.compute_dtype(x))
     inputs, description = [x, y, scale, *[None] * 6], [[1.0], True, "square", [], False, False]
-    row_lse, col_lse, row_sum, row_max, _ = ops.cpp_forward(*inputs, *description, True)
+    row_lse, col_lse, row_sum, row_max, *_ = ops.cpp_forward(*inputs, *description, True)
     expected = dense(Case(columns=True, term="square"), [t if t is None else t.double() for t in inputs])
     torch.testing.assert_close(row_lse, expected.row_lse.view(1, n))
     torch.testing.assert_close(col_lse, expected.col_lse)
@@ -289,7 +290,7 @@ def test_engine_nan_stays_in_its_row(m, dtype):
     case = Case(n=300, m=m, term="square", maximum=True)
     inputs = case.inputs(dtype)
     inputs[0][7, 3] = torch.nan
-    row_lse, _, row_sum, row_max, _ = ops.cpp_forward(*inputs, *case.description(), True)
+    row_lse, _, row_sum, row_max, *_ = ops.cpp_forward(*inputs, *case.description(), True)
     expected = torch.ones(300, dtype=torch.bool) if m == 0 else torch.arange(300) == 7
     for statistic in (row_lse[0], row_sum, row_max):
         assert torch.equal(statistic.isnan(), expected)
@@ -300,7 +301,7 @@ def test_engine_infinite_similarity(dtype):
     inputs = Case(n=300, m=300).inputs(dtype)
     inputs[0][7] = 0
     inputs[0][7, 0] = torch.inf
-    row_lse, col_lse, _, row_max, _ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, False, True)
+    row_lse, col_lse, _, row_max, *_ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, False, True)
     assert torch.equal(row_lse[0] == torch.inf, torch.arange(300) == 7)
     assert torch.equal(row_max == torch.inf, torch.arange(300) == 7)
     assert torch.equal(col_lse == torch.inf, inputs[1][:, 0] > 0)
@@ -399,3 +400,21 @@ def test_engine_refuses(change, error, message):
         inputs[k] = value
     with pytest.raises(error, match=message):
         ops.cpp_forward(*inputs, [1.0], False, "", [], False, False, False)
+
+
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(n=300, m=700, columns=True, exclude_diagonal=True), Case(ids=9, cutoff=True)], ids=str
+)
+def test_engine_with_scores_kept(case, dtype):
+    """The backward takes the similarities that the forward kept for what it would compute itself."""
+    inputs = case.inputs(dtype)
+    *statistics, scores = ops.cpp_forward(*inputs, *case.description(), True, True)
+    torch.testing.assert_close(scores, (inputs[0] @ inputs[1].T).to(scores.dtype), rtol=2e-2, atol=2e-2)
+    upstream = [torch.randn_like(s).to(inputs[2].dtype) for s in statistics[:3]]
+    needs = [True, True, True, False, False, False]
+    arguments = (*upstream, *statistics[:2], *inputs, *case.description(), needs)
+    for kept, recomputed in zip(ops.cpp_backward(*arguments, scores), ops.cpp_backward(*arguments), strict=True):
+        assert torch.equal(kept, recomputed)
+    with pytest.raises(ValueError, match="scores"):
+        ops.cpp_backward(*arguments, scores[1:])

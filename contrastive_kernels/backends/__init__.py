@@ -1,7 +1,8 @@
 """The backends in order of preference, and the choice between them.
 
-A backend is a module with ``name``, ``not_supported_reasons(x) -> list[str]``, ``statistic_dtype(x)`` and the three
-functions ``forward``, ``backward`` and ``view_minimum`` whose schemas and meaning `contrastive_kernels.sweep` gives.
+A backend is a module with ``name``, ``keeps_scores``, ``not_supported_reasons(x) -> list[str]``, ``statistic_dtype(x)``
+and the three functions ``forward``, ``backward`` and ``view_minimum``, whose schemas and meaning
+`contrastive_kernels.sweep` gives.
 """
 
 from __future__ import annotations

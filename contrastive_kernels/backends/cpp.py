@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 name = "cpp"
+keeps_scores = True
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from contrastive_kernels.sweep import Statistics, compute_dtype
 
 name = "torch"
+keeps_scores = False
 
 # Elements of one chunk's score tile. Up to eight such tiles live at a time, 32 MiB in float32.
 CHUNK_ELEMENTS = 1 << 20
@@ -144,6 +145,7 @@ def forward(
     same,
     exclude_diagonal,
     maximum,
+    keep=False,
 ) -> Statistics:
     """The statistics of `contrastive_kernels.sweep`."""
     scores = _Scores(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same, exclude_diagonal)
@@ -166,7 +168,7 @@ def forward(
         if term:
             values = _phi(term, constants, scores.argument(rows, s))
             row_sum[rows] = (values if dropped is None else values.masked_fill(dropped, 0)).sum(1, dtype=dtype)
-    return Statistics(row_lse, col_lse, row_sum, row_max, col_max)
+    return Statistics(row_lse, col_lse, row_sum, row_max, col_max, x.new_empty(0, dtype=compute_dtype(x)))
 
 
 def _split(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -179,7 +181,7 @@ def _split(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def backward(
     grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale,
-    term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs,
+    term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs, scores=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, y, scale, bias, term_scale and term_offset; differentiable in its turn."""
     scores = _Scores(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same, exclude_diagonal)

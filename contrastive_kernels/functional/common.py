@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels import checks
+from contrastive_kernels.autograd import apply
 from contrastive_kernels.similarity import autocast
 from contrastive_kernels.sweep import compute_dtype
 
@@ -32,28 +33,32 @@ class _UnitRows(torch.autograd.Function):
     """``x / max(|x|, eps)``, computed in float32; unlike `F.normalize` with zero gradient for a row below eps."""
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         wide = x.to(compute_dtype(x))
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        return (wide / norm.clamp_min(NORM_EPSILON)).to(x.dtype)
+        return (wide / norm.clamp_min(NORM_EPSILON)).to(x.dtype), norm
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+        _, norm = output
+        ctx.mark_non_differentiable(norm)
+        ctx.save_for_backward(*inputs, norm)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, _: Tensor) -> Tensor:
+        x, norm = ctx.saved_tensors
         wide, grad = x.to(compute_dtype(x)), grad.to(compute_dtype(x))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        if torch.is_grad_enabled():
+            # The norm that was saved has no graph for a second derivative.
+            norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.clamp_min(NORM_EPSILON).reciprocal().masked_fill(norm < NORM_EPSILON, 0)
-        unit = wide * inverse
-        return (torch.addcmul(grad, (grad * unit).sum(-1, keepdim=True), unit, value=-1) * inverse).to(x.dtype)
+        along = (grad * wide).sum(-1, keepdim=True) * inverse.pow(3)
+        return torch.addcmul(grad * inverse, wide, along, value=-1).to(x.dtype)
 
 
 def rows(x: Tensor, normalize: bool) -> Tensor:
     """The rows that enter the similarities: of unit norm if asked for, in the dtype of x or of autocast."""
-    return autocast(_UnitRows.apply(x) if normalize else x)
+    return autocast(apply(_UnitRows, x)[0] if normalize else x)
 
 
 def scale_from(

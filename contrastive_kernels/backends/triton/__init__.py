@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 name = "triton"
+keeps_scores = False
+installed = importlib.util.find_spec("triton") is not None
 
 
 def _interpreting() -> bool:
@@ -23,7 +25,7 @@ def _interpreting() -> bool:
 def not_supported_reasons(x: Tensor) -> list[str]:
     """Why this backend cannot run on x; empty if it can."""
     reasons = []
-    if importlib.util.find_spec("triton") is None:
+    if not installed:
         reasons.append("triton is not installed")
     if x.device.type != "cuda" and not (x.device.type == "cpu" and _interpreting()):
         reasons.append(f"device is {x.device.type}, not cuda (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)")
@@ -41,8 +43,8 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
 
 def forward(
     x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
-    exclude_diagonal, maximum,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    exclude_diagonal, maximum, keep=False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """The statistics of `contrastive_kernels.sweep`."""
     from contrastive_kernels.backends.triton import sums
     from contrastive_kernels.backends.triton.launch import Sweep
@@ -52,12 +54,12 @@ def forward(
         exclude_diagonal,
     )  # fmt: skip
     with torch.cuda.device_of(x):
-        return sums.forward(sweep, maximum)
+        return *sums.forward(sweep, maximum), scale.new_empty(0)
 
 
 def backward(
     grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale,
-    term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs,
+    term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs, scores=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, y, scale, bias, term_scale and term_offset, empty where `needs` says so."""
     from contrastive_kernels.backends.triton import chunk, grad, tiles
