@@ -17,7 +17,7 @@ from contrastive_kernels.sweep import ALL_PAIRS, Pairs, Statistics, Term, comput
 __all__ = ["min_view_similarity", "row_dot", "similarity_logsumexp", "similarity_sum", "sweep"]
 
 
-KEPT_SCORES_BYTES = 16 << 20
+KEPT_SCORES_BYTES = 4 << 20
 
 
 class _SweepFunction(torch.autograd.Function):

@@ -52,8 +52,10 @@ class _UnitRows(torch.autograd.Function):
             # The norm that was saved has no graph for a second derivative.
             norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.clamp_min(NORM_EPSILON).reciprocal().masked_fill(norm < NORM_EPSILON, 0)
-        along = (grad * wide).sum(-1, keepdim=True) * inverse.pow(3)
-        return torch.addcmul(grad * inverse, wide, along, value=-1).to(x.dtype)
+        along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * inverse.pow(3)
+        if torch.is_grad_enabled():
+            return torch.addcmul(grad * inverse, wide, along, value=-1).to(x.dtype)
+        return (grad * inverse).addcmul_(wide, along, value=-1).to(x.dtype)
 
 
 def rows(x: Tensor, normalize: bool) -> Tensor:
