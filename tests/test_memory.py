@@ -12,6 +12,8 @@ from memory_probe import PLAN
 from testing import CASES, backends, case_params, device_of
 
 import contrastive_kernels as ck
+from contrastive_kernels import similarity
+from contrastive_kernels.backends import BACKENDS
 
 LIMIT = 64 * 2**20
 
@@ -76,9 +78,20 @@ def bytes_saved(case, n, backend) -> int:
 
 
 @pytest.mark.parametrize("case", case_params(CASES))
-def test_saved_bytes_are_linear_in_the_rows(case, backend):
+def test_saved_bytes_are_linear_in_the_rows(case, backend, monkeypatch):
     """A few copies of the features (normalised, concatenated) and vectors; twice the rows, twice the bytes."""
+    monkeypatch.setattr(similarity, "KEPT_SCORES_BYTES", 0)
     small, large = (bytes_saved(case, n, backend) for n in (256, 512))
     assert large <= 2.1 * small
     features = sum(4 * v.numel() for v in case.features((512, 512, 32)).values())
     assert large <= 5 * features
+
+
+def test_scores_are_kept_up_to_a_limit(backend, monkeypatch):
+    """A backend may keep few similarities for its backward, and no more than that."""
+    assert similarity.KEPT_SCORES_BYTES <= 4 * 2**20
+    monkeypatch.setattr(similarity, "KEPT_SCORES_BYTES", 4 * 256 * 256)
+    at_the_limit, beyond = (bytes_saved(CASES["clip"], n, backend) for n in (256, 257))
+    if BACKENDS[backend].keeps_scores:
+        assert at_the_limit >= 4 * 256 * 256
+    assert beyond < 2 * 4 * 257 * 32 * 2
