@@ -120,3 +120,15 @@ def test_one_sample_loses_nothing(denominator, backend, poison):
     out = differentiate(lambda views: ck.arcl_loss(views, denominator=denominator, backend=backend), {"views": views})
     assert out.value == 0
     assert not out.gradients["views"].nan_to_num(1.0).any()
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_lone_sample_has_nothing_in_a_denominator_without_the_positive(label_smoothing, backend):
+    """Loss 0 and gradient 0, smoothed or not; a NaN is not hidden."""
+    views = torch.randn(1, 3, 8, device=device_of(backend), requires_grad=True)
+    options = {"denominator": "one_view", "label_smoothing": label_smoothing, "backend": backend}
+    loss = ck.arcl_loss(views, **options)
+    loss.backward()
+    assert loss == 0
+    assert not views.grad.any()
+    assert ck.arcl_loss(views * torch.nan, **options).isnan()

@@ -122,7 +122,7 @@ def candidate_loss(
     negative_lse = torch.stack([negatives.lse for negatives in directions])
     if own is None:
         nothing = negative_lse == -torch.inf
-        losses = (negative_lse.masked_fill(nothing, 0) - target).masked_fill(nothing, 0)
+        losses = negative_lse.masked_fill(nothing, 0) - target
     else:
         losses = torch.logaddexp(negative_lse - own, torch.zeros_like(negative_lse))
         losses = losses if own is target else losses + (own - target)
@@ -130,6 +130,9 @@ def candidate_loss(
         sums = positives.total + request.scale * torch.stack([negatives.similarity_sum for negatives in directions])
         counts = positives.count + torch.stack([negatives.count for negatives in directions])
         losses = losses + request.label_smoothing * (target - sums / counts.clamp(min=1))
+    if own is None:
+        # not a constant: a NaN target stays one
+        losses = torch.where(nothing, 0 * target, losses)
     loss = reduce(losses if len(directions) == 2 else losses[0], weight, reduction)
     if request.polarization is not None:
         loss = polarized(loss, directions[0].band_sum, directions[0].count, request.polarization, reduction)
