@@ -148,7 +148,7 @@ def term_operands(term: Term, x: Tensor) -> None:
     if scale is not None:
         scalar("scale", scale, x)
     if isinstance(offset, Tensor) and offset.dim() > 0:
-        vector("margin", offset, x, "x")
+        vector("bias" if term.name == "softplus" else "margin", offset, x, "x")
     elif offset is not None:
         scalar("bias", offset, x)
 

@@ -11,7 +11,8 @@ Statistics of the forward sweep (an empty tensor where not asked for):
 
 - ``row_lse[q, i] = log sum_j exp(exponents[q] * a * s_ij + b_j)``, ``-inf`` for a row with no kept pair;
 - ``col_lse[j]    = log sum_i exp(a * s_ij)`` (``columns``; not together with bias or several exponents);
-- ``row_sum[i]    = sum_j phi(term_scale * s_ij + term_offset[i])`` (``term``);
+- ``row_sum[i]    = sum_j phi(term_scale * s_ij + term_offset[i])`` (``term``; a term of distances has
+  ``-sqrt(max(2 - 2 s_ij, 1e-12))`` in place of ``s_ij``);
 - ``row_max[i]    = max_j a * s_ij + b_j`` and, with ``columns``, ``col_max[j] = max_i a * s_ij`` (``maximum``; no
   gradient).
 
@@ -33,6 +34,7 @@ from torch import Tensor
 __all__ = [
     "Band",
     "Count",
+    "DistanceHinge",
     "Gaussian",
     "Hinge",
     "Identity",
@@ -40,6 +42,7 @@ __all__ = [
     "Softplus",
     "Square",
     "Statistics",
+    "Student",
     "Term",
     "compute_dtype",
 ]
@@ -135,7 +138,7 @@ class Band(Term):
 
 @dataclass(frozen=True, eq=False)
 class Softplus(Term):
-    """``log(1 + exp(scale * s + bias))``; scale and bias are floats or 0-dim tensors with gradient."""
+    """``log(1 + exp(scale * s + bias))``; float or 0-dim with gradient, the bias also (N,), one per row."""
 
     scale: float | Tensor = 1.0
     bias: float | Tensor = 0.0
@@ -154,6 +157,37 @@ class Hinge(Term):
 
     def operands(self) -> Operands:
         return Operands(None, self.margin)
+
+
+@dataclass(frozen=True, eq=False)
+class DistanceHinge(Term):
+    """``max(0, margin - d)`` of the distance ``d = sqrt(2 - 2 * s)`` between unit rows; margin as that of `Hinge`.
+
+    A distance below 1e-6 counts as 1e-6, without gradient.
+    """
+
+    margin: float | Tensor = 0.0
+    name = "distance_hinge"
+
+    def operands(self) -> Operands:
+        return Operands(None, self.margin)
+
+
+@dataclass(frozen=True, eq=False)
+class Student(Term):
+    """``(1 + max(0, scale * s + offset))**-exponent``: Student's kernel of a squared distance, which is linear in s.
+
+    scale is a float or 0-dim, offset a float or (N,), one per row, both with gradient. A squared distance that rounding
+    made negative counts as 0, with the slope of 0.
+    """
+
+    exponent: float
+    scale: float | Tensor = 1.0
+    offset: float | Tensor = 0.0
+    name = "student"
+
+    def operands(self) -> Operands:
+        return Operands(self.scale, self.offset, (float(self.exponent),))
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,4 +20,4 @@ CONTRASTIVE_KERNELS_LDFLAGS="-fsanitize=address,undefined" \
 # Python itself leaks at exit, and is not built with the sanitizer, which therefore has to be loaded first.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$scratch" \
-  "$python" -m pytest -q -p no:cacheprovider tests "${@:--k=shapes or empty or strides or nothing or views or switches and threads2}"
+  "$python" -m pytest -q -p no:cacheprovider tests "${@:--k=shapes or empty or strides or nothing or views or kept or switches and threads2}"

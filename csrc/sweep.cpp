@@ -29,6 +29,8 @@ Term term_named(std::string_view name) {
   if (name == "band") return Term::band;
   if (name == "softplus") return Term::softplus;
   if (name == "hinge") return Term::hinge;
+  if (name == "distance_hinge") return Term::distance_hinge;
+  if (name == "student") return Term::student;
   if (name == "gaussian") return Term::gaussian;
   TORCH_CHECK_VALUE(false, "unknown term '", name, "'");
 }

@@ -17,7 +17,7 @@ struct Range {
   bool overlaps(Range other) const { return begin < other.end && other.begin < end; }
 };
 
-enum class Term { none, identity, count, square, band, softplus, hinge, gaussian };
+enum class Term { none, identity, count, square, band, softplus, hinge, distance_hinge, student, gaussian };
 
 // One log-sum-exp, of exp(exponent * scale * s + bias), over every row and perhaps over every column.
 struct Channel {

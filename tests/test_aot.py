@@ -32,6 +32,7 @@ HEAVY = {
     "info_nce-columns-band": dict(COLUMNS=True, IDS=True, DIAGONAL=True, TERM="band"),
     "cutoff": dict(IDS=True, CUT=True),
     "bias": dict(IDS=True, symmetric=True, BIASED=True),
+    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONAL=True),
 }
 # The rest of the flags, on one architecture.
 OTHERS = {
@@ -39,6 +40,7 @@ OTHERS = {
     "columns-alone": dict(Q=0, COLUMNS=True),
     "same": dict(IDS=True, SAME=True, DIAGONAL=True, symmetric=True),
     "clip-ids": dict(COLUMNS=True, IDS=True),
+    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONAL=True),
     # Not identity and count, whose weights do not depend on S: the one product left is serialized. Slow, not wrong.
     **{term: dict(Q=0, TERM=term, IDS=True) for term in ("square", "hinge", "gaussian")},
 }
@@ -57,7 +59,7 @@ def arguments(kernel, row, flags: dict, **extra) -> dict:
         "IDS": ("x_ids", "y_ids"), "CUT": ("cutoff",), "BIASED": ("bias",), "SHIFTED": ("term_offset", "d_term_offset")
     }  # fmt: skip
     constants |= {name: None for flag, names in absent.items() if not flags[flag] for name in names}
-    constants |= {} if flags["TERM"] == "softplus" else {"term_scale": None, "d_term_scale": None}
+    constants |= {} if flags["TERM"] in ("softplus", "student") else {"term_scale": None, "d_term_scale": None}
     # a power of two for float16 only; the rows are compiled for bfloat16
     constants |= {"unit": None}
     return {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -26,6 +26,9 @@ TERMS = {
     "band": ((0.1, 0.5), lambda v: (((1 - v) / 2 - 0.1) * (0.5 - (1 - v) / 2)).clamp(min=0)),
     "softplus": ((), softplus),
     "hinge": ((), torch.relu),
+    "distance_hinge": ((), torch.relu),
+    # below 0 the value of 0 with its slope
+    "student": ((2.5,), lambda v: (1 + torch.where(v < 0, v - v.detach(), v)) ** -2.5),
     "gaussian": ((2.0,), lambda v: torch.exp(4 * (v - 1))),
 }
 
@@ -110,7 +113,8 @@ def dense(case: Case, inputs: list[torch.Tensor | None]) -> sweep.Statistics:
     def maximum(dim: int) -> torch.Tensor:
         return (scale * s + offset).masked_fill(~kept, -torch.inf).amax(dim)
 
-    argument = s if term_scale is None else term_scale * s + term_offset[:, None]
+    base = -(2 - 2 * s).clamp(min=1e-12).sqrt() if case.term == "distance_hinge" else s
+    argument = base if term_scale is None else term_scale * base + term_offset[:, None]
     return sweep.Statistics(
         torch.stack([log_sum_exp(q * scale * s + offset, kept, 1) for q in case.exponents]) if case.exponents else none,
         log_sum_exp(scale * s, kept, 0) if case.columns else none,
@@ -204,6 +208,8 @@ SWITCHES = [
     replace(SELF, temperature=0.003),
     replace(SELF, columns=True),
     replace(SELF, bias=True, cutoff=True, same=True, exclude_diagonal=True, ids=4),
+    replace(SELF, exponents=(1.0, 2.0), ids=50, term="distance_hinge", term_operands=True),
+    replace(SELF, exclude_diagonal=True, columns=True, term="student"),
     *[replace(SELF, exponents=(), ids=50, term=term) for term in TERMS],
     *[Case(exponents=(), term=term, term_operands=True) for term in TERMS],
 ]
@@ -294,6 +300,25 @@ def test_engine_nan_stays_in_its_row(m, dtype):
     expected = torch.ones(300, dtype=torch.bool) if m == 0 else torch.arange(300) == 7
     for statistic in (row_lse[0], row_sum, row_max):
         assert torch.equal(statistic.isnan(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_engine_student_over_its_range(dtype):
+    """The errors of a power, at the edges of binades too; 16 equal columns, for the vector instructions."""
+    v = torch.cat([torch.tensor([0.0, 1e-9, 1e-3, 1, 3, 7, 2**20 - 1]), 10 ** torch.linspace(-6, 12, 500)]).to(dtype)
+    one = torch.ones((), dtype=dtype)
+
+    def powers(v, exponent):
+        inputs = [v[:, None], torch.ones(16, 1, dtype=dtype), one, *[None] * 6]
+        return ops.cpp_forward(*inputs, [], False, "student", [exponent], False, False, False)[2] / 16
+
+    for exponent in (0.75, 3.0):
+        exact = (1 + v.double()) ** -exponent
+        # the argument of the exponential is rounded, and so is the base
+        bound = torch.finfo(dtype).eps * (2 + exponent * (1 + 1.5 * torch.log1p(v.double())))
+        assert ((powers(v, exponent) / exact - 1).abs() <= bound).all()
+    strange = powers(torch.tensor([torch.nan, torch.inf, -0.5], dtype=dtype), 3.0)
+    torch.testing.assert_close(strange, torch.tensor([torch.nan, 0.0, 1.0]).double(), equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)

@@ -64,7 +64,8 @@ class Case:
 
 
 TERMS = {
-    "identity": (), "count": (), "square": (), "band": (0.3, 0.6), "softplus": (), "hinge": (), "gaussian": (1.3,)
+    "identity": (), "count": (), "square": (), "band": (0.3, 0.6), "softplus": (), "hinge": (), "distance_hinge": (),
+    "student": (2.5,), "gaussian": (1.3,),
 }  # fmt: skip
 CASES = {
     "rows": Case(),
@@ -97,6 +98,15 @@ CASES = {
         term="band", constants=(0.3, 0.6), self_similarity=True, ids=True, exponents=(2.0, 1.0), maximum=True
     ),
     "self-softplus": Case(term="softplus", self_similarity=True, term_scale=3.0, term_offset=True),
+    # scales at which some of the hinges are open
+    "distance_hinge": Case(
+        term="distance_hinge", exponents=(), term_scale=0.3, term_offset=True, exclude_diagonal=True
+    ),
+    "self-distance_hinge-soft": Case(
+        term="distance_hinge", self_similarity=True, term_scale=0.3, term_offset=True, exclude_diagonal=True
+    ),
+    "student": Case(term="student", constants=(3.0,), exponents=(), term_scale=-2.0, term_offset=True),
+    "self-student-ids": Case(term="student", constants=(0.75,), exponents=(), self_similarity=True, ids=True),
     "everything": Case(
         term="softplus", term_scale=-2.0, term_offset=True, self_similarity=True, exponents=(2.0, 1.0), bias=True,
         cutoff=True, ids=True, same=True, exclude_diagonal=True, maximum=True,
@@ -157,7 +167,8 @@ def dense(case: Case, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_
 
     empty = x.new_empty(0)
     row_lse = [logits(e, biases).logsumexp(1) for e in case.exponents]
-    v = s if term_scale is None else s * term_scale
+    base = -(2 - 2 * s).clamp(min=1e-12).sqrt() if case.term == "distance_hinge" else s
+    v = base if term_scale is None else base * term_scale
     v = v if term_offset is None else v + term_offset[:, None]
     return [
         torch.stack(row_lse) if row_lse else x.new_empty(0, len(x)),
@@ -177,6 +188,8 @@ def phi(term: str, constants, v: torch.Tensor) -> torch.Tensor:
         "band": lambda: ((d - constants[0]) * (constants[1] - d)).relu(),
         "softplus": lambda: torch.logaddexp(v, torch.zeros_like(v)),
         "hinge": lambda: v.relu(),
+        "distance_hinge": lambda: v.relu(),
+        "student": lambda: (1 + torch.where(v < 0, v - v.detach(), v)) ** -constants[0],
         "gaussian": lambda: torch.exp(-constants[0] * (2 - 2 * v)),
     }[term]()
 

@@ -18,6 +18,7 @@ from testing import (
 
 import contrastive_kernels as ck
 import python_ref
+from contrastive_kernels import sweep
 
 SHAPES = [*RAGGED, (1000, 1000, 24)]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -195,6 +196,56 @@ def test_sum(name, itself, dtype, backend, poison):
     compare(term_sum, tensors, backend, dtype, 10.0, term=term, constants=constants)
 
 
+def distance_hinge(s, margin):
+    return (margin[:, None] - (2 - 2 * s).clamp(min=1e-12).sqrt()).relu()
+
+
+def student(s, scale, offset):
+    v = scale * s + offset[:, None]
+    return (1 + torch.where(v < 0, v - v.detach(), v)) ** -2.5  # below 0 the value of 0 with its slope
+
+
+# The terms that the losses of distances use: (term, constants, operands, the same from the matrix).
+DISTANCE_TERMS = {
+    "distance_hinge": (sweep.DistanceHinge, (), {"margin": torch.linspace(1.0, 1.6, 65)}, distance_hinge),
+    "student": (
+        sweep.Student,
+        (2.5,),
+        {"scale": torch.tensor(-2.0), "offset": torch.linspace(-0.5, 3.0, 65)},
+        student,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("itself", [False, True], ids=["two", "self"])
+@pytest.mark.parametrize("name", DISTANCE_TERMS)
+def test_sum_of_distances(name, itself, dtype, backend, poison):
+    term, constants, operands, function = DISTANCE_TERMS[name]
+
+    def total(module, x, y=None, backend=None, **operands):
+        if module is ck:
+            ids = torch.arange(65, device=x.device) if y is None else None
+            return ck.similarity_sum(x, y, term=term(*constants, **operands), x_ids=ids, backend=backend)
+        terms = function(x @ (x if y is None else y).mT, **operands)
+        return (terms if y is not None else terms.masked_fill(torch.eye(65, dtype=torch.bool), 0.0)).sum(1)
+
+    tensors = pair((65, 129, 24))
+    if itself:
+        del tensors["y"]
+    compare(total, {**tensors, **operands}, backend, dtype, 1.0)
+
+
+def test_least_distance_has_no_slope(backend):
+    """Equal rows and rows closer than rounding tells: the distance is 1e-6."""
+    x = torch.eye(3, device=device_of(backend), requires_grad=True)
+    y = torch.cat([x.detach(), 1.1 * x.detach()])
+    out = ck.similarity_sum(x, y, term=sweep.DistanceHinge(0.5), backend=backend)
+    out.sum().backward()
+    torch.testing.assert_close(out, torch.full_like(out, 2 * (0.5 - 1e-6)), rtol=1e-6, atol=0)
+    assert not x.grad.any()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_sum_shapes(shape, backend, poison):
     compare(
@@ -327,7 +378,8 @@ def test_nan_survives(backend):
     x, y = torch.randn(65, 24, device=device), torch.randn(129, 24, device=device)
     x[40, 3] = math.nan
     hit = [40]
-    for term in (ck.Identity(), ck.Square(), ck.Band(0.1, 0.5), ck.Softplus(), ck.Hinge(-0.5), ck.Gaussian()):
+    terms = [ck.Identity(), ck.Square(), ck.Band(0.1, 0.5), ck.Softplus(), ck.Hinge(-0.5), ck.Gaussian()]
+    for term in (*terms, sweep.DistanceHinge(0.5), sweep.Student(3.0)):
         out = ck.similarity_sum(x, y, term=term, backend=backend)
         assert out.isnan().nonzero().flatten().tolist() == hit, term
     for options in ({}, {"cutoff": 0.5}, {"y_bias": torch.zeros(129, device=device)}):

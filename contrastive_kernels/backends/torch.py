@@ -20,6 +20,9 @@ keeps_scores = False
 # Elements of one chunk's score tile. Up to eight such tiles live at a time, 32 MiB in float32.
 CHUNK_ELEMENTS = 1 << 20
 
+# The square of the least distance that counts, for terms of distances.
+LEAST_SQUARE = 1e-12
+
 
 def not_supported_reasons(x: Tensor) -> list[str]:
     """Why this backend cannot run on x: never."""
@@ -83,10 +86,23 @@ class _Scores:
             u = u + self.bias
         return u if dropped is None else u.masked_fill(dropped, -torch.inf)
 
-    def argument(self, rows: slice, s: Tensor) -> Tensor:
+    def argument(self, rows: slice, base: Tensor) -> Tensor:
         """What the term is a function of."""
-        v = s if self.term_scale is None else s * self.term_scale
+        v = base if self.term_scale is None else base * self.term_scale
         return v if self.term_offset is None else v + self.term_offset[rows, None]
+
+
+def _base(term: str, s: Tensor) -> Tensor:
+    """What the argument of the term is linear in: the similarity, or minus the distance of unit rows."""
+    return -(2 - 2 * s).clamp(min=LEAST_SQUARE).sqrt() if term == "distance_hinge" else s
+
+
+def _through_base(term: str, s: Tensor, slope: Tensor) -> Tensor:
+    """The slope times the derivative of the base."""
+    if term != "distance_hinge":
+        return slope
+    square = 2 - 2 * s
+    return (slope * square.clamp(min=LEAST_SQUARE).rsqrt()).masked_fill(square < LEAST_SQUARE, 0)
 
 
 def _phi(term: str, constants: Sequence[float], v: Tensor) -> Tensor:
@@ -101,8 +117,10 @@ def _phi(term: str, constants: Sequence[float], v: Tensor) -> Tensor:
         return ((d - constants[0]) * (constants[1] - d)).clamp(min=0)
     if term == "softplus":
         return torch.logaddexp(v, torch.zeros_like(v))
-    if term == "hinge":
+    if term in ("hinge", "distance_hinge"):
         return v.clamp(min=0)
+    if term == "student":
+        return (1 + v.clamp(min=0)).pow(-constants[0])
     if term == "gaussian":
         return torch.exp(2 * constants[0] * (v - 1))
     raise ValueError(f"unknown term {term!r}")
@@ -121,8 +139,10 @@ def _phi_grad(term: str, constants: Sequence[float], v: Tensor) -> Tensor:
         return (d - (constants[0] + constants[1]) / 2).masked_fill((d <= constants[0]) | (d >= constants[1]), 0)
     if term == "softplus":
         return torch.sigmoid(v)
-    if term == "hinge":
+    if term in ("hinge", "distance_hinge"):
         return (1 + 0 * v.clamp(max=0)).masked_fill(v <= 0, 0)
+    if term == "student":
+        return -constants[0] * (1 + v.clamp(min=0)).pow(-constants[0] - 1)
     if term == "gaussian":
         return 2 * constants[0] * torch.exp(2 * constants[0] * (v - 1))
     raise ValueError(f"unknown term {term!r}")
@@ -166,7 +186,7 @@ def forward(
         if maximum:
             row_max[rows] = scores.logits(s, dropped).amax(1).to(dtype) if m else -torch.inf
         if term:
-            values = _phi(term, constants, scores.argument(rows, s))
+            values = _phi(term, constants, scores.argument(rows, _base(term, s)))
             row_sum[rows] = (values if dropped is None else values.masked_fill(dropped, 0)).sum(1, dtype=dtype)
     return Statistics(row_lse, col_lse, row_sum, row_max, col_max, x.new_empty(0, dtype=compute_dtype(x)))
 
@@ -208,10 +228,12 @@ def backward(
         d_scale = (s * weight).sum(dtype=totals_dtype) if needs_scale else None
         d_term_scale = d_term_offset = None
         if term:
-            slope = grad_row_sum[rows, None] * _phi_grad(term, constants, scores.argument(rows, s))
+            base = _base(term, s)
+            slope = grad_row_sum[rows, None] * _phi_grad(term, constants, scores.argument(rows, base))
             slope = slope if dropped is None else slope.masked_fill(dropped, 0)
-            grad = grad + (slope if term_scale is None else slope * term_scale)
-            d_term_scale = (s * slope).sum(dtype=totals_dtype) if needs_term_scale else None
+            through = _through_base(term, s, slope)
+            grad = grad + (through if term_scale is None else through * term_scale)
+            d_term_scale = (base * slope).sum(dtype=totals_dtype) if needs_term_scale else None
             d_term_offset = slope.sum(1) if needs_term_offset else None
         d_x = grad @ scores.y if needs_x else None
         d_y = grad.T @ scores.x[rows] if needs_y else None

@@ -20,6 +20,7 @@ from contrastive_kernels.backends.triton.tile import (
     load_rows,
     load_tile,
     similarity,
+    term_base,
     tile_grad,
     weight_factor,
 )  # fmt: skip
@@ -74,7 +75,7 @@ def _weights_bwd_kernel(
     if d_scale is not None:
         tl.store(d_scale + o_share, tl.sum(b_soft * b_s, 1) * b_undo, mask=m_n)
     if d_term_scale is not None:
-        tl.store(d_term_scale + o_share, tl.sum(b_slope * b_s, 1) * b_undo, mask=m_n)
+        tl.store(d_term_scale + o_share, tl.sum(b_slope * term_base(b_s, TERM), 1) * b_undo, mask=m_n)
     if d_term_offset is not None:
         tl.store(d_term_offset + o_share, tl.sum(b_slope, 1) * b_undo, mask=m_n)
 

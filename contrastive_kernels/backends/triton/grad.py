@@ -19,6 +19,7 @@ from contrastive_kernels.backends.triton.tile import (
     load_rows,
     load_tile,
     similarity,
+    term_base,
     tile_grad,
     weight_factor,
 )  # fmt: skip
@@ -54,8 +55,10 @@ def _grad_bwd_kernel(
     own_cols = load_columns(col_stats, o_n, col_stride, 0, COLUMNS, BIASED) if AS_COLUMNS else None
 
     # With one kind of weight, sum_ij w_ij s_ij is <x, w y>: a row dot at the end for a reduction in every tile. Where
-    # dx fills the registers, x beside it spills.
-    ROW_DOT: tl.constexpr = dx is not None and BD <= 128 and not ((Q > 0 or COLUMNS) and TERM != "")
+    # dx fills the registers, x beside it spills. Not where the term is of something else than s.
+    ROW_DOT: tl.constexpr = (
+        dx is not None and BD <= 128 and not ((Q > 0 or COLUMNS) and TERM != "") and TERM != "distance_hinge"
+    )
     b_dx = tl.zeros([BN, BD], tl.float32)
     b_d_scale, b_d_term_scale = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     b_d_bias, b_d_term_offset = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
@@ -74,7 +77,7 @@ def _grad_bwd_kernel(
         if d_scale is not None and not ROW_DOT:
             b_d_scale += tl.sum(b_soft * b_s, 1)
         if d_term_scale is not None and not ROW_DOT:
-            b_d_term_scale += tl.sum(b_slope * b_s, 1)
+            b_d_term_scale += tl.sum(b_slope * term_base(b_s, TERM), 1)
         if d_bias is not None:
             b_d_bias += tl.sum(b_prob, 1)
         if d_term_offset is not None:

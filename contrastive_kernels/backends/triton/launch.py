@@ -79,8 +79,8 @@ class Sweep:
 
     @property
     def heavy(self) -> bool:
-        """Whether the epilogue holds more than one pair of vectors per side of the tile."""
-        mixed = self.soft and self.term != ""
+        """Whether the epilogue holds more than one pair of vectors per side of the tile, or a second tile of slopes."""
+        mixed = (self.soft and self.term != "") or self.term == "distance_hinge"
         return len(self.exponents) > 1 or self.bias is not None or self.cutoff is not None or mixed
 
     @property
@@ -117,7 +117,11 @@ def _largest(v: Tensor) -> Tensor:
 
 
 def _largest_slope(sweep: Sweep) -> Tensor | float:
-    """A bound of |phi'|; 1 holds for every term but those that grow with the similarity."""
+    """A bound of |phi'|, for a distance times its own; 1 holds for every other term that does not grow with s."""
+    if sweep.term == "student":
+        return sweep.constants[0]
+    if sweep.term == "distance_hinge":
+        return 1e6
     if sweep.term not in ("square", "gaussian"):
         return 1.0
     v = sweep.largest_similarity()

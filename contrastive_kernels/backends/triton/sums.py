@@ -29,6 +29,7 @@ from contrastive_kernels.backends.triton.tile import (
     load_vector,
     phi,
     similarity,
+    term_base,
 )  # fmt: skip
 
 # The largest exponent that the fixed shift lets an exponential have: 2^26 of them may be added.
@@ -212,7 +213,7 @@ def _safe_sums_fwd_kernel(
             b_top = tl.where(b_nan, float("nan"), tl.max(b_u, 1))
             b_largest = tl.maximum(b_largest, b_top, propagate_nan=tl.PropagateNan.ALL)
         if TERM != "":
-            b_p = phi(b_s * b_term_scale + b_offset, constant_0, constant_1, TERM)
+            b_p = phi(term_base(b_s, TERM) * b_term_scale + b_offset, constant_0, constant_1, TERM)
             b_p = admit(b_p, b_s, own_id, str_id, i_n * BN, i_m, M, b_cutoff, 0.0, IDS, SAME, DIAGONAL, CUT)
             b_term += tl.sum(b_p, 1)
 

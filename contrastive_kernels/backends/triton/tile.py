@@ -10,6 +10,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# The square of the least distance that counts, for terms of distances.
+LEAST_SQUARE = tl.constexpr(1e-12)
 OUT = tl.constexpr(float("-inf"))
 
 # Rows of the packed statistics, see `_pack_bwd_kernel`. Those of a sweep's row ...
@@ -94,6 +96,27 @@ def log1p_unit(b_v):
 
 
 @triton.jit
+def term_base(b_s, TERM: tl.constexpr):
+    """What the argument of the term is linear in: the similarity, or minus the distance of unit rows."""
+    if TERM == "distance_hinge":
+        b_b = -tl.sqrt(tl.maximum(2.0 - 2.0 * b_s, LEAST_SQUARE, propagate_nan=tl.PropagateNan.ALL))
+    else:
+        b_b = b_s
+    return b_b
+
+
+@triton.jit
+def through_base(b_s, b_slope, TERM: tl.constexpr):
+    """The slope times the derivative of `term_base`."""
+    if TERM == "distance_hinge":
+        b_square = 2.0 - 2.0 * b_s
+        b_g = tl.where(b_square < LEAST_SQUARE, 0.0, b_slope * tl.rsqrt(b_square))
+    else:
+        b_g = b_slope
+    return b_g
+
+
+@triton.jit
 def phi(b_v, constant_0, constant_1, TERM: tl.constexpr):
     """The term; NaN stays NaN, for which tl.maximum has to be asked."""
     if TERM == "identity":
@@ -107,8 +130,11 @@ def phi(b_v, constant_0, constant_1, TERM: tl.constexpr):
         b_p = tl.maximum((b_d - constant_0) * (constant_1 - b_d), 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif TERM == "softplus":
         b_p = tl.maximum(b_v, 0.0) + log1p_unit(tl.exp2(-LOG2E * tl.abs(b_v)))
-    elif TERM == "hinge":
+    elif TERM == "hinge" or TERM == "distance_hinge":
         b_p = tl.maximum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif TERM == "student":
+        b_q = 1.0 + tl.maximum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        b_p = tl.exp2(-constant_0 * tl.log2(b_q))
     else:
         tl.static_assert(TERM == "gaussian", "unknown term")
         b_p = tl.exp2((2.0 * LOG2E) * constant_0 * (b_v - 1.0))
@@ -131,8 +157,11 @@ def phi_grad(b_v, constant_0, constant_1, TERM: tl.constexpr):
         b_e = tl.exp2(-LOG2E * tl.abs(b_v))
         b_r = 1.0 / (1.0 + b_e)
         b_p = tl.where(b_v >= 0, b_r, b_e * b_r)
-    elif TERM == "hinge":
+    elif TERM == "hinge" or TERM == "distance_hinge":
         b_p = tl.where(b_v <= 0, 0.0, 1.0 + 0.0 * tl.minimum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL))
+    elif TERM == "student":
+        b_q = 1.0 + tl.maximum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        b_p = -constant_0 * tl.exp2((-constant_0 - 1.0) * tl.log2(b_q))
     else:
         tl.static_assert(TERM == "gaussian", "unknown term")
         b_p = 2.0 * constant_0 * tl.exp2((2.0 * LOG2E) * constant_0 * (b_v - 1.0))
@@ -245,7 +274,7 @@ def pair_grad(
         b_e = tl.exp2(b_u - col_lse) * grad_col
         b_soft = b_soft + b_e if Q > 0 else b_e
     if TERM != "":
-        b_v = b_s * b_term_scale
+        b_v = term_base(b_s, TERM) * b_term_scale
         if SHIFTED:
             b_v += offset
         b_slope = phi_grad(b_v, constant_0, constant_1, TERM) * grad_sum
@@ -278,7 +307,7 @@ def tile_grad(
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
             Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
         )  # fmt: skip
-        b_g = combine(b_soft, b_slope, b_scale, b_term_scale, SOFT, TERM)
+        b_g = combine(b_soft, through_base(b_s, b_slope, TERM), b_scale, b_term_scale, SOFT, TERM)
     if AS_ROWS:
         str_cols = load_columns(col_stats, o_m, col_stride, 1, COLUMNS, BIASED)
         b_soft, b_row_prob, b_slope = pair_grad(
@@ -286,7 +315,7 @@ def tile_grad(
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
             Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
         )  # fmt: skip
-        b_row_g = combine(b_soft, b_slope, b_scale, b_term_scale, SOFT, TERM)
+        b_row_g = combine(b_soft, through_base(b_s, b_slope, TERM), b_scale, b_term_scale, SOFT, TERM)
         b_g, b_prob = (b_g + b_row_g, b_prob) if AS_COLUMNS else (b_row_g, b_row_prob)
     # The same for the whole program: only a ragged last tile pays. Zeros loaded for y do not suffice, 0 * inf is NaN.
     if i_m + b_s.shape[1] > M:
