@@ -8,6 +8,8 @@ from torch import Tensor
 
 from contrastive_kernels import functional
 from contrastive_kernels.functional import ContrastiveStats, Polarization
+from contrastive_kernels.functional.negatives import debiased_loss, hard_negative_loss
+from contrastive_kernels.functional.variants import quick_thoughts_loss
 from contrastive_kernels.modules.common import FunctionLoss
 
 __all__ = ["DistancePolarization", "LMCLLoss"]
@@ -39,8 +41,10 @@ class DistancePolarization(FunctionLoss):
 class LMCLLoss(FunctionLoss):
     """Large-margin contrastive learning: a base loss plus the distance polarization, from one sweep.
 
+    Quick-Thoughts without ``normalize`` takes a second sweep: its similarities are raw, the distances are not.
+
     Args:
-        base: ``"nt_xent"`` or ``"info_nce"``.
+        base: ``"nt_xent"``, ``"info_nce"``, ``"quick_thoughts"``, ``"debiased"`` or ``"hard_negative"``.
         lower, upper, weight: of `Polarization`; the defaults are placeholders.
         options: keyword arguments of the base loss.
 
@@ -51,7 +55,13 @@ class LMCLLoss(FunctionLoss):
         torch.Size([])
     """
 
-    BASES: ClassVar = {"nt_xent": functional.nt_xent_loss, "info_nce": functional.info_nce_loss}
+    BASES: ClassVar = {
+        "nt_xent": functional.nt_xent_loss,
+        "info_nce": functional.info_nce_loss,
+        "quick_thoughts": quick_thoughts_loss,
+        "debiased": debiased_loss,
+        "hard_negative": hard_negative_loss,
+    }
 
     def __init__(
         self, base: str = "nt_xent", *, lower: float = 0.1, upper: float = 0.5, weight: float = 0.1, **options: Any

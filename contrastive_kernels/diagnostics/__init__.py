@@ -1,0 +1,67 @@
+"""What a person wants to know of trained features: numbers without the N x N matrix, and pictures of them.
+
+Without gradient, except `alignment`, `uniformity`, `info_nce_split` and `spectral_population_loss`. Memory is
+O(N * D) plus a bounded workspace; results that are K x K (pairs of classes) or n x n (small distributions) say so.
+"""
+
+from contrastive_kernels.diagnostics.alignment import InfoNCESplit, alignment, info_nce_split, uniformity
+from contrastive_kernels.diagnostics.classes import (
+    CentreBound,
+    Classification,
+    ClassMeans,
+    augmented_distance,
+    centre_bound,
+    class_means,
+    class_similarity,
+    classify,
+)
+from contrastive_kernels.diagnostics.distances import BandCount, DistanceHistogram, band_count, distance_histogram
+from contrastive_kernels.diagnostics.false_negatives import FalseNegativeMass, false_negative_mass
+from contrastive_kernels.diagnostics.margin import mmcl_dual
+from contrastive_kernels.diagnostics.multi_view import classify_views
+from contrastive_kernels.diagnostics.plots import (
+    plot_class_similarity,
+    plot_distance_histogram,
+    plot_rank_distribution,
+)
+from contrastive_kernels.diagnostics.retrieval import positive_rank, retrieval_accuracy
+from contrastive_kernels.diagnostics.robustness import adversarial_radius
+from contrastive_kernels.diagnostics.spectral import (
+    SpectralOptimum,
+    normalized_adjacency,
+    spectral_optimum,
+    spectral_population_loss,
+)
+
+__all__ = [
+    "BandCount",
+    "CentreBound",
+    "ClassMeans",
+    "Classification",
+    "DistanceHistogram",
+    "FalseNegativeMass",
+    "InfoNCESplit",
+    "SpectralOptimum",
+    "adversarial_radius",
+    "alignment",
+    "augmented_distance",
+    "band_count",
+    "centre_bound",
+    "class_means",
+    "class_similarity",
+    "classify",
+    "classify_views",
+    "distance_histogram",
+    "false_negative_mass",
+    "info_nce_split",
+    "mmcl_dual",
+    "normalized_adjacency",
+    "plot_class_similarity",
+    "plot_distance_histogram",
+    "plot_rank_distribution",
+    "positive_rank",
+    "retrieval_accuracy",
+    "spectral_optimum",
+    "spectral_population_loss",
+    "uniformity",
+]

@@ -1,0 +1,136 @@
+"""Alignment, uniformity and the split of InfoNCE into the two."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels import checks
+from contrastive_kernels.diagnostics.common import check_positive, wide_rows
+from contrastive_kernels.functional.common import rows
+from contrastive_kernels.similarity import row_dot, similarity_logsumexp
+
+__all__ = ["InfoNCESplit", "alignment", "info_nce_split", "uniformity"]
+
+
+class InfoNCESplit(NamedTuple):
+    """The two parts of InfoNCE with one negative; their sum is the loss."""
+
+    alignment: Tensor
+    """0-dim: half the mean squared distance between anchor and positive."""
+    regularizer: Tensor
+    """0-dim: mean of ``log(e^p + e^n)`` less half the squared norms of anchor and positive."""
+
+
+def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0, normalize: bool = False) -> Tensor:
+    r"""How far apart the two views of a sample are. Differentiable.
+
+    .. math:: A = \frac1N \sum_i \lVert x_i - y_i \rVert^{\alpha}
+
+    Args:
+        x: ``(N, D)``, one view.
+        y: ``(N, D)``, the other view.
+        exponent: :math:`\alpha`, positive.
+        normalize: rows to unit norm first.
+
+    Returns:
+        0-dim, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit, an empty batch, an exponent that is not positive.
+        TypeError: dtypes that differ or are not floating.
+
+    Source: Wang and Isola, ICML 2020.
+
+    Example:
+        >>> alignment(torch.ones(4, 2), torch.ones(4, 2)).item()
+        0.0
+    """
+    checks.features("x", x)
+    checks.features("y", y)
+    checks.alike("x", x, "y", y)
+    checks.not_empty("x", x)
+    check_positive("exponent", exponent)
+    squares = (wide_rows(x, normalize) - wide_rows(y, normalize)).square().sum(1)
+    if exponent == 2:
+        return squares.mean()
+    # The power of 0 has no gradient below the exponent 2.
+    same = squares == 0
+    return (squares.masked_fill(same, 1) ** (exponent / 2)).masked_fill(same, 0).mean()
+
+
+def uniformity(z: Tensor, *, t: float = 2.0, normalize: bool = False, backend: str | None = None) -> Tensor:
+    r"""How evenly the features cover the sphere, lower is more even; without the N x N distances. Differentiable.
+
+    .. math:: U = \log \frac{1}{N (N - 1)} \sum_{i \ne j} e^{-t \lVert z_i - z_j \rVert^2}
+
+    Args:
+        z: ``(N, D)``, N >= 2.
+        t: positive.
+        normalize: rows to unit norm first.
+        backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+
+    Returns:
+        0-dim, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: z is not (N, D) or has fewer than two rows, t is not positive.
+        TypeError: z is not floating.
+
+    Source: Wang and Isola, ICML 2020.
+
+    Example:
+        >>> round(uniformity(torch.eye(4)).item(), 4)
+        -4.0
+    """
+    checks.features("z", z)
+    if z.shape[0] < 2:
+        raise ValueError(f"z {checks.shape(z)} must have at least 2 rows: uniformity is a mean over pairs")
+    check_positive("t", t)
+    z, n = rows(z, normalize), z.shape[0]
+    bias = -t * row_dot(z, z)
+    ids = torch.arange(n, device=z.device)
+    lse = similarity_logsumexp(z, scale=2.0 * t, x_ids=ids, y_bias=bias, backend=backend)
+    return (lse + bias).logsumexp(0) - math.log(n * (n - 1))
+
+
+def info_nce_split(query: Tensor, positive: Tensor, negative: Tensor, *, normalize: bool = True) -> InfoNCESplit:
+    r"""InfoNCE with one negative and temperature 1 as alignment plus a regulariser. Differentiable.
+
+    .. math:: -\log \frac{e^p}{e^p + e^n} = \tfrac12 \lVert q - k \rVert^2 + \bigl[ \log(e^p + e^n) - r^2 \bigr],
+        \qquad p = \langle q, k \rangle, \ n = \langle q, k^- \rangle
+
+    for features of norm r; for others :math:`r^2` stands for half the sum of both squared norms.
+
+    Args:
+        query: ``(N, D)``, q.
+        positive: ``(N, D)``, k.
+        negative: ``(N, D)``, one negative for each query.
+        normalize: rows to unit norm first.
+
+    Returns:
+        `InfoNCESplit`, two 0-dim tensors; float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: shapes that do not fit or an empty batch.
+        TypeError: dtypes that differ or are not floating.
+
+    Source: the decomposition of Wang and Isola, ICML 2020, as used by Huang, Yi, Zhao, Jiang, ICLR 2023.
+
+    Example:
+        >>> round(sum(info_nce_split(*torch.eye(3).split(1))).item(), 4)  # log 2
+        0.6931
+    """
+    for name, x in (("query", query), ("positive", positive), ("negative", negative)):
+        checks.features(name, x)
+    checks.alike("query", query, "positive", positive)
+    checks.alike("query", query, "negative", negative)
+    checks.not_empty("query", query)
+    query, positive, negative = (wide_rows(x, normalize) for x in (query, positive, negative))
+    distance = (query - positive).square().sum(1) / 2
+    norms = (row_dot(query, query) + row_dot(positive, positive)) / 2
+    lse = torch.logaddexp(row_dot(query, positive), row_dot(query, negative))
+    return InfoNCESplit(distance.mean(), (lse - norms).mean())

@@ -1,0 +1,159 @@
+"""How the pairwise distances are distributed, and how many are in the band of the distance polarization."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels import checks
+from contrastive_kernels.diagnostics.common import check_count, chunks, wide_rows
+from contrastive_kernels.sweep import Band
+
+__all__ = ["BandCount", "DistanceHistogram", "band_count", "distance_histogram"]
+
+
+class BandCount(NamedTuple):
+    """How many pairs have a distance strictly inside a band."""
+
+    count: Tensor
+    """0-dim int64, ordered pairs."""
+    pairs: Tensor
+    """0-dim int64: all ordered pairs that were looked at."""
+    fraction: Tensor
+    """0-dim: count / pairs, 0 without pairs."""
+
+
+class DistanceHistogram(NamedTuple):
+    """The distances (1 - s) / 2 of all pairs in bins of equal width."""
+
+    counts: Tensor
+    """(bins,) int64, ordered pairs; a bin holds its lower end, the last one both."""
+    edges: Tensor
+    """(bins + 1,): from 0 to 1."""
+    invalid: Tensor
+    """0-dim int64: pairs whose distance is NaN, in no bin."""
+
+
+def _distances(z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool):
+    """Chunks of the distances (rows, M) and the masks of the pairs that count."""
+    columns, column_ids = (z, ids) if y is None else (y, y_ids)
+    index = torch.arange(len(columns), device=z.device)
+    for rows in chunks(len(z), len(columns)):
+        distance = (1 - z[rows] @ columns.mT) / 2
+        kept = torch.ones_like(distance, dtype=torch.bool)
+        if y is None:
+            kept = index[rows, None] != index
+        if ids is not None:
+            kept = kept & ((ids[rows, None] == column_ids) == same)
+        yield distance, kept
+
+
+def _checked(z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool, normalize: bool):
+    checks.features("z", z)
+    if y is not None:
+        checks.features("y", y)
+        checks.alike("z", z, "y", y, rows=False)
+        if (ids is None) != (y_ids is None):
+            raise ValueError("ids and y_ids go together when y is given; one of them is missing")
+        y_ids = None if y_ids is None else checks.ids("y_ids", y_ids, y.shape[0], z)
+    elif y_ids is not None:
+        raise ValueError("y_ids is given but y is not; ids serves both sides of z against itself")
+    if same and ids is None:
+        raise ValueError("same=True needs ids: it keeps the pairs whose ids are equal")
+    ids = None if ids is None else checks.ids("ids", ids, z.shape[0], z)
+    return wide_rows(z, normalize), None if y is None else wide_rows(y, normalize), ids, y_ids
+
+
+@torch.no_grad()
+def band_count(
+    z: Tensor,
+    y: Tensor | None = None,
+    *,
+    lower: float = 0.1,
+    upper: float = 0.5,
+    ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    same: bool = False,
+    normalize: bool = True,
+) -> BandCount:
+    r"""How many pairs the distance polarization acts on (its R_0), without the N x N distances.
+
+    .. math:: R_0 = \#\{(i, j) : \delta_+ < d_{ij} < \delta_-\}, \qquad d_{ij} = \tfrac12 (1 - \langle z_i, z_j \rangle)
+
+    Args:
+        z: ``(N, D)``.
+        y: ``(M, D)``, or None for z against itself without the self pairs.
+        lower: :math:`\delta_+`, in [0, 1]; the default is the placeholder of `distance_polarization`.
+        upper: :math:`\delta_-`, above lower; likewise.
+        ids: ``(N,)`` integers; pairs with equal ids are left out.
+        y_ids: ``(M,)`` integers, given exactly when ``ids`` and ``y`` are.
+        same: keep only the pairs with equal ids instead, such as positives or samples of one class.
+        normalize: rows to unit norm first.
+
+    Returns:
+        `BandCount`: ordered pairs in the band, all ordered pairs, their ratio. A NaN distance is not in the band.
+
+    Raises:
+        ValueError: shapes that do not fit or bounds that are no band.
+        TypeError: dtypes that differ or are not floating (ids: not integer).
+
+    Source: Chen, Niu, Gong, Li, Yang, Sugiyama, ICML 2021, large-margin contrastive learning.
+
+    Example:
+        >>> band_count(torch.eye(3), lower=0.2, upper=0.6).count.item()
+        6
+    """
+    Band(lower, upper)
+    z, y, ids, y_ids = _checked(z, y, ids, y_ids, same, normalize)
+    count = torch.zeros(2, dtype=torch.int64, device=z.device)
+    for distance, kept in _distances(z, y, ids, y_ids, same):
+        inside = (distance > lower) & (distance < upper) & kept
+        count += torch.stack([inside.sum(), kept.sum()])
+    return BandCount(count[0], count[1], count[0].to(z.dtype) / count[1].clamp(min=1))
+
+
+@torch.no_grad()
+def distance_histogram(
+    z: Tensor,
+    y: Tensor | None = None,
+    *,
+    bins: int = 50,
+    ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    same: bool = False,
+    normalize: bool = True,
+) -> DistanceHistogram:
+    r"""Histogram of the distances of all pairs, without the N x N distances.
+
+    Args:
+        z: ``(N, D)``.
+        y: ``(M, D)``, or None for z against itself without the self pairs.
+        bins: number of bins of :math:`d_{ij} = \frac12 (1 - \langle z_i, z_j \rangle)` between 0 and 1; what is
+            outside, for rows that are not of unit norm, goes to the first or last one.
+        ids: ``(N,)`` integers; pairs with equal ids are left out.
+        y_ids: ``(M,)`` integers, given exactly when ``ids`` and ``y`` are.
+        same: keep only the pairs with equal ids instead, such as positives or samples of one class.
+        normalize: rows to unit norm first.
+
+    Returns:
+        `DistanceHistogram`: counts of ordered pairs ``(bins,)``, edges ``(bins + 1,)``, pairs in no bin.
+
+    Raises:
+        ValueError: shapes that do not fit or no bin.
+        TypeError: dtypes that differ or are not floating (ids: not integer).
+
+    Example:
+        >>> distance_histogram(torch.eye(3), bins=4).counts.tolist()
+        [0, 0, 6, 0]
+    """
+    check_count("bins", bins)
+    z, y, ids, y_ids = _checked(z, y, ids, y_ids, same, normalize)
+    # One place more for the pairs that do not count, and one for NaN.
+    counts = torch.zeros(bins + 2, dtype=torch.int64, device=z.device)
+    for distance, kept in _distances(z, y, ids, y_ids, same):
+        place = (distance * bins).clamp(0, bins - 1).nan_to_num(bins).long().masked_fill(~kept, bins + 1).flatten()
+        counts.index_add_(0, place, torch.ones_like(place))
+    edges = torch.linspace(0, 1, bins + 1, dtype=z.dtype, device=z.device)
+    return DistanceHistogram(counts[:bins], edges, counts[bins])

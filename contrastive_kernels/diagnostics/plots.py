@@ -1,0 +1,179 @@
+"""Pictures of the diagnostics; matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels import checks
+from contrastive_kernels.diagnostics.classes import class_similarity
+from contrastive_kernels.diagnostics.common import check_count
+from contrastive_kernels.diagnostics.distances import DistanceHistogram, distance_histogram
+from contrastive_kernels.sweep import Band
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_class_similarity", "plot_distance_histogram", "plot_rank_distribution"]
+
+# Okabe and Ito's colours, told apart with any colour vision.
+BLUE = "#0072B2"
+COLORS = (BLUE, "#D55E00", "#009E73", "#CC79A7")
+BAND, GREY = "#E69F00", "#777777"
+
+
+def _axes(axes: Axes | None) -> Axes:
+    """The axes given, or those of a new figure."""
+    if axes is not None:
+        return axes
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        message = "the plots of contrastive_kernels.diagnostics need matplotlib: pip install matplotlib"
+        raise ImportError(message) from error
+    return pyplot.subplots(layout="constrained")[1]
+
+
+def _without_frame(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_distance_histogram(
+    z: Tensor | DistanceHistogram | dict[str, Tensor | DistanceHistogram],
+    *,
+    bins: int = 50,
+    lower: float | None = None,
+    upper: float | None = None,
+    normalize: bool = True,
+    axes: Axes | None = None,
+) -> Axes:
+    """Draws how the pairwise distances (1 - s) / 2 are distributed, as a fraction of the pairs per bin.
+
+    Args:
+        z: ``(N, D)`` features, whose pairs are all counted, or a `distance_histogram`; or several of them by name, for
+            example those of the pairs of one class (``same=True``) and of two.
+        bins: bins of the histogram of features.
+        lower, upper: the band of the distance polarization, shaded; both or none.
+        normalize: rows of features to unit norm first.
+        axes: matplotlib axes to draw in; None: a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: only one end of the band, or bounds that are no band.
+
+    Example:
+        >>> plot_distance_histogram(torch.randn(64, 8), lower=0.2, upper=0.4).get_xlabel()
+        'distance (1 − s) / 2'
+    """
+    if (lower is None) != (upper is None):
+        raise ValueError("lower and upper go together: they are the ends of the band")
+    if lower is not None:
+        Band(lower, upper)
+    several = z if isinstance(z, dict) else {"": z}
+    axes = _axes(axes)
+    if lower is not None:
+        axes.axvspan(lower, upper, color=BAND, alpha=0.2, linewidth=0, label="band")
+    for (name, data), color in zip(several.items(), cycle(COLORS), strict=False):
+        found = data
+        if not isinstance(data, DistanceHistogram):
+            found = distance_histogram(data, bins=bins, normalize=normalize)
+        fractions = found.counts / found.counts.sum().clamp(min=1)
+        axes.stairs(fractions.cpu().tolist(), found.edges.cpu().tolist(), label=name, color=color, linewidth=1.5)
+    axes.set(xlabel="distance (1 − s) / 2", ylabel="fraction of pairs", xlim=(0, 1), title="Pairwise distances")
+    axes.set_ylim(bottom=0)
+    _without_frame(axes)
+    if lower is not None or isinstance(z, dict):
+        axes.legend(frameon=False)
+    return axes
+
+
+def plot_class_similarity(
+    means: Tensor, names: Sequence[str] | None = None, *, normalize: bool = True, axes: Axes | None = None
+) -> Axes:
+    """Draws the similarity of every pair of class means; with up to 12 classes the numbers too.
+
+    Args:
+        means: ``(K, D)``, of `class_means`.
+        names: of the classes.
+        normalize: means to unit norm first.
+        axes: matplotlib axes to draw in; None: a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: another number of names than of classes.
+
+    Example:
+        >>> plot_class_similarity(torch.eye(2), ["cat", "dog"]).get_title()
+        'Similarity of the class means'
+    """
+    similarity = class_similarity(means, normalize=normalize).cpu()
+    classes = len(similarity)
+    if names is not None and len(names) != classes:
+        raise ValueError(f"names has {len(names)} entries and means {checks.shape(means)} has {classes} classes")
+    axes = _axes(axes)
+    limit = max(1.0, similarity.abs().max().item()) if classes else 1.0
+    image = axes.imshow(similarity.tolist(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axes.figure.colorbar(image, ax=axes, label="cosine" if normalize else "inner product", shrink=0.8)
+    axes.set_title("Similarity of the class means")
+    if names is not None:
+        axes.set_xticks(range(classes), names, rotation=45, ha="right")
+        axes.set_yticks(range(classes), names)
+    else:
+        axes.set(xlabel="class", ylabel="class")
+    if classes <= 12:
+        for i, row in enumerate(similarity.tolist()):
+            for j, value in enumerate(row):
+                color = "white" if abs(value) > 0.6 * limit else "black"
+                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    return axes
+
+
+def plot_rank_distribution(ranks: Tensor, keys: int, *, axes: Axes | None = None) -> Axes:
+    """Draws the retrieval accuracy at every k, that is how the ranks are distributed, beside that of chance.
+
+    Args:
+        ranks: ``(N,)`` int64, of `positive_rank`.
+        keys: the number of keys among which they were found.
+        axes: matplotlib axes to draw in; None: a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError: ranks are not integers.
+        ValueError: ranks of another shape or empty, keys not positive.
+
+    Example:
+        >>> plot_rank_distribution(torch.tensor([1, 1, 3, 8]), 8).get_ylabel()
+        'fraction of positives among the k nearest'
+    """
+    checks.tensor("ranks", ranks)
+    if ranks.dim() != 1 or not len(ranks):
+        raise ValueError(f"ranks {checks.shape(ranks)} must have shape (N,), N >= 1")
+    checks.ids("ranks", ranks, len(ranks), ranks)
+    check_count("keys", keys)
+    axes = _axes(axes)
+    ordered = ranks.sort().values.cpu()
+    heights = [(i + 1) / len(ordered) for i in range(len(ordered))]
+    axes.step([1, *ordered.tolist(), keys], [0, *heights, 1], where="post", color=BLUE, label="positives")
+    places = torch.logspace(0, torch.log10(torch.tensor(float(keys))).item(), 50).tolist()
+    axes.plot(places, [k / keys for k in places], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="chance")
+    median = ordered[(len(ordered) - 1) // 2].item()
+    axes.set(
+        xscale="log", xlim=(1, max(keys, 2)), ylim=(0, 1.02), xlabel=f"k, of {keys} keys",
+        ylabel="fraction of positives among the k nearest", title=f"Rank of the positive, median {median}",
+    )  # fmt: skip
+    _without_frame(axes)
+    axes.legend(frameon=False)
+    return axes

@@ -1,0 +1,112 @@
+"""Where the positive comes among all keys, counted in chunks, without the N x M matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels import checks
+from contrastive_kernels.diagnostics.common import check_count, chunks, wide_rows
+
+__all__ = ["positive_rank", "retrieval_accuracy"]
+
+
+@torch.no_grad()
+def positive_rank(
+    query: Tensor,
+    keys: Tensor,
+    target: Tensor | None = None,
+    *,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    r"""The rank of each query's positive among all keys, 1 for the most similar.
+
+    .. math:: \mathrm{rank}_i = 1 + \#\{j \ne t_i : \neg (s_{ij} < s_{i t_i})\}
+
+    A tie counts against the positive, as does NaN: features that collapsed to a point have the last rank.
+
+    Args:
+        query: ``(N, D)``.
+        keys: ``(M, D)``.
+        target: ``(N,)`` integers, the index of the positive key; None: key i is that of query i, M >= N.
+        query_ids: ``(N,)`` integers, with ``key_ids``, ``(M,)``: other keys with the query's id do not compete.
+        key_ids: see query_ids.
+        normalize: rows to unit norm first.
+
+    Returns:
+        ``(N,)`` int64.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer keys than queries without a target, one of two ids.
+        TypeError: dtypes that differ or are not floating (target and ids: not integer).
+
+    Example:
+        >>> positive_rank(torch.eye(3), torch.eye(3)).tolist()
+        [1, 1, 1]
+    """
+    checks.features("query", query)
+    checks.features("keys", keys)
+    checks.alike("query", query, "keys", keys, rows=False)
+    if target is None:
+        if keys.shape[0] < query.shape[0]:
+            raise ValueError(
+                f"query {checks.shape(query)} has more rows than keys {checks.shape(keys)}; pass target, the index of "
+                "each positive"
+            )
+        target = torch.arange(query.shape[0], device=query.device)
+    else:
+        target = checks.ids("target", target, query.shape[0], query)
+    if (query_ids is None) != (key_ids is None):
+        raise ValueError("query_ids and key_ids go together; one of them is missing")
+    if query_ids is not None:
+        query_ids = checks.ids("query_ids", query_ids, query.shape[0], query)
+        key_ids = checks.ids("key_ids", key_ids, keys.shape[0], query)
+    query, keys = wide_rows(query, normalize), wide_rows(keys, normalize)
+    ranks = torch.ones(len(query), dtype=torch.int64, device=query.device)
+    for rows in chunks(len(query), len(keys)):
+        similarity, own = query[rows] @ keys.mT, target[rows, None]
+        # The positive's entry of the same product: recomputed it could differ by a rounding from an equal key's.
+        competes = ~(similarity < similarity.gather(1, own))
+        if query_ids is not None:
+            competes &= query_ids[rows, None] != key_ids
+        ranks[rows] += competes.scatter_(1, own, False).sum(1)
+    return ranks
+
+
+def retrieval_accuracy(
+    query: Tensor,
+    keys: Tensor,
+    target: Tensor | None = None,
+    *,
+    k: int | Sequence[int] = (1, 5, 10),
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """The fraction of queries whose positive is among the k most similar keys (recall at k, top-k accuracy).
+
+    Args:
+        query, keys, target, query_ids, key_ids, normalize: as in `positive_rank`; a tie counts against the positive.
+        k: one or several numbers of keys.
+
+    Returns:
+        0-dim for one k, else ``(len(k),)``; float32 (float64 for float64 inputs). NaN without queries.
+
+    Raises:
+        ValueError, TypeError: as `positive_rank`; k that is no positive integer.
+
+    Example:
+        >>> retrieval_accuracy(torch.eye(3), torch.eye(3).roll(1, 0), k=(1, 3)).tolist()
+        [0.0, 1.0]
+    """
+    several = [k] if isinstance(k, int) else list(k)
+    for value in several:
+        check_count("k", value)
+    ranks = positive_rank(query, keys, target, query_ids=query_ids, key_ids=key_ids, normalize=normalize)
+    limits = torch.tensor(several, device=ranks.device)
+    accuracy = (ranks[:, None] <= limits).to(query.dtype if query.dtype == torch.float64 else torch.float32).mean(0)
+    return accuracy[0] if isinstance(k, int) else accuracy

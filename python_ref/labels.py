@@ -1,0 +1,133 @@
+"""Losses with labels: SupCon in its three meanings, partial labels, and the pull to label embeddings."""
+
+from __future__ import annotations
+
+import torch
+
+from .dense import INFINITY, Statistics, kept_logsumexp, kept_mean, reduced, scale_of, unit_rows
+
+
+def softplus(x):
+    """``log(1 + e^x)`` without the switch to the identity of ``F.softplus``."""
+    return torch.logaddexp(x, torch.zeros_like(x))
+
+
+def sup_con_masks(count, count_views, labels=None, same_label="positive", mask=None):
+    """Positives and negatives of the view-major rows, as (VN, VN) masks; ``mask`` (N, N) replaces the labels.
+
+    Source: losses.md 5.1, 5.2.
+    """
+    device = None if labels is None else labels.device
+    own = torch.eye(count, dtype=torch.bool, device=device)
+    same = own
+    if labels is not None:
+        same = own | ((labels[:, None] == labels[None, :]) & (labels != -1)[:, None])
+    if mask is not None:
+        same = mask.bool()
+    positive = same if same_label == "positive" else own
+    negative = ~own if same_label == "negative" else ~same
+    positive, negative = positive.repeat(count_views, count_views), negative.repeat(count_views, count_views)
+    return positive & ~torch.eye(count * count_views, dtype=torch.bool, device=device), negative
+
+
+def sup_con_rows(logits, positive, negative, positives):
+    """Every anchor's loss; 0 for an anchor without positives. Source: losses.md 5.1."""
+    alone = ~positive.any(1)
+    negative_lse = kept_logsumexp(logits, negative)
+    positive_lse = kept_logsumexp(logits, positive).masked_fill(alone, 0.0)
+    # not lse - u: a loss of 1e-8 keeps its digits
+    if positives == "out":
+        values = softplus(negative_lse - positive_lse) + (positive_lse - kept_mean(logits, positive))
+    elif positives == "in":
+        values = softplus(negative_lse - positive_lse) + positive.sum(1).clamp(min=1).to(logits).log()
+    else:
+        values = kept_mean(softplus(negative_lse[:, None] - logits), positive)
+    return values.masked_fill(alone, 0.0)
+
+
+def sup_con_statistics(logits, positive, negative, positives):
+    """The mean positive logit, -inf where there is none, against the largest negative."""
+    logits, alone = logits.detach(), ~positive.any(1)
+    target = kept_mean(logits, positive).masked_fill(alone, -INFINITY)
+    largest = logits.masked_fill(~negative, -INFINITY).amax(1)
+    own = target if positives == "pairwise" else kept_logsumexp(logits, positive)
+    lse = torch.logaddexp(kept_logsumexp(logits, negative), own)
+    return Statistics((target > largest).to(target.dtype).mean(), target, lse, torch.maximum(target, largest))
+
+
+def sup_con_loss(
+    features,
+    labels=None,
+    *,
+    temperature=0.1,
+    logit_scale=None,
+    base_temperature=None,
+    positives="out",
+    same_label="positive",
+    average="all",
+    contrast_mode="all",
+    normalize=True,
+    reduction="mean",
+    weight=None,
+    return_stats=False,
+    mask=None,
+):
+    """``(1/k_i) sum_p (lse_i - u_ip)`` (out), ``-log mean_p e^{u_ip - lse_i}`` (in), or each positive alone (pairwise).
+
+    Source: Khosla et al. 2020, arXiv:2004.11362; losses.md 5.1, 5.2.
+    """
+    features = unit_rows(features if features.dim() == 3 else features[:, None], normalize)
+    scale, (count, count_views) = scale_of(temperature, logit_scale), features.shape[:2]
+    z = features.transpose(0, 1).flatten(0, 1)
+    positive, negative = (m.to(z.device) for m in sup_con_masks(count, count_views, labels, same_label, mask))
+    logits = scale * (z @ z.mT)
+    if contrast_mode == "one":
+        logits, positive, negative = logits[:count], positive[:count], negative[:count]
+    values = sup_con_rows(logits, positive, negative, positives)
+    if base_temperature is not None:
+        values = values / (scale * base_temperature)
+
+    counts = positive.sum(1)
+    share = torch.ones_like(values)
+    if reduction == "mean" and positives == "pairwise":
+        share = counts.to(values)
+    elif reduction == "mean" and average == "with_positives":
+        share = (counts > 0).to(values)
+    if reduction == "mean" and not share.any():
+        loss = values.sum()
+    else:
+        each = torch.ones_like(share) if weight is None else weight.to(values).repeat(len(values) // count)
+        loss = reduced(values, reduction, each * share)
+    return (loss, sup_con_statistics(logits, positive, negative, positives)) if return_stats else loss
+
+
+def label_pull_loss(
+    z,
+    labels,
+    label_embeddings,
+    *,
+    form="pull",
+    temperature=0.1,
+    logit_scale=None,
+    normalize=True,
+    reduction="mean",
+    weight=None,
+):
+    """Mean over the labelled rows of ``1 - z_i w_y``, or of the cross-entropy of ``z w / T``.
+
+    Source: losses.md 5.3.
+    """
+    similarity = unit_rows(z, normalize) @ unit_rows(label_embeddings, normalize).mT
+    labelled = labels != -1
+    own = torch.nn.functional.one_hot(labels.clamp(min=0), len(label_embeddings)).bool()
+    target = similarity[own]
+    if form == "pull":
+        values = 1 - target
+    else:
+        logits = scale_of(temperature, logit_scale) * similarity
+        values = softplus(kept_logsumexp(logits, ~own) - logits[own])
+    values = values.masked_fill(~labelled, 0.0)
+    if reduction == "mean" and not labelled.any():
+        return values.sum()
+    each = torch.ones_like(values) if weight is None else weight.to(values)
+    return reduced(values, reduction, each * labelled if reduction == "mean" else each)

@@ -1,0 +1,78 @@
+"""Debiased and hard-negative contrastive loss: negatives corrected for the positives among them."""
+
+from __future__ import annotations
+
+import torch
+
+from .dense import below, different, reduced, scale_of, softmax_statistics, threshold, unit_rows
+from .polarization import polarization_term
+
+
+def two_views(z0, z1, normalize, ids, cutoff, cutoff_margin):
+    """S of all rows of both views, the positive's similarity, the kept negatives: rows of other samples."""
+    z, count = unit_rows(torch.cat([z0, z1]), normalize), len(z0)
+    similarity = z @ z.mT
+    positive = torch.cat([similarity.diagonal(count), similarity.diagonal(-count)])
+    ids = torch.arange(count, device=z.device) if ids is None else ids
+    thresholds = (
+        t.repeat(2) if torch.is_tensor(t) and t.dim() and len(t) == count else t for t in (cutoff, cutoff_margin)
+    )
+    kept = different(ids.repeat(2), ids.repeat(2)) & below(similarity, threshold(positive, *thresholds))
+    return similarity, positive, kept
+
+
+def corrected_negatives(logits, positive, kept, scale, tau_plus, beta, detach_weights):
+    """``max((R - tau_plus n p) / (1 - tau_plus), n e^{-|a|})``; 0 where n = 0. Source: losses.md 6."""
+    count = kept.sum(1).to(logits)
+    empty = count == 0
+    weights = (beta * logits).exp().masked_fill(~kept, 0.0)
+    weights = weights.detach() if detach_weights else weights
+    total = (weights * logits.exp()).sum(1) / weights.sum(1).masked_fill(empty, 1.0) * count
+    estimate = (total - tau_plus * count * positive.exp()) / (1 - tau_plus)
+    least = count * torch.exp(-abs(torch.as_tensor(scale).to(logits)))
+    return torch.where(estimate >= least, estimate, least).masked_fill(empty, 0.0)
+
+
+def debiased_loss(z0, z1, **arguments):
+    """``hard_negative_loss`` with equal weights. Source: Chuang et al. 2020, arXiv:2007.00224."""
+    return hard_negative_loss(z0, z1, beta=0.0, **arguments)
+
+
+def hard_negative_loss(
+    z0,
+    z1,
+    *,
+    temperature=0.5,
+    logit_scale=None,
+    tau_plus=0.1,
+    beta=1.0,
+    estimator="hard",
+    detach_weights=False,
+    normalize=True,
+    reduction="mean",
+    weight=None,
+    ids=None,
+    cutoff=None,
+    cutoff_margin=None,
+    polarization=None,
+    return_stats=False,
+):
+    """``mean_i log(1 + Ng_i / e^{u_ip})``, Ng the corrected sum over the rows of other samples.
+
+    Source: Robinson et al. 2021, arXiv:2010.04592; losses.md 6.
+    """
+    scale = scale_of(temperature, logit_scale)
+    similarity, positive, kept = two_views(z0, z1, normalize, ids, cutoff, cutoff_margin)
+    logits, positive = (scale * similarity).masked_fill(~kept, 0.0), scale * positive
+    if estimator == "easy":
+        negatives = logits.exp().masked_fill(~kept, 0.0).sum(1)
+    else:
+        negatives = corrected_negatives(logits, positive, kept, scale, tau_plus, beta, detach_weights)
+    losses = torch.log1p(negatives * (-positive).exp())
+    loss = reduced(losses, reduction, weight)
+    if polarization is not None:
+        loss = loss + polarization_term(similarity, kept, polarization, reduction)
+    if not return_stats:
+        return loss
+    stats = softmax_statistics(positive, positive[:, None], logits, kept)
+    return loss, stats._replace(lse=(losses + positive).detach())
