@@ -1,4 +1,4 @@
-"""What is compared: for every loss its inputs, plain PyTorch as a user would write it, and what else computes it."""
+"""What is compared: for every loss its inputs, its plain PyTorch form, ours, and what else computes it."""
 
 from __future__ import annotations
 
@@ -12,19 +12,16 @@ from torch import Tensor
 
 import contrastive_kernels as ck
 
+from . import eager
+from .eager import BAND, BETA, CLASSES, TAU_PLUS, TEMPERATURE, Unavailable
+
 Inputs = dict[str, Tensor]
 LossFunction = Callable[..., Tensor]
 
-TEMPERATURE = 0.1
 QUEUE = 65536
 VIEWS = 4
 # MoCo's inputs from its momentum encoder, which gets no gradient.
 MOMENTUM = ("key", "keys", "queue")
-BAND = ck.Polarization(lower=0.1, upper=0.5, weight=0.1)
-
-
-class Unavailable(Exception):
-    """A provider cannot run here or does not compute this loss; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,9 @@ class Case:
         torch.manual_seed(0)
         inputs = {}
         for name, value in LOSSES[self.loss].inputs(self.n, self.d).items():
+            if not value.is_floating_point():
+                inputs[name] = value.to(device)
+                continue
             # Learnable scalars stay float32 in mixed-precision training.
             dtype = self.dtype if value.ndim else torch.promote_types(self.dtype, torch.float32)
             inputs[name] = value.to(device, dtype).requires_grad_(name not in MOMENTUM)
@@ -113,6 +113,19 @@ def _clip_inputs(n: int, d: int) -> Inputs:
     return _pair("image_features", "text_features", n, d) | {"logit_scale": torch.tensor(1 / 0.07)}
 
 
+def _siglip_inputs(n: int, d: int) -> Inputs:
+    scalars = {"logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-10.0)}
+    return _pair("image_features", "text_features", n, d) | scalars
+
+
+def _two_towers(n: int, d: int) -> Inputs:
+    return _pair("z0", "z1", n, d)
+
+
+def _labelled(n: int, d: int) -> Inputs:
+    return {"features": _views(n // 2, d, 2), "labels": torch.arange(n // 2) % CLASSES}
+
+
 def _moco_inputs(n: int, d: int) -> Inputs:
     return _pair("query", "key", n, d) | {"queue": _rows(QUEUE, d)}
 
@@ -122,107 +135,11 @@ def _moco_arcl_inputs(n: int, d: int) -> Inputs:
     return {"query": query, "keys": torch.stack(keys, 1), "queue": _rows(QUEUE, d)}
 
 
-# The losses as people write them.
-
-
-def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """The loss of OpenAI's and Hugging Face's CLIP: one product, cross entropy over its rows and columns."""
-    logits = logit_scale * image_features @ text_features.T
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def info_nce(query: Tensor, positive_key: Tensor) -> Tensor:
-    """InfoNCE with in-batch negatives."""
-    logits = F.normalize(query, dim=-1) @ F.normalize(positive_key, dim=-1).T / TEMPERATURE
-    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-
-
-def _self_similarity(z0: Tensor, z1: Tensor) -> Tensor:
-    z = F.normalize(torch.cat([z0, z1]), dim=-1)
-    return z @ z.T
-
-
-def _nt_xent_of(similarity: Tensor) -> Tensor:
-    n = len(similarity)
-    logits = (similarity / TEMPERATURE).fill_diagonal_(float("-inf"))
-    return F.cross_entropy(logits, torch.arange(n, device=logits.device).roll(n // 2))
-
-
-def nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
-    """SimCLR's loss."""
-    return _nt_xent_of(_self_similarity(z0, z1))
-
-
-def _band(similarity: Tensor) -> Tensor:
-    distance = (1 - similarity) / 2
-    return F.relu((distance - BAND.lower) * (BAND.upper - distance))
-
-
-def nt_xent_polarized(z0: Tensor, z1: Tensor) -> Tensor:
-    """NT-Xent plus the distance polarization of its negatives."""
-    similarity = _self_similarity(z0, z1)
-    rows = torch.arange(len(similarity), device=similarity.device) % len(z0)
-    band = _band(similarity).masked_fill(rows[:, None] == rows, 0.0)
-    return _nt_xent_of(similarity) + BAND.weight * band.sum() / (len(rows) * (len(rows) - 2))
-
-
-def distance_polarization(z: Tensor) -> Tensor:
-    """The polarization regulariser alone; a row's distance to itself is 0, outside the band."""
-    z = F.normalize(z, dim=-1)
-    return _band(z @ z.T).sum() / (len(z) * (len(z) - 1))
-
-
-def moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
-    """MoCo: the positive beside a queue of past keys."""
-    query, key, queue = F.normalize(query, dim=-1), F.normalize(key, dim=-1), F.normalize(queue, dim=-1)
-    logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / TEMPERATURE
-    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
-
-
-def arcl(views: Tensor) -> Tensor:
-    """ArCL on SimCLR: the least similar pair of views is the positive, both first views are in the denominator."""
-    views = F.normalize(views, dim=-1)
-    first, second = torch.triu_indices(views.shape[1], views.shape[1], 1, device=views.device)
-    positive = (views @ views.mT)[:, first, second].min(1).values / TEMPERATURE
-    anchor = views[:, 0]
-    own = (anchor @ anchor.T).fill_diagonal_(float("-inf"))
-    logits = torch.cat([own, anchor @ views[:, 1].T], 1) / TEMPERATURE
-    return (logits.logsumexp(1) - positive).mean()
-
-
-def moco_arcl(query: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
-    """ArCL on MoCo: the least similar key view is the positive."""
-    query, keys, queue = F.normalize(query, dim=-1), F.normalize(keys, dim=-1), F.normalize(queue, dim=-1)
-    positive = (keys @ query[:, :, None]).squeeze(-1).min(1, keepdim=True).values
-    logits = torch.cat([positive, query @ queue.T], 1) / TEMPERATURE
-    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
-
-
-# torch >= 2.13: cross entropy of a linear layer in chunks. It is InfoNCE where the keys are the weight.
-
-
-def _linear_cross_entropy(query: Tensor, key: Tensor) -> Tensor:
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise Unavailable(f"needs torch 2.13, this is {torch.__version__}")
-    target = torch.arange(len(query), device=query.device)
-    return F.linear_cross_entropy(query, key, target, options=torch.nn.LinearCrossEntropyOptions())
-
-
-def info_nce_linear(query: Tensor, positive_key: Tensor) -> Tensor:
-    """InfoNCE through ``F.linear_cross_entropy``."""
-    return _linear_cross_entropy(F.normalize(query, dim=-1) / TEMPERATURE, F.normalize(positive_key, dim=-1))
-
-
-def clip_linear(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP as two calls of ``F.linear_cross_entropy``, one a direction."""
-    rows = _linear_cross_entropy(logit_scale * image_features, text_features)
-    return (rows + _linear_cross_entropy(logit_scale * text_features, image_features)) / 2
-
-
 # Without stored similarities: the product S itself, once forward and once again backward, and one product a gradient.
 # Self-similarity is symmetric: half of S, and a single gradient product. A queue and its keys get no gradient.
 _TWO_GRADIENTS, _ONE_GRADIENT, _SYMMETRIC = (1, 3), (1, 2), (0.5, 1.5)
+# Products of size D x D only.
+_NONE = (0, 0)
 
 
 def _at_temperature(function: LossFunction) -> LossFunction:
@@ -230,34 +147,63 @@ def _at_temperature(function: LossFunction) -> LossFunction:
 
 
 LOSSES: dict[str, Loss] = {
-    "clip": Loss(_clip_inputs, clip, ck.clip_loss, _TWO_GRADIENTS, others={"linear_cross_entropy": clip_linear}),
-    "nt_xent": Loss(_two_views, nt_xent, _at_temperature(ck.nt_xent_loss), _SYMMETRIC),
+    "clip": Loss(
+        _clip_inputs,
+        eager.clip,
+        ck.clip_loss,
+        _TWO_GRADIENTS,
+        others={"linear_cross_entropy": eager.clip_linear},
+    ),
+    "nt_xent": Loss(_two_views, eager.nt_xent, _at_temperature(ck.nt_xent_loss), _SYMMETRIC),
     "info_nce": Loss(
         _query_key,
-        info_nce,
+        eager.info_nce,
         _at_temperature(ck.info_nce_loss),
         _TWO_GRADIENTS,
-        others={"linear_cross_entropy": info_nce_linear},
+        others={"linear_cross_entropy": eager.info_nce_linear},
     ),
-    "moco": Loss(_moco_inputs, moco, _at_temperature(ck.moco_loss), _ONE_GRADIENT, columns=lambda n: QUEUE),
+    "moco": Loss(_moco_inputs, eager.moco, _at_temperature(ck.moco_loss), _ONE_GRADIENT, columns=lambda n: QUEUE),
     "arcl": Loss(
         lambda n, d: {"views": _views(n, d, VIEWS)},
-        arcl,
+        eager.arcl,
         _at_temperature(ck.arcl_loss),
         _TWO_GRADIENTS,
         columns=lambda n: 2 * n,
     ),
     "moco_arcl": Loss(
-        _moco_arcl_inputs, moco_arcl, _at_temperature(ck.moco_arcl_loss), _ONE_GRADIENT, columns=lambda n: QUEUE
+        _moco_arcl_inputs, eager.moco_arcl, _at_temperature(ck.moco_arcl_loss), _ONE_GRADIENT, columns=lambda n: QUEUE
     ),
     "nt_xent_polarized": Loss(
-        _two_views, nt_xent_polarized, _at_temperature(partial(ck.nt_xent_loss, polarization=BAND)), _SYMMETRIC
+        _two_views, eager.nt_xent_polarized, _at_temperature(partial(ck.nt_xent_loss, polarization=BAND)), _SYMMETRIC
     ),
     "distance_polarization": Loss(
         lambda n, d: {"z": _rows(n, d)},
-        distance_polarization,
+        eager.distance_polarization,
         partial(ck.distance_polarization, lower=BAND.lower, upper=BAND.upper),
         _SYMMETRIC,
+    ),
+    "sup_con": Loss(_labelled, eager.sup_con, _at_temperature(ck.sup_con_loss), _SYMMETRIC),
+    "quick_thoughts": Loss(
+        lambda n, d: _pair("first", "second", n, d), eager.quick_thoughts, ck.quick_thoughts_loss, _TWO_GRADIENTS
+    ),
+    "decoupled": Loss(_two_views, eager.decoupled, _at_temperature(ck.decoupled_loss), _SYMMETRIC),
+    "debiased": Loss(
+        _two_views, eager.debiased, _at_temperature(partial(ck.debiased_loss, tau_plus=TAU_PLUS)), _SYMMETRIC
+    ),
+    "hard_negative": Loss(
+        _two_views,
+        eager.hard_negative,
+        _at_temperature(partial(ck.hard_negative_loss, tau_plus=TAU_PLUS, beta=BETA)),
+        _SYMMETRIC,
+    ),
+    "siglip": Loss(_siglip_inputs, eager.siglip, ck.siglip_loss, _TWO_GRADIENTS),
+    "spectral": Loss(_two_towers, eager.spectral, ck.spectral_contrastive_loss, _NONE),
+    "barlow_twins": Loss(_two_towers, eager.barlow_twins, ck.barlow_twins_loss, _NONE),
+    "vicreg": Loss(_two_towers, eager.vicreg, ck.vicreg_loss, _NONE),
+    "uniformity": Loss(lambda n, d: {"z": _rows(n, d)}, eager.uniformity, ck.uniformity_loss, _SYMMETRIC),
+    "t_simclr": Loss(_two_views, eager.t_simclr, ck.t_simclr_loss, _SYMMETRIC),
+    "triplet": Loss(
+        lambda n, d: _pair("anchor", "positive", n, d), eager.triplet, ck.triplet_margin_loss, _TWO_GRADIENTS
     ),
 }
 CORE = ("clip", "nt_xent", "info_nce")
@@ -312,7 +258,10 @@ def _objections(provider: str, case: Case, device: torch.device) -> str:
 def _errors(provider: str, case: Case, device: torch.device) -> dict[str, float]:
     """Relative error (of a gradient the RMS) of the value and every gradient."""
     inputs = case.inputs(device)
-    exact_inputs = {name: value.detach().double().requires_grad_(value.requires_grad) for name, value in inputs.items()}
+    exact_inputs = {
+        name: value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
     exact = _value_and_gradients(LOSSES[case.loss].eager, exact_inputs)
     found = _value_and_gradients(provider_function(provider, case, device), inputs)
     return {name: ((found[name].double() - exact[name]).norm() / exact[name].norm()).item() for name in exact}

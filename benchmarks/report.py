@@ -84,7 +84,7 @@ def main_table(rows: Sequence[Row]) -> Table:
                 f"{_ms(row.ms_50)} ({_ms(row.ms_20)}–{_ms(row.ms_80)})",
                 f"{gain:.1f}" if gain else "",
                 f"{row.peak_mib:,.0f}" if row.peak_mib is not None else "",
-                f"{row.matmul_fraction:.0%}",
+                f"{row.matmul_fraction:.0%}" if row.matmul_fraction else "",
                 style="bold" if row.ms_50 == min(other.ms_50 for other in both) else None,
             )
     return table

@@ -116,6 +116,8 @@ def sweep(
     dtype = compute_dtype(x)
     scale = _as_tensor(scale, x, dtype)
     x_ids, y_ids, cutoff, same, exclude_diagonal = pairs
+    if y_ids is not None and y_ids is x_ids and torch.compiler.is_compiling():
+        y_ids = y_ids.clone()  # Dynamo refuses the same tensor twice among the inputs of a Function
     term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
     if term_offset is not None:
         term_offset = _as_tensor(term_offset, x, dtype).expand(x.shape[0])

@@ -21,7 +21,7 @@ class Statistics(NamedTuple):
 def unit_rows(x, normalize=True):
     """``x / max(|x|, 1e-12)`` with gradient 0 where ``|x| < 1e-12``.
 
-    Source: ``F.normalize``, losses.md 1.4.
+    Source: ``F.normalize``.
     """
     if not normalize:
         return x
@@ -42,7 +42,7 @@ def different(row_ids, column_ids):
 
 
 def threshold(similarity_of_positive, cutoff, cutoff_margin):
-    """Per-anchor cutoff ``c_i``, given or ``sg(s_p) + margin``, or None. Source: losses.md 7.1."""
+    """Per-anchor cutoff ``c_i``, given or ``sg(s_p) + margin``, or None."""
     if cutoff is not None and cutoff_margin is not None:
         raise ValueError("cutoff and cutoff_margin exclude each other")
     if cutoff_margin is not None:
@@ -75,8 +75,6 @@ def softmax_loss(target, own, negative, kept, label_smoothing=0.0):
     r"""``log(sum_own e^u + sum_kept e^u) - target`` per anchor; 0 for an anchor without any candidate.
 
     Label smoothing: ``(1 - eps) (lse - target) + eps (lse - mean over own and kept u)``.
-
-    Source: losses.md 1.4, 4.1, 4.8.
     """
     everything = torch.cat([own, negative], dim=1)
     kept = torch.cat([torch.ones_like(own, dtype=torch.bool), kept], dim=1)

@@ -12,7 +12,7 @@ from .dense import unit_rows
 def uniformity_loss(z, *, t=2.0, normalize=False):
     """``log mean_{i < j} exp(-t |z_i - z_j|^2)``.
 
-    Source: Wang & Isola 2020, arXiv:2005.10242; losses.md 10.1.
+    Source: Wang & Isola 2020, arXiv:2005.10242.
     """
     squares = torch.pdist(unit_rows(z, normalize)).square()
     return (-t * squares).logsumexp(0) - math.log(len(squares))
@@ -26,7 +26,7 @@ def student(squares, temperature, df):
 def t_simclr_loss(z0, z1, *, temperature=8.0, df=5.0, normalize=False):
     """``e mean_i log q_{i, p(i)} + log sum_{i != j} q_ij^{-e}``, ``q = 1 + d^2 / (T df)``, ``e = (df + 1) / 2``.
 
-    Source: Hu et al. 2023, arXiv:2205.14814; losses.md 10.2.
+    Source: Hu et al. 2023, arXiv:2205.14814.
     """
     z0, z1, exponent = unit_rows(z0, normalize), unit_rows(z1, normalize), (df + 1) / 2
     attraction = student((z0 - z1).square().sum(1), temperature, df).log().mean()

@@ -13,10 +13,7 @@ def softplus(x):
 
 
 def sup_con_masks(count, count_views, labels=None, same_label="positive", mask=None):
-    """Positives and negatives of the view-major rows, as (VN, VN) masks; ``mask`` (N, N) replaces the labels.
-
-    Source: losses.md 5.1, 5.2.
-    """
+    """Positives and negatives of the view-major rows, as (VN, VN) masks; ``mask`` (N, N) replaces the labels."""
     device = None if labels is None else labels.device
     own = torch.eye(count, dtype=torch.bool, device=device)
     same = own
@@ -31,7 +28,7 @@ def sup_con_masks(count, count_views, labels=None, same_label="positive", mask=N
 
 
 def sup_con_rows(logits, positive, negative, positives):
-    """Every anchor's loss; 0 for an anchor without positives. Source: losses.md 5.1."""
+    """Every anchor's loss; 0 for an anchor without positives."""
     alone = ~positive.any(1)
     negative_lse = kept_logsumexp(logits, negative)
     positive_lse = kept_logsumexp(logits, positive).masked_fill(alone, 0.0)
@@ -74,7 +71,7 @@ def sup_con_loss(
 ):
     """``(1/k_i) sum_p (lse_i - u_ip)`` (out), ``-log mean_p e^{u_ip - lse_i}`` (in), or each positive alone (pairwise).
 
-    Source: Khosla et al. 2020, arXiv:2004.11362; losses.md 5.1, 5.2.
+    Source: Khosla et al. 2020, arXiv:2004.11362, 5.2.
     """
     features = unit_rows(features if features.dim() == 3 else features[:, None], normalize)
     scale, (count, count_views) = scale_of(temperature, logit_scale), features.shape[:2]
@@ -113,10 +110,7 @@ def label_pull_loss(
     reduction="mean",
     weight=None,
 ):
-    """Mean over the labelled rows of ``1 - z_i w_y``, or of the cross-entropy of ``z w / T``.
-
-    Source: losses.md 5.3.
-    """
+    """Mean over the labelled rows of ``1 - z_i w_y``, or of the cross-entropy of ``z w / T``."""
     similarity = unit_rows(z, normalize) @ unit_rows(label_embeddings, normalize).mT
     labelled = labels != -1
     own = torch.nn.functional.one_hot(labels.clamp(min=0), len(label_embeddings)).bool()

@@ -20,7 +20,7 @@ class DualStatistics(NamedTuple):
 
 
 def mmcl_kernel(x, y, kernel="rbf", sigma=50.0):
-    """``K(x_i, y_j)`` of unit rows. Source: losses.md 9."""
+    """``K(x_i, y_j)`` of unit rows."""
     if kernel == "min":
         return torch.minimum(x.relu()[:, None], y.relu()[None, :]).sum(-1)
     s = x @ y.mT
@@ -81,7 +81,7 @@ def mmcl_loss(
 ):  # fmt: skip
     """``L_i = sum_{a != i} alpha_ia K(x_a, z_i) - sum_a alpha_ia K(x_i, z_i)``, alpha_i constant.
 
-    Source: Shah, Sra, Chellappa, Cherian 2022; losses.md 9.
+    Source: Shah, Sra, Chellappa, Cherian 2022.
     """
     sigma = 1 / z0.shape[1] if gamma == "auto" else sigma
     x, z = unit_rows(z0, normalize), unit_rows(z1, normalize)

@@ -22,7 +22,7 @@ def two_views(z0, z1, normalize, ids, cutoff, cutoff_margin):
 
 
 def corrected_negatives(logits, positive, kept, scale, tau_plus, beta, detach_weights):
-    """``max((R - tau_plus n p) / (1 - tau_plus), n e^{-|a|})``; 0 where n = 0. Source: losses.md 6."""
+    """``max((R - tau_plus n p) / (1 - tau_plus), n e^{-|a|})``; 0 where n = 0."""
     count = kept.sum(1).to(logits)
     empty = count == 0
     weights = (beta * logits).exp().masked_fill(~kept, 0.0)
@@ -59,7 +59,7 @@ def hard_negative_loss(
 ):
     """``mean_i log(1 + Ng_i / e^{u_ip})``, Ng the corrected sum over the rows of other samples.
 
-    Source: Robinson et al. 2021, arXiv:2010.04592; losses.md 6.
+    Source: Robinson et al. 2021, arXiv:2010.04592.
     """
     scale = scale_of(temperature, logit_scale)
     similarity, positive, kept = two_views(z0, z1, normalize, ids, cutoff, cutoff_margin)

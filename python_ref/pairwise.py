@@ -14,7 +14,7 @@ def others(count, ids, device):
 
 
 def softplus(x):
-    """``log(1 + e^x)``. Source: losses.md 1.3."""
+    """``log(1 + e^x)``."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
@@ -36,7 +36,7 @@ def siglip_loss(
 ):
     """``1/N sum_ij softplus(-z_ij (a s_ij + b))``, z = 1 on the diagonal (-1 with negative_only), -1 elsewhere.
 
-    Source: Zhai et al. 2023, arXiv:2303.15343; losses.md 8.1.
+    Source: Zhai et al. 2023, arXiv:2303.15343.
     """
     similarity = unit_rows(image_features, normalize) @ unit_rows(text_features, normalize).mT
     logits = scale_of(temperature, logit_scale) * similarity + (0.0 if logit_bias is None else logit_bias)
@@ -53,12 +53,12 @@ def siglip_loss(
 
 
 def distance(similarity):
-    """``sqrt(2 - 2 s)``, at least 1e-6. Source: losses.md 8.4."""
+    """``sqrt(2 - 2 s)``, at least 1e-6."""
     return (2 - 2 * similarity).clamp(min=1e-12).sqrt()
 
 
 def distance_hinge(similarity, margin):
-    """``max(0, margin - d)``, gradient 0 at the kink; margin a number or one per row. Source: losses.md 8.4."""
+    """``max(0, margin - d)``, gradient 0 at the kink; margin a number or one per row."""
     if torch.is_tensor(margin) and margin.dim() == 1:
         margin = margin[:, None]
     return torch.relu(margin - distance(similarity))
@@ -86,7 +86,7 @@ def triplet_margin_loss(
 
     ``mean``: over the kept pairs (hardest: the anchors); ``nonzero_mean``: over the hinges above 0; ``none``: row sums.
 
-    Source: Schroff et al. 2015; Faghri et al. 2018; losses.md 8.4.
+    Source: Schroff et al. 2015; Faghri et al. 2018.
     """
     closeness = unit_rows(anchor, normalize) @ unit_rows(positive, normalize).mT
     closeness = -distance(closeness) if metric == "euclidean" else closeness

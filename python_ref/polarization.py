@@ -9,7 +9,7 @@ from .similarity import band
 
 
 def polarization_term(similarity, kept, polarization, reduction="mean"):
-    """``weight * sum h / #kept``; for ``none`` every row's own mean. Source: losses.md 8.3."""
+    """``weight * sum h / #kept``; for ``none`` every row's own mean."""
     values = band(similarity, polarization.lower, polarization.upper).masked_fill(~kept, 0.0)
     if reduction == "none":
         return polarization.weight * values.sum(1) / kept.sum(1).clamp(min=1)
@@ -19,7 +19,7 @@ def polarization_term(similarity, kept, polarization, reduction="mean"):
 def distance_polarization(z, ids=None, *, lower=0.1, upper=0.5, reduction="mean", normalize=True):
     """``R_1 = mean_{i != j} max(0, (D - lower)(upper - D))``, ``D = (1 - s) / 2``.
 
-    Source: Chen et al. 2021; losses.md 8.3.
+    Source: Chen et al. 2021.
     """
     z = unit_rows(z, normalize)
     ids = torch.arange(len(z), device=z.device) if ids is None else ids

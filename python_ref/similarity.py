@@ -8,7 +8,7 @@ from .dense import INFINITY, below, different, kept_logsumexp
 
 
 def pairs_kept(similarity, x_ids=None, y_ids=None, cutoff=None):
-    """Mask of the pairs with different ids and ``s_ij <= cutoff_i``. Source: losses.md 2, P1."""
+    """Mask of the pairs with different ids and ``s_ij <= cutoff_i``."""
     kept = torch.ones_like(similarity, dtype=torch.bool)
     if x_ids is not None:
         kept = kept & different(x_ids, y_ids)
@@ -23,10 +23,7 @@ def self_pairs(x, y, x_ids, y_ids):
 
 
 def similarity_logsumexp(x, y=None, *, scale=1.0, x_ids=None, y_ids=None, y_bias=None, cutoff=None, columns=False):
-    """``log sum_j exp(a <x_i, y_j> + b_j)`` over the kept pairs, and over rows of a column.
-
-    Source: losses.md 2, P1.
-    """
+    """``log sum_j exp(a <x_i, y_j> + b_j)`` over the kept pairs, and over rows of a column."""
     y, y_ids = self_pairs(x, y, x_ids, y_ids)
     similarity = x @ y.mT
     kept = pairs_kept(similarity, x_ids, y_ids, cutoff)
@@ -36,23 +33,20 @@ def similarity_logsumexp(x, y=None, *, scale=1.0, x_ids=None, y_ids=None, y_bias
 
 
 def band(similarity, lower, upper):
-    """``h(D) = (D - lower)(upper - D)`` strictly inside the band, else 0, ``D = (1 - s) / 2``.
-
-    Source: losses.md 8.3.
-    """
+    """``h(D) = (D - lower)(upper - D)`` strictly inside the band, else 0, ``D = (1 - s) / 2``."""
     distance = (1 - similarity) / 2
     outside = (distance <= lower) | (distance >= upper)
     return ((distance - lower) * (upper - distance)).masked_fill(outside, 0.0)
 
 
-def hinge(similarity, margin):
-    """``max(0, s + margin)``, gradient 0 at the kink; margin a number or one per row.
+def per_row(value):
+    """A number, or one per row as a column."""
+    return value[:, None] if torch.is_tensor(value) and value.dim() == 1 else value
 
-    Source: losses.md 8.4.
-    """
-    if torch.is_tensor(margin) and margin.dim() == 1:
-        margin = margin[:, None]
-    value = similarity + margin
+
+def hinge(similarity, margin):
+    """``max(0, s + margin)``, gradient 0 at the kink; margin a number or one per row."""
+    value = similarity + per_row(margin)
     return value.masked_fill(value <= 0, 0.0)
 
 
@@ -61,17 +55,16 @@ TERMS = {
     "Count": lambda s, t: torch.ones_like(s),
     "Square": lambda s, t: s * s,
     "Band": lambda s, t: band(s, t.lower, t.upper),
-    "Softplus": lambda s, t: torch.logaddexp(t.scale * s + t.bias, torch.zeros_like(s)),
+    "Softplus": lambda s, t: torch.logaddexp(t.scale * s + per_row(t.bias), torch.zeros_like(s)),
     "Hinge": lambda s, t: hinge(s, t.margin),
+    "DistanceHinge": lambda s, t: hinge(-(2 - 2 * s).clamp(min=1e-12).sqrt(), t.margin),
+    "Student": lambda s, t: (1 + (t.scale * s + per_row(t.offset)).clamp(min=0)) ** -t.exponent,
     "Gaussian": lambda s, t: torch.exp(-t.t * (2 - 2 * s)),
 }
 
 
 def similarity_sum(x, y=None, *, term, x_ids=None, y_ids=None, cutoff=None):
-    """``sum_j phi(<x_i, y_j>)`` over the kept pairs; phi by the class name of term.
-
-    Source: losses.md 2, P2.
-    """
+    """``sum_j phi(<x_i, y_j>)`` over the kept pairs; phi by the class name of term."""
     y, y_ids = self_pairs(x, y, x_ids, y_ids)
     similarity = x @ y.mT
     kept = pairs_kept(similarity, x_ids, y_ids, cutoff)
@@ -86,10 +79,7 @@ def first_minimum(values):
 
 
 def min_view_similarity(views, *, reduce="min"):
-    """``min`` or ``mean`` of ``<z_ij, z_ik>`` over j < k, and the first minimal pair.
-
-    Source: losses.md 2, P3.
-    """
+    """``min`` or ``mean`` of ``<z_ij, z_ik>`` over j < k, and the first minimal pair."""
     count = views.shape[1]
     pairs = torch.combinations(torch.arange(count, device=views.device), 2)
     similarity = (views @ views.mT)[:, pairs[:, 0], pairs[:, 1]]

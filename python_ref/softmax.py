@@ -91,7 +91,7 @@ def nt_xent_loss(
 ):
     """``mean_i (lse_i - mean_p u_ip)``, lse over all rows of all views but i, p the other views of i's sample.
 
-    Source: Chen et al. 2020, arXiv:2002.05709; losses.md 4.2.
+    Source: Chen et al. 2020, arXiv:2002.05709.
     """
     views, scale = unit_rows(two_or_more_views(z0, z1), normalize), scale_of(temperature, logit_scale)
     count_views, count = views.shape[:2]

@@ -27,7 +27,7 @@ def decoupled_loss(
 ):
     """``mean_i (log sum_neg e^u - w_i u_ip)``, the sum over the rows of other samples.
 
-    Source: Yeh et al. 2022, arXiv:2110.06848; losses.md 4.5.
+    Source: Yeh et al. 2022, arXiv:2110.06848.
     """
     scale = scale_of(temperature, logit_scale)
     similarity, positive, kept = two_views(z0, z1, normalize, ids, cutoff, cutoff_margin)
@@ -57,7 +57,7 @@ def quick_thoughts_loss(
 ):
     """Cross-entropy of the logits ``<f_i, g_j>``, 0 on the diagonal, with equal targets for the neighbours.
 
-    Source: Logeswaran & Lee 2018, arXiv:1803.02893; losses.md 4.7.
+    Source: Logeswaran & Lee 2018, arXiv:1803.02893.
     """
     index = torch.arange(len(first), device=first.device)
     distance = (index[:, None] - index[None, :]).abs()

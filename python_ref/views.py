@@ -26,7 +26,7 @@ def arcl_loss(
 ):
     """``mean_i (log sum_Den e^u - s+_i / T)``, ``s+_i`` the least similar pair of views.
 
-    Source: Zhao et al. 2023; losses.md 4.8.
+    Source: Zhao et al. 2023.
     """
     views, scale = unit_rows(views, normalize), scale_of(temperature, logit_scale)
     count = len(views)
@@ -69,7 +69,7 @@ def moco_arcl_loss(
 ):
     """``mean_i log(1 + sum_queue e^{(s_ij - s+_i) / T})``, ``s+_i = min_j q_i k_ij``.
 
-    Source: Zhao et al. 2023; losses.md 4.9.
+    Source: Zhao et al. 2023.
     """
     query, scale = unit_rows(query, normalize), scale_of(temperature, logit_scale)
     keys, queue = unit_rows(keys, normalize).detach(), unit_rows(queue, normalize).detach()

@@ -231,3 +231,16 @@ def test_nothing_flows_into_what_is_no_variable(name, backend):
     case(ck, features, **options, backend=backend).backward()
     assert features["query"].grad.any()
     assert (tensor.grad is not None) == (name == "weight")
+
+
+def test_ids_that_serve_both_sides_compile(backend):
+    """The same ids for rows and columns are one tensor, which Dynamo would refuse twice."""
+    torch.compiler.reset()
+    x, y = (F.normalize(torch.randn(12, 8, device=device_of(backend)), dim=1) for _ in range(2))
+    ids = torch.arange(12, device=x.device) % 5
+
+    def loss(x, y):
+        return ck.clip_loss(x, y, 10.0, ids=ids, backend=backend)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, y), loss(x, y))

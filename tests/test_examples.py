@@ -12,7 +12,7 @@ for package in ("matplotlib", "rich", "sklearn"):
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from examples import digits, own_loss  # noqa: E402, only once its packages are known to be there
+from examples import digits, own_loss, papers  # noqa: E402, only once its packages are known to be there
 
 STEPS, BATCH_SIZE = 10, 128
 
@@ -85,3 +85,25 @@ def test_own_loss_is_the_dense_formula(capsys):
         assert peaks["ours"] < matrix / 4
         assert peaks["dense"] > matrix
     assert "N = 4,096" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What the reproductions find in a short form."""
+    return papers.main(["--steps", "150"])
+
+
+@pytest.mark.parametrize("name", papers.EXPERIMENTS)
+def test_papers_predict_what_is_measured(name, found):
+    for quantity, predicted, measured in found[name]:
+        if isinstance(predicted, str):
+            relation, bound = predicted.split()
+            assert (measured > float(bound)) if relation == ">" else (measured < float(bound)), quantity
+        else:
+            assert measured == pytest.approx(predicted, rel=0.1, abs=0.02), quantity
+
+
+def test_papers_findings_are_not_the_predictions(found):
+    """Sampling and training leave their traces: measured values are measured."""
+    numbers = [f for findings in found.values() for f in findings if not isinstance(f.predicted, str) and f.predicted]
+    assert all(f.measured != f.predicted for f in numbers)

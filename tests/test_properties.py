@@ -1,4 +1,4 @@
-"""Identities that hold for every batch, searched for a counter-example; numbered as in losses.md, section 13."""
+"""Identities that hold for every batch, searched for a counter-example."""
 
 import itertools
 import math

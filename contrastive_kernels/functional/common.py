@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from contrastive_kernels import checks
 from contrastive_kernels.autograd import apply
-from contrastive_kernels.similarity import autocast
+from contrastive_kernels.similarity import autocast, row_dot
 from contrastive_kernels.sweep import compute_dtype
 
 NORM_EPSILON = 1e-12
@@ -104,3 +105,28 @@ def check_options(
     checks.label_smoothing(label_smoothing)
     if weight is not None:
         checks.vector("weight", weight, x, "the features")
+
+
+def view_major(z0: Tensor, z1: Tensor | None) -> Tensor:
+    """(V, N, D), checked."""
+    if z1 is None:
+        checks.views("z0", z0)
+        checks.not_empty("z0", z0)
+        return z0.transpose(0, 1)
+    checks.features("z0", z0)
+    checks.features("z1", z1)
+    checks.alike("z0", z0, "z1", z1)
+    checks.not_empty("z0", z0)
+    return torch.stack([z0, z1])
+
+
+def other_views(views: Tensor) -> Tensor:
+    """(V * N, V - 1): the similarities of every row to the other views of its sample, from views (V, N, D)."""
+    pair = {(j, k): row_dot(views[j], views[k]) for j, k in combinations(range(len(views)), 2)}
+    others = [[pair[min(j, k), max(j, k)] for k in range(len(views)) if k != j] for j in range(len(views))]
+    return torch.cat([torch.stack(row, 1) for row in others])
+
+
+def per_view(value: float | Tensor | None, n: int, v: int) -> float | Tensor | None:
+    """A vector per sample as one per anchor."""
+    return value.repeat(v) if isinstance(value, Tensor) and value.shape == (n,) else value

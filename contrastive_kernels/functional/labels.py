@@ -10,8 +10,7 @@ from torch import Tensor
 
 from contrastive_kernels import checks
 from contrastive_kernels.functional.candidates import Negatives, Positives, Request, candidate_loss, statistics, swept
-from contrastive_kernels.functional.common import ContrastiveStats, check_options, reduce, rows, scale_from
-from contrastive_kernels.functional.softmax import _other_views
+from contrastive_kernels.functional.common import ContrastiveStats, check_options, other_views, reduce, rows, scale_from
 from contrastive_kernels.similarity import row_dot, sweep
 from contrastive_kernels.sweep import Pairs, Softplus, compute_dtype
 
@@ -256,7 +255,7 @@ def _towards_own_views(batch: _Batch, meaning: str, request: Request) -> _Anchor
             negatives.maximum,
         )  # fmt: skip
     if columns is None:
-        own = request.scale * _other_views(batch.views)
+        own = request.scale * other_views(batch.views)
     else:
         own = request.scale * torch.stack([row_dot(anchors, view) for view in batch.views[1:]], 1)
     own_lse, mean = own.logsumexp(1), own.mean(1)

@@ -17,7 +17,7 @@ from contrastive_kernels.functional.candidates import (
     cutoff_from,
     swept,
 )
-from contrastive_kernels.functional.common import ContrastiveStats, check_options, rows, scale_from
+from contrastive_kernels.functional.common import ContrastiveStats, check_options, per_view, rows, scale_from
 from contrastive_kernels.functional.polarization import Polarization
 from contrastive_kernels.functional.totals import kept_counts
 from contrastive_kernels.similarity import row_dot, sweep
@@ -201,10 +201,7 @@ def two_views(
     ids = torch.arange(n, device=z0.device) if ids is None else checks.ids("ids", ids, n, z0)
     views = rows(torch.stack([z0, z1]), normalize)
     similarity = row_dot(*views).repeat(2)
-    cutoff, cutoff_margin = (
-        value.repeat(2) if isinstance(value, Tensor) and value.shape == (n,) else value
-        for value in (cutoff, cutoff_margin)
-    )
+    cutoff, cutoff_margin = (per_view(value, n, 2) for value in (cutoff, cutoff_margin))
     pairs = Pairs(ids.repeat(2), cutoff=cutoff_from(cutoff, cutoff_margin, similarity))
     return TwoViews(views.flatten(0, 1), similarity, pairs)
 

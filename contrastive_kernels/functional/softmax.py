@@ -19,7 +19,16 @@ from contrastive_kernels.functional.candidates import (
     merged,
     swept,
 )
-from contrastive_kernels.functional.common import REDUCTIONS, ContrastiveStats, check_options, rows, scale_from
+from contrastive_kernels.functional.common import (
+    REDUCTIONS,
+    ContrastiveStats,
+    check_options,
+    other_views,
+    per_view,
+    rows,
+    scale_from,
+    view_major,
+)
 from contrastive_kernels.functional.polarization import Polarization
 from contrastive_kernels.similarity import row_dot
 from contrastive_kernels.sweep import Pairs
@@ -198,7 +207,7 @@ def nt_xent_loss(
         >>> nt_xent_loss(z0, z1, temperature=0.1).shape
         torch.Size([])
     """
-    views = _view_major(z0, z1)
+    views = view_major(z0, z1)
     checks.choice("multi_view", multi_view, ("out", "pairs"))
     if multi_view == "pairs" and len(views) > 2:
         if reduction == "none" or return_stats:
@@ -222,10 +231,10 @@ def nt_xent_loss(
         similarity = row_dot(*views).repeat(2)
         positives = Positives.single(scale * similarity)
     else:
-        similarities = _other_views(views)
+        similarities = other_views(views)
         similarity, logits = similarities.mean(1), scale * similarities
         positives = Positives(logits.mean(1), logits.logsumexp(1), logits.sum(1), v - 1)
-    cutoff, cutoff_margin = (_per_view(value, n, v) for value in (cutoff, cutoff_margin))
+    cutoff, cutoff_margin = (per_view(value, n, v) for value in (cutoff, cutoff_margin))
     ids = torch.arange(n, device=views.device) if ids is None else checks.ids("ids", ids, n, views)
     pairs = Pairs(ids.repeat(v), cutoff=cutoff_from(cutoff, cutoff_margin, similarity))
     directions = swept(views.flatten(0, 1), None, pairs, request)
@@ -381,31 +390,6 @@ def moco_loss(
         reduction=reduction, weight=weight, label_smoothing=label_smoothing, query_ids=query_ids, key_ids=key_ids,
         cutoff=cutoff, cutoff_margin=cutoff_margin, return_stats=return_stats, backend=backend,
     )  # fmt: skip
-
-
-def _view_major(z0: Tensor, z1: Tensor | None) -> Tensor:
-    """(V, N, D), checked."""
-    if z1 is None:
-        checks.views("z0", z0)
-        checks.not_empty("z0", z0)
-        return z0.transpose(0, 1)
-    checks.features("z0", z0)
-    checks.features("z1", z1)
-    checks.alike("z0", z0, "z1", z1)
-    checks.not_empty("z0", z0)
-    return torch.stack([z0, z1])
-
-
-def _other_views(views: Tensor) -> Tensor:
-    """(V * N, V - 1): the similarities of every row to the other views of its sample, from views (V, N, D)."""
-    pair = {(j, k): row_dot(views[j], views[k]) for j, k in combinations(range(len(views)), 2)}
-    others = [[pair[min(j, k), max(j, k)] for k in range(len(views)) if k != j] for j in range(len(views))]
-    return torch.cat([torch.stack(row, 1) for row in others])
-
-
-def _per_view(value: float | Tensor | None, n: int, v: int) -> float | Tensor | None:
-    """A vector per sample as one per anchor."""
-    return value.repeat(v) if isinstance(value, Tensor) and value.shape == (n,) else value
 
 
 def _check_negatives(query: Tensor, negative_keys: Tensor, paired: bool) -> None:

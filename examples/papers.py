@@ -1,0 +1,179 @@
+"""Four small experiments that reproduce what the papers predict, each beside what was measured.
+
+- ``spectral``: minibatches of the spectral contrastive loss lead to the eigenvalues of the augmentation graph
+  (HaoChen, Wei, Gaidon, Ma, NeurIPS 2021);
+- ``robustness``: an encoder with small alignment loss that fails under one of its augmentations, the reason for ArCL's
+  minimum over views (Zhao, Du, Wang, Yao, Huang, ICLR 2023);
+- ``polarization``: the regulariser empties the band of ambiguous distances (Chen, Niu, Gong, Li, Yang, Sugiyama, ICML
+  2021);
+- ``false_negatives``: debiasing brings the loss close to the one without false negatives (Chuang et al., NeurIPS 2020),
+  and hardness weights put more of the gradient on them (Robinson et al., ICLR 2021).
+
+``python -m examples.papers`` runs them all in less than a minute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import contrastive_kernels as ck
+
+
+class Finding(NamedTuple):
+    """One quantity, as predicted (a number, or a relation in words) and as measured."""
+
+    quantity: str
+    predicted: str | float
+    measured: float
+
+
+def augmentation_graph(images: int, nodes: int) -> Tensor:
+    """p(x, x') of two augmentations of one image, drawn uniformly; each image mostly gives a few nodes of its own."""
+    own = torch.arange(nodes) % images == torch.arange(images)[:, None]
+    augmentation = torch.rand(images, nodes, dtype=torch.float64) * torch.where(own, 1.0, 0.05)
+    augmentation /= augmentation.sum(1, keepdim=True)
+    return augmentation.T @ augmentation / images
+
+
+def spectral(steps: int) -> Iterator[Finding]:
+    """Train one free vector per node on sampled positive pairs."""
+    nodes, dim, batch = 24, 4, 2048
+    joint = augmentation_graph(6, nodes)
+    marginal = joint.sum(1)
+    eigenvalues = torch.linalg.eigvalsh(joint / (marginal[:, None] * marginal).sqrt()).flip(0)
+    features = (0.1 * torch.randn(nodes, dim)).requires_grad_()
+    optimizer = torch.optim.Adam([features], lr=0.03)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        pairs = torch.multinomial(joint.flatten(), batch, replacement=True)
+        loss = ck.spectral_contrastive_loss(features[pairs // nodes], features[pairs % nodes])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    products = (features @ features.T).detach().double()
+    population = -2 * (joint * products).sum() + (marginal[:, None] * marginal * products**2).sum()
+    yield Finding("population loss after training: -sum of the squares of the 4 largest eigenvalues",
+                  -float((eigenvalues[:dim] ** 2).sum()), float(population))  # fmt: skip
+    features = features.detach()
+    learned = torch.linalg.eigvalsh(
+        (features * marginal.sqrt()[:, None].float()).T @ (features * marginal.sqrt()[:, None].float())
+    )
+    for k in range(dim):
+        yield Finding(
+            f"eigenvalue {k + 1} of the graph, from the features", float(eigenvalues[k]), float(learned[-1 - k])
+        )
+
+
+def robustness(steps: int) -> Iterator[Finding]:
+    """f(x) = x_1 + sqrt(eps) / 2 x_2, where an augmentation multiplies x_2 by theta ~ N(0, 1); labels are sign(x_1)."""
+    epsilon, samples = 0.04, 400 * steps
+    x = torch.randn(samples, 2, dtype=torch.float64)
+
+    def encode(theta: Tensor | float) -> Tensor:
+        return x[:, :1] + math.sqrt(epsilon) / 2 * theta * x[:, 1:]
+
+    def views(count: int) -> Tensor:
+        return torch.stack([encode(torch.randn(samples, 1, dtype=torch.float64)) for _ in range(count)], 1)
+
+    yield Finding("alignment loss of two views: eps / 2", epsilon / 2, float(ck.alignment_loss(views(2))))
+    for theta, risk in ((0.0, 0.0), (2 / math.sqrt(epsilon), 0.25)):
+        wrong = encode(theta).sign() != x[:, :1].sign()
+        yield Finding(f"classification error where theta = {theta:g}", risk, float(wrong.double().mean()))
+    worst = [float(ck.augmentation_robust_loss(views(count))) for count in (2, 8)]
+    yield Finding("robust loss of 8 views over that of 2: more than 1", "> 1", worst[1] / worst[0])
+
+
+def polarization(steps: int) -> Iterator[Finding]:
+    """Train free features with NT-Xent, without and with the regulariser."""
+    band = ck.Polarization(lower=0.1, upper=0.45, weight=20.0)
+    start, noise = torch.randn(256, 8), 0.3 * torch.randn(2, 256, 8)
+
+    def shares(regulariser: ck.Polarization | None) -> Tensor:
+        """The shares of the pairs that end nearer than the band, inside it and farther."""
+        points = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([points], lr=0.05)
+        for _ in range(2 * steps):
+            loss = ck.nt_xent_loss(points + noise[0], points + noise[1], temperature=0.5, polarization=regulariser)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        z = F.normalize(points.detach(), dim=1)
+        distance = (1 - (z @ z.T)[~torch.eye(256, dtype=torch.bool)]) / 2
+        return torch.bucketize(distance, torch.tensor([band.lower, band.upper])).bincount(minlength=3) / len(distance)
+
+    without, with_it = shares(None), shares(band)
+    ratio = float(with_it[1] / without[1])
+    yield Finding("pairs inside the band (0.1, 0.45), with the regulariser over without: less than 1", "< 1", ratio)
+    yield Finding("two modes: pairs nearer than the band, of all pairs", "> 0", float(with_it[0]))
+    yield Finding("two modes: pairs farther than the band, of all pairs", "> 0", float(with_it[2]))
+
+
+def false_negatives(steps: int) -> Iterator[Finding]:
+    """Fixed features of eight classes: the bias of the losses, and the gradient's share on pairs of one class."""
+    classes, samples, temperature = 8, 8 * steps, 0.5
+    labels = torch.arange(samples) % classes
+    centres = F.normalize(torch.randn(classes, 32), dim=1)
+    z0, z1 = F.normalize(centres[labels] + 0.15 * torch.randn(2, samples, 32), dim=-1)
+    z, ids, instances = torch.cat([z0, z1]), labels.repeat(2), torch.arange(samples).repeat(2)
+
+    positive = (z0 * z1).sum(1).repeat(2) / temperature
+    true = ck.similarity_logsumexp(z, scale=1 / temperature, x_ids=ids) + math.log(classes / (classes - 1))
+    unbiased = F.softplus(true - positive).mean()
+    biased = ck.nt_xent_loss(z0, z1, temperature=temperature)
+    debiased = ck.debiased_loss(z0, z1, temperature=temperature, tau_plus=1 / classes)
+    ratio = float((debiased - unbiased).abs() / (biased - unbiased).abs())
+    yield Finding("distance to the loss without false negatives, debiased over NT-Xent: less than 1", "< 1", ratio)
+
+    def share(scale: float) -> Tensor:
+        """The part of sum exp(scale * s) that pairs of one class have."""
+        every = ck.similarity_logsumexp(z, scale=scale, x_ids=instances)
+        return -torch.expm1(ck.similarity_logsumexp(z, scale=scale, x_ids=ids) - every)
+
+    plain = share(1 / temperature).mean()
+    for beta in (0.5, 1.0):
+        hard = ((1 + beta) * share((1 + beta) / temperature) - beta * share(beta / temperature)).mean()
+        quantity = f"share of the repulsion on false negatives, beta = {beta} over beta = 0: more than 1"
+        yield Finding(quantity, "> 1", float(hard / plain))
+
+
+EXPERIMENTS: dict[str, Callable[[int], Iterator[Finding]]] = {
+    "spectral": spectral, "robustness": robustness, "polarization": polarization, "false_negatives": false_negatives
+}  # fmt: skip
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, list[Finding]]:
+    """Run the experiments, print and return what they found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument(
+        "--steps", type=int, default=500, help="length of the training, size of the samples (default 500)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    found = {}
+    for name in options.only:
+        torch.manual_seed(options.seed)
+        found[name] = list(EXPERIMENTS[name](options.steps))
+    table = Table("experiment", "quantity", "predicted", "measured")
+    for name, findings in found.items():
+        for k, (quantity, predicted, measured) in enumerate(findings):
+            expected = predicted if isinstance(predicted, str) else f"{predicted:.4f}"
+            table.add_row(
+                name if k == 0 else "", quantity, expected, f"{measured:.4f}", end_section=k + 1 == len(findings)
+            )
+    Console().print(table)
+    return found
+
+
+if __name__ == "__main__":
+    main()
