@@ -5,6 +5,7 @@ Usage: python tests/memory_probe.py BACKEND [ROWS LOSS ...]
 
 import ctypes
 import gc
+import inspect
 import json
 import pathlib
 import sys
@@ -25,6 +26,26 @@ MEASURED = {
     "info_nce-smoothed": Case("info_nce_loss", two("query", "positive_key"), {"label_smoothing": 0.1}),
     "info_nce-statistics": Case("info_nce_loss", two("query", "positive_key"), {"return_stats": True}),
     "nt_xent-cutoff": Case("nt_xent_loss", two("z0", "z1"), {"cutoff_margin": 0.0}),
+    "siglip": Case("siglip_loss", two("image_features", "text_features"), {"logit_scale": 10.0, "logit_bias": -10.0}),
+    "sup_con": Case("sup_con_loss", lambda n, m, d: {"features": (n, 2, d)}),
+    "debiased": Case("debiased_loss", two("z0", "z1")),
+    "hard_negative": Case("hard_negative_loss", two("z0", "z1")),
+    "decoupled": Case("decoupled_loss", two("z0", "z1")),
+    "quick_thoughts": Case("quick_thoughts_loss", two("first", "second")),
+    "false_negative": Case("false_negative_loss", two("z0", "z1")),
+    "nnclr": Case("nnclr_loss", lambda n, m, d: {"z": (n, d), "predictions": (n, d), "support": (n, d)}),
+    "spectral": Case("spectral_contrastive_loss", two("z0", "z1")),
+    "barlow_twins": Case("barlow_twins_loss", two("z0", "z1")),
+    "vicreg": Case("vicreg_loss", two("z0", "z1")),
+    "uniformity": Case("uniformity_loss", lambda n, m, d: {"z": (n, d)}),
+    "t_simclr": Case("t_simclr_loss", two("z0", "z1")),
+    "triplet": Case("triplet_margin_loss", two("anchor", "positive")),
+    "triplet-hardest": Case("triplet_margin_loss", two("anchor", "positive"), {"mining": "hardest"}),
+}
+# Losses of two views see two rows a sample.
+SELF_SIMILARITY = {
+    f"{name}_loss"
+    for name in ("nt_xent", "sup_con", "debiased", "hard_negative", "decoupled", "false_negative", "t_simclr")
 }
 # (rows, losses) of a backend. The chunks of the slow one do not grow with N: fewer rows, the losses that differ.
 PLAN = {"cpp": (16384, list(MEASURED)), "torch": (6144, ["nt_xent-polarized", "clip", "arcl"])}
@@ -50,13 +71,15 @@ def peak_beyond(function) -> int:
 
 def measure(case: Case, rows: int, dim: int, backend: str) -> int:
     """Peak bytes beyond inputs and gradients."""
-    # two-view losses see two rows a sample
-    samples = rows // 2 if case.loss == "nt_xent_loss" else rows
+    samples = rows // 2 if case.loss in SELF_SIMILARITY else rows
     features = {k: v.float() for k, v in case.features((samples, rows, dim)).items()}
     leaves = {k: v.requires_grad_(k not in case.detached) for k, v in features.items()}
 
+    # the losses of moments have no sweep
+    backends = {"backend": backend} if "backend" in inspect.signature(getattr(ck, case.loss)).parameters else {}
+
     def both():
-        loss = case(ck, leaves, backend=backend)
+        loss = case(ck, leaves, **backends)
         (loss[0] if isinstance(loss, tuple) else loss).backward()
 
     peak = peak_beyond(both)
