@@ -13,7 +13,7 @@ from torch import Tensor
 import contrastive_kernels as ck
 
 from . import eager
-from .eager import BAND, BETA, CLASSES, TAU_PLUS, TEMPERATURE, Unavailable
+from .eager import BAND, BETA, CLASSES, MARGIN, TAU_PLUS, TEMPERATURE, Unavailable
 
 Inputs = dict[str, Tensor]
 LossFunction = Callable[..., Tensor]
@@ -203,7 +203,10 @@ LOSSES: dict[str, Loss] = {
     "uniformity": Loss(lambda n, d: {"z": _rows(n, d)}, eager.uniformity, ck.uniformity_loss, _SYMMETRIC),
     "t_simclr": Loss(_two_views, eager.t_simclr, ck.t_simclr_loss, _SYMMETRIC),
     "triplet": Loss(
-        lambda n, d: _pair("anchor", "positive", n, d), eager.triplet, ck.triplet_margin_loss, _TWO_GRADIENTS
+        lambda n, d: _pair("anchor", "positive", n, d),
+        eager.triplet,
+        partial(ck.triplet_margin_loss, margin=MARGIN),
+        _TWO_GRADIENTS,
     ),
 }
 CORE = ("clip", "nt_xent", "info_nce")

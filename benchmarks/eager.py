@@ -13,6 +13,7 @@ import contrastive_kernels as ck
 TEMPERATURE = 0.1
 BAND = ck.Polarization(lower=0.1, upper=0.5, weight=0.1)
 TAU_PLUS, BETA = 0.1, 1.0
+MARGIN = 0.8  # so large that most hinges are active
 CLASSES = 100
 
 
@@ -201,7 +202,7 @@ def triplet(anchor: Tensor, positive: Tensor) -> Tensor:
     """Triplet loss over all in-batch negatives, on similarities."""
     similarity = F.normalize(anchor, dim=-1) @ F.normalize(positive, dim=-1).T
     n = len(similarity)
-    hinge = F.relu(0.2 + similarity - similarity.diagonal()[:, None])
+    hinge = F.relu(MARGIN + similarity - similarity.diagonal()[:, None])
     return (hinge.sum() - hinge.diagonal().sum()) / (n * (n - 1))
 
 
