@@ -9,8 +9,8 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 demo: .venv/built      ## compare time and memory on this machine, about three minutes
 	$(VENV) -m benchmarks --preset demo
 
-test: .venv/built      ## the whole suite; GPU tests skip themselves
-	$(VENV) -m pytest
+test: .venv/built      ## the whole suite, two files at a time; GPU tests skip themselves
+	$(VENV) -m pytest -n 2 --dist loadfile
 
 bench: .venv/built     ## every loss, more sizes and dtypes: about half an hour
 	$(VENV) -m benchmarks --losses all --dims 128 512 --dtypes float32 bfloat16
