@@ -20,6 +20,7 @@ from testing import (
     errors,
     grid_params,
     matching_ids,
+    name_id,
     option_params,
     precise,
     shape_id,
@@ -397,7 +398,7 @@ def test_detached_weights_change_the_gradient_alone(backend):
         (HardNegativeLoss, hard_negative_loss, {"temperature": 0.3, "beta": 0.5, "detach_weights": True}),
         (HardNegativeLoss, hard_negative_loss, {"estimator": "easy", "polarization": BAND}),
     ],
-    ids=str,
+    ids=name_id,
 )
 def test_module_is_its_function(module, function, options, backend):
     z = both((12, 0, 8), backend)
@@ -419,7 +420,7 @@ def test_the_modules_concentration_can_be_annealed():
 
 
 @pytest.mark.parametrize(
-    ("base", "function"), [("debiased", debiased_loss), ("hard_negative", hard_negative_loss)], ids=str
+    ("base", "function"), [("debiased", debiased_loss), ("hard_negative", hard_negative_loss)], ids=name_id
 )
 def test_lmcl_is_the_polarized_base(base, function, backend):
     z = both(backend=backend)

@@ -44,6 +44,11 @@ def shape_id(shape) -> str:
     return "-".join(f"{name}{size}" for name, size in zip("NMD", shape, strict=True))
 
 
+def name_id(value) -> str:
+    """The name of a class or function, whose repr has an address in it; a value as it is written."""
+    return getattr(value, "__name__", str(value))
+
+
 def dtype_id(dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
