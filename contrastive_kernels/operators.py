@@ -53,16 +53,19 @@ def _fake_forward(backend: ModuleType):
     return fake
 
 
-def _fake_backward(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids,
-                   cutoff, term_scale, term_offset, exponents, columns, term, constants, same, exclude_diagonal,
-                   needs, scores=None):  # fmt: skip
-    m = (x if y is None else y).shape[0]
-    shapes = (x.shape, (m, x.shape[1]), (), (m,), (), (x.shape[0],))
-    dtypes = (x.dtype, x.dtype, *(scale.dtype,) * 4)
-    return tuple(
-        x.new_empty(shape if need else (0,), dtype=dtype)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    )
+def _fake_backward(backend: ModuleType):
+    def fake(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff,
+             term_scale, term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs,
+             scores=None):  # fmt: skip
+        m = (x if y is None else y).shape[0]
+        shapes = (x.shape, (m, x.shape[1]), (), (m,), (), (x.shape[0],), ())
+        dtypes = (x.dtype, x.dtype, *(scale.dtype,) * 4, backend.statistic_dtype(x))
+        return tuple(
+            x.new_empty(shape if need else (0,), dtype=dtype)
+            for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+        )
+
+    return fake
 
 
 def _fake_views(views):
@@ -82,5 +85,5 @@ for _name, _backend in BACKENDS.items():
             _library.define(f"{_name}_{_function}{_schema}")
             _library.impl(f"{_name}_{_function}", _without_autocast(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_forward", _fake_forward(_backend), lib=_library)
-    torch.library.register_fake(f"{_NAMESPACE}::{_name}_backward", _fake_backward, lib=_library)
+    torch.library.register_fake(f"{_NAMESPACE}::{_name}_backward", _fake_backward(_backend), lib=_library)
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_views", _fake_views, lib=_library)

@@ -40,7 +40,7 @@ class _SweepFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_row_lse, grad_col_lse, grad_row_sum, *_):
-        needs = [ctx.needs_input_grad[i] for i in _DIFFERENTIABLE]
+        needs = [*(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE), False]
         *tensors, scores = ctx.saved_tensors
         arguments = (
             grad_row_lse, grad_col_lse, grad_row_sum, *tensors, *ctx.description, needs, scores if ctx.kept else None
@@ -50,7 +50,7 @@ class _SweepFunction(torch.autograd.Function):
         else:
             grads = operator(ctx.backend, "backward")(*arguments)
         all_grads = [None] * 18
-        for i, grad, need in zip(_DIFFERENTIABLE, grads, needs, strict=True):
+        for i, grad, need in zip(_DIFFERENTIABLE, grads[:-1], needs[:-1], strict=True):
             all_grads[i] = grad if need else None
         return tuple(all_grads)
 
@@ -112,16 +112,8 @@ def sweep(
 
     Arguments are taken as checked. Under autocast the features are cast to its dtype; everything else keeps float32.
     """
-    x, y = autocast(x), None if y is None else autocast(y)
-    dtype = compute_dtype(x)
-    scale = _as_tensor(scale, x, dtype)
-    x_ids, y_ids, cutoff, same, exclude_diagonal = pairs
-    if y_ids is not None and y_ids is x_ids and torch.compiler.is_compiling():
-        y_ids = y_ids.clone()  # Dynamo refuses the same tensor twice among the inputs of a Function
-    term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
-    if term_offset is not None:
-        term_offset = _as_tensor(term_offset, x, dtype).expand(x.shape[0])
-    backend = choose_backend(x, backend)
+    *arguments, backend = _arguments(x, y, pairs, scale, bias, exponents, columns, term, backend)
+    x, y, scale = arguments[:3]
     # Few scores are kept for the backward: there a fourth product takes longer than to read them. Not of x with itself,
     # where half of them serve and the visited half depends on the number of threads.
     keep = (
@@ -131,11 +123,26 @@ def sweep(
         and (x.requires_grad or y.requires_grad)
         and x.shape[0] * y.shape[0] * scale.dtype.itemsize <= KEPT_SCORES_BYTES
     )
-    statistics = apply(
-        _SweepFunction,
+    statistics = apply(_SweepFunction, *arguments, maximum, keep, backend)
+    asked_for = (bool(exponents), columns, term is not None, maximum, maximum and columns, False)
+    dtype = scale.dtype
+    return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
+
+
+def _arguments(x, y, pairs, scale, bias, exponents, columns, term, backend) -> tuple:
+    """What both operators take, as far as they take the same, and the backend."""
+    x, y = autocast(x), None if y is None else autocast(y)
+    dtype = compute_dtype(x)
+    x_ids, y_ids, cutoff, same, exclude_diagonal = pairs
+    if y_ids is not None and y_ids is x_ids and torch.compiler.is_compiling():
+        y_ids = y_ids.clone()  # Dynamo refuses the same tensor twice among the inputs of a Function
+    term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
+    if term_offset is not None:
+        term_offset = _as_tensor(term_offset, x, dtype).expand(x.shape[0])
+    return (
         x,
         y,
-        scale,
+        _as_tensor(scale, x, dtype),
         None if bias is None else bias.to(dtype),
         x_ids,
         y_ids,
@@ -148,12 +155,71 @@ def sweep(
         list(constants),
         same,
         exclude_diagonal,
-        maximum,
-        keep,
-        backend,
+        choose_backend(x, backend),
     )
-    asked_for = (bool(exponents), columns, term is not None, maximum, maximum and columns, False)
-    return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
+
+
+class _TotalFunction(torch.autograd.Function):
+    """The weighted sum of a term over all pairs: the backward operator run at once, its gradients kept until asked for.
+
+    The arguments are the weights of the rows, then those of the backward schema between the statistics and `needs`.
+    """
+
+    @staticmethod
+    def forward(weight, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, *rest):
+        *description, needs, backend = rest
+        none, empty = weight.new_empty(0, len(weight)), weight.new_empty(0)
+        *grads, total = operator(backend, "backward")(
+            none, empty, weight, none, empty, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset,
+            *description, needs,
+        )  # fmt: skip
+        return total.to(weight.dtype), *grads
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        tensors, (*ctx.description, ctx.needs, ctx.backend) = inputs[:10], inputs[10:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        (weight, *tensors), grads = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            none, empty = weight.new_empty(0, len(weight)), weight.new_empty(0)
+            needs = [*ctx.needs[:-1], False]
+            arguments = (none, empty, grad * weight, none, empty, *tensors, *ctx.description, needs, None)
+            grads = apply(_SweepBackward, *arguments, ctx.backend)[:-1]
+        else:
+            grads = [(g.to(weight.dtype) * grad).to(g.dtype) for g in grads]
+        all_grads = [None] * 18
+        for i, g, need in zip(_DIFFERENTIABLE, grads, ctx.needs[:-1], strict=True):
+            all_grads[1 + i] = g if need else None
+        return tuple(all_grads)
+
+
+def weighted_total(
+    x: Tensor,
+    y: Tensor | None = None,
+    pairs: Pairs = ALL_PAIRS,
+    *,
+    term: Term,
+    weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """``sum_i weight_i sum_j phi(s_ij)``, 0-dim; its gradients come from the same sweep: three products, not four.
+
+    The weights (N,) default to 1. Arguments are taken as checked, as those of `sweep`.
+    """
+    arguments = _arguments(x, y, pairs, 1.0, None, (), False, term, backend)
+    x, y, *tensors, term_scale, term_offset = arguments[:9]
+    leaves = (x, y, None, None, term_scale, term_offset)
+    needs = [torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves]
+    # Of float16 features the gradients are kept for the end: before the loss's own factor they are beyond its range.
+    if not any(needs) or x.dtype == torch.float16 or (weight is not None and weight.requires_grad):
+        row_sum = sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
+        return (row_sum if weight is None else row_sum * weight).sum()
+    weight = tensors[0].new_ones(x.shape[0]) if weight is None else weight.detach().to(tensors[0])
+    return apply(_TotalFunction, weight, *arguments[:-1], [*needs, True], arguments[-1])[0]
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -256,6 +322,7 @@ def similarity_sum(
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     cutoff: float | Tensor | None = None,
+    reduction: Literal["none", "sum"] = "none",
     backend: str | None = None,
 ) -> Tensor:
     r"""Sum of an elementwise function over every row of the similarity matrix, which is never stored.
@@ -264,10 +331,14 @@ def similarity_sum(
 
     Args:
         x, y, x_ids, y_ids, cutoff, backend: as in `similarity_logsumexp`; the same pairs are left out.
-        term: the function: `Band`, `Softplus`, `Square`, `Hinge`, `Gaussian`, `Identity` or `Count`.
+        term: the function: `Band`, `Softplus`, `Square`, `Hinge`, `DistanceHinge`, `Student`, `Gaussian`, `Identity` or
+            `Count`.
+        reduction: ``"none"``, or ``"sum"`` over the rows too: then one sweep computes the value and the gradients, in
+            three quarters of the time.
 
     Returns:
-        ``(N,)``, float32 (float64 for float64 inputs), differentiable in x, y and the term's tensors.
+        ``(N,)``, or 0-dim for ``"sum"``; float32 (float64 for float64 inputs), differentiable in x, y and the term's
+        tensors.
 
     Raises:
         ValueError, TypeError, RuntimeError, NotImplementedError: as `similarity_logsumexp`.
@@ -281,7 +352,10 @@ def similarity_sum(
         raise TypeError(f"term must be a Term such as Band(0.1, 0.5), not {type(term).__name__}")
     x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, cutoff)
     checks.term_operands(term, x)
+    checks.choice("reduction", reduction, ("none", "sum"))
     pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
+    if reduction == "sum":
+        return weighted_total(x, y, pairs, term=term, backend=backend)
     return sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
 
 

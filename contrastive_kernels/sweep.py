@@ -18,9 +18,10 @@ Statistics of the forward sweep (an empty tensor where not asked for):
 
 With ``keep`` a backend may also return the similarities, for its own backward: worth it where they are few. The
 backward sweep recomputes every tile, or takes it from the ``scores`` that were kept, forms ``G_ij = dL/ds_ij`` from the
-statistics and returns ``dx = G y``, ``dy = G^T x`` and the gradients of the scalars and vectors. ``y = None`` means x
-against itself: S and its mask are then symmetric unless there is a bias, a cutoff or a term offset, and a backend may
-visit the upper triangle only.
+statistics and returns ``dx = G y``, ``dy = G^T x`` and the gradients of the scalars and vectors. G of a term alone
+needs no statistics: then the same sweep can return the weighted total of the row sums too, and no forward sweep is
+needed. ``y = None`` means x against itself: S and its mask are then symmetric unless there is a bias, a cutoff or a
+term offset, and a backend may visit the upper triangle only.
 """
 
 from __future__ import annotations
@@ -213,10 +214,12 @@ DESCRIPTION = "float[] exponents, bool columns, str term, float[] constants, boo
 FORWARD_SCHEMA = (
     f"({INPUTS}, {DESCRIPTION}, bool maximum, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# `needs` says which of x, y, scale, bias, term_scale, term_offset want a gradient; the others come back empty.
-# dx and dy have the dtype of x, the others the compute dtype.
+# `needs` says which of x, y, scale, bias, term_scale, term_offset want a gradient, and last whether the total
+# `sum_i grad_row_sum[i] * row_sum[i]` is wanted, which takes a term without log-sum-exps; the others come back empty.
+# dx and dy have the dtype of x, the total the statistic dtype, the others the compute dtype.
 BACKWARD_SCHEMA = (
     f"(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor col_lse, {INPUTS}, "
-    f"{DESCRIPTION}, bool[] needs, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"{DESCRIPTION}, bool[] needs, Tensor? scores=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 VIEWS_SCHEMA = "(Tensor views) -> Tensor"  # (N, V, D) -> (N, 2) int64: the least similar pair j < k, first on a tie

@@ -35,8 +35,8 @@ Gradients cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_co
                        bool columns, std::string_view term, Numbers constants, bool same, bool exclude_diagonal,
                        c10::List<bool> needs, const OptionalTensor& scores) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  std::array<bool, 6> wanted;
-  TORCH_CHECK(needs.size() == wanted.size(), "needs must have 6 entries, got ", needs.size());
+  std::array<bool, 7> wanted;
+  TORCH_CHECK(needs.size() == wanted.size(), "needs must have 7 entries, got ", needs.size());
   std::copy(needs.begin(), needs.end(), wanted.begin());
   return backward(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse,
                   {x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
@@ -55,7 +55,7 @@ TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
   m.def("cpp_forward(" INPUTS "bool maximum, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor col_lse, " INPUTS
-      "bool[] needs, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool[] needs, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpp_views(Tensor views) -> Tensor");
 }
 

@@ -270,7 +270,7 @@ Outputs forward_as(const Inputs& in, const Description& description, bool maximu
 template <typename T>
 Gradients backward_as(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
                       const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& in,
-                      const Description& description, const std::array<bool, 6>& needs, const OptionalTensor& scores) {
+                      const Description& description, const std::array<bool, 7>& needs, const OptionalTensor& scores) {
   Sweep<T> sweep(in, description, false);
   const int64_t channels = sweep.channels(), n = sweep.n(), m = sweep.m();
   const auto none = nothing(at::kDouble);
@@ -282,6 +282,9 @@ Gradients backward_as(const at::Tensor& grad_row_lse, const at::Tensor& grad_col
   SideGradients side;
   side.need_scale = needs[2];
   side.need_term_scale = needs[4];
+  side.need_total = needs[6];
+  TORCH_CHECK_VALUE(!side.need_total || (channels == 0 && !description.term.empty()),
+                    "the total is that of a term without log-sum-exps beside it");
   if (needs[3]) side.bias = bias.template data_ptr<double>();
   if (needs[5]) side.term_offset = term_offset.template data_ptr<double>();
 
@@ -293,7 +296,8 @@ Gradients backward_as(const at::Tensor& grad_row_lse, const at::Tensor& grad_col
           needs[2] ? at::full({}, sweep.total(&SideGradients::scale), compute) : nothing(compute),
           bias.to(compute),
           needs[4] ? at::full({}, sweep.total(&SideGradients::term_scale), compute) : nothing(compute),
-          term_offset.to(compute)};
+          term_offset.to(compute),
+          needs[6] ? at::full({}, sweep.total(&SideGradients::total), exact) : nothing(exact)};
 }
 
 }  // namespace
@@ -306,7 +310,7 @@ Outputs forward(const Inputs& in, const Description& description, bool maximum, 
 
 Gradients backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
                    const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& in,
-                   const Description& description, const std::array<bool, 6>& needs, const OptionalTensor& scores) {
+                   const Description& description, const std::array<bool, 7>& needs, const OptionalTensor& scores) {
   check(in, description);
   if (scores) {
     const auto compute = in.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;

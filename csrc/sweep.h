@@ -31,14 +31,15 @@ struct Description {
 // row_lse, col_lse, row_sum, row_max, col_max, scores.
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Gradients of x, y, scale, bias, term_scale and term_offset.
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+// Gradients of x, y, scale, bias, term_scale and term_offset; the total of the term, times its gradient.
+using Gradients =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Outputs forward(const Inputs& inputs, const Description& description, bool maximum, bool keep);
 
 Gradients backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
                    const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& inputs,
-                   const Description& description, const std::array<bool, 6>& needs, const OptionalTensor& scores);
+                   const Description& description, const std::array<bool, 7>& needs, const OptionalTensor& scores);
 
 // The least similar pair of each sample's views, (N, V, D) -> (N, 2).
 at::Tensor view_minimum(const at::Tensor& views);

@@ -69,14 +69,17 @@ struct Upstream {
   const T* grad_term_sum;  // [n] or null
 };
 
-// The gradients that are not matrices. The sums over all pairs are one per thread.
+// What a backward sweep yields besides matrices. The sums over all pairs are one per thread; `total` is that of the term's
+// values, each times its gradient, without log-sum-exps beside it.
 struct SideGradients {
   double scale = 0;
   double term_scale = 0;
+  double total = 0;
   double* bias = nullptr;         // [m]
   double* term_offset = nullptr;  // [n]
   bool need_scale = false;
   bool need_term_scale = false;
+  bool need_total = false;
 };
 
 // One slot's memory: about 1 MiB in float.

@@ -63,12 +63,13 @@ TERMS = {
 }
 
 
-def similarity_sum(x, y=None, *, term, x_ids=None, y_ids=None, cutoff=None):
-    """``sum_j phi(<x_i, y_j>)`` over the kept pairs; phi by the class name of term."""
+def similarity_sum(x, y=None, *, term, x_ids=None, y_ids=None, cutoff=None, reduction="none"):
+    """``sum_j phi(<x_i, y_j>)`` over the kept pairs, perhaps over i too; phi by the class name of term."""
     y, y_ids = self_pairs(x, y, x_ids, y_ids)
     similarity = x @ y.mT
     kept = pairs_kept(similarity, x_ids, y_ids, cutoff)
-    return TERMS[type(term).__name__](similarity, term).masked_fill(~kept, 0.0).sum(1)
+    sums = TERMS[type(term).__name__](similarity, term).masked_fill(~kept, 0.0).sum(1)
+    return sums.sum() if reduction == "sum" else sums
 
 
 def first_minimum(values):

@@ -110,11 +110,12 @@ def sweep_arguments(kind, dtype, device):
     return {
         "options": [x, y, *options, [1.0], False, "softplus", [], False, False, True],
         "self": [x, *of_itself, [1.0, 2.0], False, "band", [0.1, 0.5], False, True, False],
+        "term": [x, y, *options, [], False, "softplus", [], False, False, False],
     }.get(kind, plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["plain", "transposed", "empty", "no columns", "one", "options", "self"])
+@pytest.mark.parametrize("kind", ["plain", "transposed", "empty", "no columns", "one", "options", "self", "term"])
 def test_opcheck(kind, dtype, backend):
     """Schema, fake version and dynamic shapes of both operators of a backend."""
     if not supports(backend, dtype):
@@ -125,6 +126,7 @@ def test_opcheck(kind, dtype, backend):
     statistics = forward(*arguments)
     tensors, description = arguments[:9], arguments[9:15]
     needs = [True, arguments[1] is not None, True, arguments[3] is not None, *(a is not None for a in arguments[7:9])]
+    needs.append(not description[0])
     wide = arguments[2].dtype
     grads = [torch.randn_like(s, dtype=wide) for s in statistics[:3]]
     torch.library.opcheck(backward, (*grads, *statistics[:2], *tensors, *description, needs))

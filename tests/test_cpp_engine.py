@@ -156,11 +156,12 @@ def run(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.
     total = sum((g * e.masked_fill(e == -torch.inf, 0)).sum() for g, e in zip(upstream, expected[:3], strict=True))
     gradients = torch.autograd.grad(total, [exact[k] for k in leaves], allow_unused=True, materialize_grads=True)
     upstream[0] = upstream[0].reshape(len(case.exponents), case.n)
-    needs = [k in leaves for k in (0, 1, 2, 3, 7, 8)]
+    alone = case.term != "" and not case.exponents and not case.columns
+    needs = [*(k in leaves for k in (0, 1, 2, 3, 7, 8)), alone]
     found = ops.cpp_backward(*upstream, actual[0], actual[1], *inputs, *case.description(), needs)
-    wanted = iter(gradients)
+    wanted = iter([*gradients, total.detach()])
     for k, gradient in enumerate(found):
-        name = ("dx", "dy", "dscale", "dbias", "dterm_scale", "dterm_offset")[k]
+        name = ("dx", "dy", "dscale", "dbias", "dterm_scale", "dterm_offset", "total")[k]
         if needs[k]:
             assert_near(gradient, next(wanted), GRADIENT_TOLERANCE[dtype], name)
         else:
@@ -249,7 +250,7 @@ def test_engine_empty(shape, dtype):
     torch.testing.assert_close(row_sum, expected.row_sum)
     torch.testing.assert_close(row_max, torch.full((n,), 0.0 if m else -torch.inf, dtype=torch.float64))
     upstream = [torch.ones(1, n), torch.ones(m), torch.ones(n)]
-    needs = [True, True, True, False, False, False]
+    needs = [True, True, True, False, False, False, False]
     dx, dy, dscale, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, *description, needs)
     assert dx.shape == x.shape and dy.shape == y.shape and dscale == 0
     assert not dx.any() and not dy.any()
@@ -282,7 +283,7 @@ def test_engine_strides(layout, dtype):
     def both(x, y):
         row_lse, col_lse, *_ = ops.cpp_forward(x, y, scale, *rest, *description, False)
         upstream = [torch.ones_like(row_lse), torch.ones_like(col_lse), torch.empty(0)]
-        needs = [True, True, False, False, False, False]
+        needs = [True, True, False, False, False, False, False]
         dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, x, y, scale, *rest, *description, needs)
         return row_lse, col_lse, dx, dy
 
@@ -366,7 +367,7 @@ def test_engine_error_within_a_multiple_of_pytorch(kind, temperature, dtype):
     inputs = [x, y, torch.tensor(scale), *[None] * 6]
     row_lse, col_lse, *_ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, False, False)
     upstream = [torch.full((1, n), 1 / n), torch.full((n,), 1 / n), torch.empty(0)]
-    needs = [True, True, False, False, False, False]
+    needs = [True, True, False, False, False, False, False]
     dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, [1.0], True, "", [], False, False, needs)
     exact = clip(x.double(), y.double())
     for k, (ours, torchs, right) in enumerate(zip([row_lse[0], col_lse, dx, dy], clip(x, y), exact, strict=True)):
@@ -437,7 +438,7 @@ def test_engine_with_scores_kept(case, dtype):
     *statistics, scores = ops.cpp_forward(*inputs, *case.description(), True, True)
     torch.testing.assert_close(scores, (inputs[0] @ inputs[1].T).to(scores.dtype), rtol=2e-2, atol=2e-2)
     upstream = [torch.randn_like(s).to(inputs[2].dtype) for s in statistics[:3]]
-    needs = [True, True, True, False, False, False]
+    needs = [True, True, True, False, False, False, False]
     arguments = (*upstream, *statistics[:2], *inputs, *case.description(), needs)
     for kept, recomputed in zip(ops.cpp_backward(*arguments, scores), ops.cpp_backward(*arguments), strict=True):
         assert torch.equal(kept, recomputed)

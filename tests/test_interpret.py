@@ -210,6 +210,11 @@ NEEDS = ("x", "y", "scale", "bias", "term_scale", "term_offset")
 POSITIONS = (0, 1, 2, 3, 7, 8)  # of these among the inputs
 
 
+def alone(case: Case) -> bool:
+    """Whether the backward sweep can return the term's total too."""
+    return case.term != "" and not case.exponents and not case.columns
+
+
 def check(case: Case, tensors: tuple, gradient_scale: float = 1.0) -> tuple:
     """Statistics and all gradients against float64 on the same, rounded inputs; returns ours."""
     statistics = backend.forward(*tensors, *description(case), case.maximum)
@@ -225,9 +230,12 @@ def check(case: Case, tensors: tuple, gradient_scale: float = 1.0) -> tuple:
     for t, g in zip(exact, incoming, strict=False):
         objective = objective + (torch.where(t.isfinite(), t, 0.0) * g.double()).sum()
     wanted = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    gradients = backend.backward(
-        *incoming, *statistics[:2], *tensors, *description(case), [name in leaves for name in NEEDS]
+    *gradients, total = backend.backward(
+        *incoming, *statistics[:2], *tensors, *description(case), [*(name in leaves for name in NEEDS), alone(case)]
     )
+    assert total.numel() == alone(case)
+    if alone(case):
+        assert_close(total, objective.detach(), VALUE_TOLERANCE, float(incoming[2].abs().sum()))
     for name, ours in zip(NEEDS, gradients, strict=True):
         if name not in leaves:
             assert ours.numel() == 0
@@ -238,7 +246,7 @@ def check(case: Case, tensors: tuple, gradient_scale: float = 1.0) -> tuple:
         # A sum over all pairs may cancel; its error is that of its terms.
         magnitude = sum(float(g.abs().sum()) for g in incoming) if name in ("scale", "term_scale") else gradient_scale
         assert_close(ours, other, GRADIENT_TOLERANCE[tensors[0].dtype], magnitude if wide_result else 0.0)
-    return statistics, incoming, gradients
+    return statistics, incoming, (*gradients, total)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"N{g[0]}-M{g[1]}-D{g[2]}-{str(g[3])[6:]}")
@@ -261,7 +269,7 @@ def test_sweep_empty(n, m):
     statistics = backend.forward(*tensors, *description(case), True)
     for statistic, value in zip(statistics, (-torch.inf, -torch.inf, 0.0, -torch.inf, -torch.inf), strict=False):
         assert (statistic == value).all()
-    needs = [True, True, True, False, False, False]
+    needs = [True, True, True, False, False, False, False]
     d_x, d_y, d_scale, *_ = backend.backward(
         *map(torch.ones_like, statistics[:3]), *statistics[:2], *tensors, *description(case), needs
     )
@@ -280,7 +288,7 @@ def test_sweep_needs(d):
         statistics, incoming, gradients = check(case, tensors)
         for k, expected in enumerate(gradients):
             if expected.numel():
-                needs = [j == k for j in range(len(NEEDS))]
+                needs = [j == k for j in range(len(NEEDS) + 1)]
                 alone = backend.backward(*incoming, *statistics[:2], *tensors, *description(case), needs)
                 assert [g.numel() > 0 for g in alone] == needs
                 torch.testing.assert_close(alone[k], expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -316,7 +324,7 @@ def test_sweep_nan_row(term, cutoff):
             torch.testing.assert_close(statistics[k][..., others], clean[k][..., others])
     assert statistics[1].isnan().all()
     incoming = [torch.ones_like(t) for t in statistics[:3]]
-    needs = [True, True, False, False, False, False]
+    needs = [True, True, False, False, False, False, False]
     d_x, d_y, *_ = backend.backward(*incoming, *statistics[:2], *tensors, *description(case), needs)
     assert d_y.isnan().any(1).all()
     assert d_x[3].isnan().any()

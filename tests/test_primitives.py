@@ -18,7 +18,7 @@ from testing import (
 
 import contrastive_kernels as ck
 import python_ref
-from contrastive_kernels import sweep
+from contrastive_kernels import similarity, sweep
 
 SHAPES = [*RAGGED, (1000, 1000, 24)]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -194,6 +194,58 @@ def test_sum(name, itself, dtype, backend, poison):
         assert torch.equal(out.cpu().double(), expected)
         return
     compare(term_sum, tensors, backend, dtype, 10.0, term=term, constants=constants)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("itself", [False, True], ids=["two", "self"])
+@pytest.mark.parametrize("name", [name for name in TERMS if name != "count"])
+def test_total(name, itself, dtype, backend, poison):
+    """The sum over the rows too, whose gradients are computed beside the value."""
+    term, constants, operands = TERMS[name]
+    tensors = {**pair((65, 129, 24)), "x_ids": torch.randint(9, (65,)), "y_ids": torch.randint(9, (129,)), **operands}
+    if itself:
+        del tensors["y"], tensors["y_ids"]
+    compare(term_sum, tensors, backend, dtype, 10.0, term=term, constants=constants, reduction="sum")
+
+
+def test_total_is_one_sweep(backend, monkeypatch):
+    """With gradients there is no forward sweep, without them no backward one; asked twice, they are the same."""
+    device, calls, operator = device_of(backend), [], similarity.operator
+    monkeypatch.setattr(similarity, "operator", lambda *names: calls.append(names[1]) or operator(*names))
+    x, y = (z.to(device, torch.float32).requires_grad_() for z in pair((65, 129, 24)).values())
+    total = ck.similarity_sum(x, y, term=ck.Softplus(10.0, -1.0), reduction="sum", backend=backend)
+    first = torch.autograd.grad(total, (x, y), retain_graph=True)
+    second = torch.autograd.grad(2 * total, (x, y))
+    assert calls == ["backward"]
+    assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
+    with torch.no_grad():
+        again = ck.similarity_sum(x, y, term=ck.Softplus(10.0, -1.0), reduction="sum", backend=backend)
+    assert calls == ["backward", "forward"]
+    torch.testing.assert_close(again, total.detach())
+
+
+@pytest.mark.parametrize("wanted", ["x", "y", "scale", "bias"])
+def test_total_with_one_gradient(wanted, backend, poison):
+    device = device_of(backend)
+    operands = {"scale": torch.tensor(10.0), "bias": torch.linspace(-1, 1, 65)}
+    tensors = {k: v.to(device, torch.float32) for k, v in {**pair((65, 129, 24)), **operands}.items()}
+
+    def total(**t):
+        return term_sum(ck, ck.Softplus, backend=backend, reduction="sum", **{**tensors, **t})
+
+    full = differentiate(total, tensors).gradients[wanted]
+    alone = differentiate(total, {wanted: tensors[wanted]}).gradients[wanted]
+    torch.testing.assert_close(alone, full, rtol=1e-6, atol=1e-6)
+
+
+def test_total_of_float16_does_not_underflow(backend):
+    """A gradient below the range of float16 survives where the loss is scaled up, as mixed-precision training does."""
+    x, y = (torch.randn(2, 64, 8, device=device_of(backend)) / 64).half().unbind(0)
+    x.requires_grad_()
+    ck.siglip_loss(x, y, 1e-6, -10.0, backend=backend).backward()
+    assert not x.grad.any()
+    (2.0**30 * ck.siglip_loss(x, y, 1e-6, -10.0, backend=backend)).backward()
+    assert x.grad.all()
 
 
 def distance_hinge(s, margin):

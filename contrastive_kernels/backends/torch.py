@@ -203,10 +203,10 @@ def backward(
     grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale,
     term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs, scores=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, y, scale, bias, term_scale and term_offset; differentiable in its turn."""
+    """Gradients of x, y, scale, bias, term_scale and term_offset, and the total; differentiable in its turn."""
     scores = _Scores(x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, same, exclude_diagonal)
     dtype, totals_dtype = scores.dtype, statistic_dtype(x)
-    needs_x, needs_y, needs_scale, needs_bias, needs_term_scale, needs_term_offset = needs
+    needs_x, needs_y, needs_scale, needs_bias, needs_term_scale, needs_term_offset, needs_total = needs
     needs_y = needs_y or (needs_x and y is None)
     grad_row_lse, grad_col_lse, grad_row_sum = (g.to(dtype) for g in (grad_row_lse, grad_col_lse, grad_row_sum))
     row_high, row_low = _split(row_lse, dtype)
@@ -226,25 +226,32 @@ def backward(
             weight = weight + grad_col_lse * (scores.logits(s, dropped, bias=False) - col_high - col_low).exp()
         grad = weight * scale
         d_scale = (s * weight).sum(dtype=totals_dtype) if needs_scale else None
-        d_term_scale = d_term_offset = None
+        d_term_scale = d_term_offset = total = None
         if term:
             base = _base(term, s)
-            slope = grad_row_sum[rows, None] * _phi_grad(term, constants, scores.argument(rows, base))
+            argument = scores.argument(rows, base)
+            slope = grad_row_sum[rows, None] * _phi_grad(term, constants, argument)
             slope = slope if dropped is None else slope.masked_fill(dropped, 0)
             through = _through_base(term, s, slope)
             grad = grad + (through if term_scale is None else through * term_scale)
             d_term_scale = (base * slope).sum(dtype=totals_dtype) if needs_term_scale else None
             d_term_offset = slope.sum(1) if needs_term_offset else None
+            if needs_total:
+                values = grad_row_sum[rows, None] * _phi(term, constants, argument)
+                values = values if dropped is None else values.masked_fill(dropped, 0)
+                total = values.sum(dtype=totals_dtype)
         d_x = grad @ scores.y if needs_x else None
         d_y = grad.T @ scores.x[rows] if needs_y else None
-        return d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset
+        return d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset, total
 
     def zeros(*shape: int) -> Tensor:
         return scores.x.new_zeros(shape)
 
     # Rows of x and term_offset belong to one chunk each; the other gradients are sums over the chunks.
     scalar = zeros().to(totals_dtype)
-    totals = [[zeros(0, x.shape[1])], zeros(*scores.y.shape), scalar, zeros(scores.m), scalar.clone(), [zeros(0)]]
+    of_rows, of_offsets = [zeros(0, x.shape[1])], [zeros(0)]
+    of_columns, of_bias = zeros(*scores.y.shape), zeros(scores.m)
+    totals = [of_rows, of_columns, scalar, of_bias, scalar.clone(), of_offsets, scalar.clone()]
     for rows in scores.chunks:
         # With a graph to be built, a chunk is recomputed by its own backward: second derivatives in O(N * D) too.
         parts = checkpoint(chunk, rows, use_reentrant=False) if torch.is_grad_enabled() else chunk(rows)
@@ -257,12 +264,12 @@ def backward(
                 totals[k] = totals[k] + part
             else:
                 totals[k] += part
-    d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset = (
+    d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset, total = (
         torch.cat(total) if isinstance(total, list) else total for total in totals
     )
     if y is None and needs_x:
         d_x, d_y = d_x + d_y, zeros(0)
-    grads = (d_x.to(x.dtype), d_y.to(x.dtype), d_scale.to(dtype), d_bias, d_term_scale.to(dtype), d_term_offset)
+    grads = (d_x.to(x.dtype), d_y.to(x.dtype), d_scale.to(dtype), d_bias, d_term_scale.to(dtype), d_term_offset, total)
     return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, needs, strict=True))
 
 

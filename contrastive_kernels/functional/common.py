@@ -92,6 +92,13 @@ def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return losses.mean() if weight is None else losses.sum() / weight.sum()
 
 
+def row_factors(x: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """(N,): what a weighted "mean" or "sum" multiplies the loss of each row of x by."""
+    dtype = compute_dtype(x)
+    factors = torch.ones(len(x), dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
+    return factors if reduction == "sum" else factors / factors.sum()
+
+
 def check_options(
     x: Tensor,
     *,

@@ -10,7 +10,7 @@ from torch import Tensor
 from contrastive_kernels import checks
 from contrastive_kernels.functional.common import rows
 from contrastive_kernels.select import wide_products
-from contrastive_kernels.similarity import row_dot, sweep
+from contrastive_kernels.similarity import row_dot, sweep, weighted_total
 from contrastive_kernels.sweep import Pairs, Student, compute_dtype
 
 
@@ -111,8 +111,8 @@ def t_simclr_loss(
     x, y = torch.cat([z, torch.ones_like(z[:, :1])], 1), torch.cat([z, -squares[:, None] / 2], 1)
     kernel = Student(exponent, -2 / kappa, squares / kappa)
     with wide_products(x):
-        row_sum = sweep(x, y, Pairs(exclude_diagonal=True), term=kernel, exponents=(), backend=backend).row_sum
-    return exponent * attraction + row_sum.sum().log()
+        repulsion = weighted_total(x, y, Pairs(exclude_diagonal=True), term=kernel, backend=backend)
+    return exponent * attraction + repulsion.log()
 
 
 def _centred(z: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from contrastive_kernels import checks
 from contrastive_kernels.autograd import apply
-from contrastive_kernels.functional.common import check_options, reduce, rows
+from contrastive_kernels.functional.common import check_options, reduce, row_factors, rows
 from contrastive_kernels.select import wide_products
-from contrastive_kernels.similarity import row_dot, sweep
+from contrastive_kernels.similarity import row_dot, sweep, weighted_total
 from contrastive_kernels.sweep import ALL_PAIRS, Pairs, Square, compute_dtype
 
 __all__ = ["barlow_twins_loss", "spectral_contrastive_loss", "vicreg_loss"]
@@ -119,7 +119,7 @@ def spectral_contrastive_loss(
     if project:
         x, y = _in_ball(x, math.sqrt(mu)), _in_ball(y, math.sqrt(mu))
     n, d = x.shape
-    own = row_dot(x, y)
+    own, columns = row_dot(x, y), n if include_diagonal else max(n - 1, 1)
     # Of one row no pair is left, which the moments know up to rounding only.
     if (method == "gram" and n > 1) or (method == "auto" and n > d):
         with wide_products(x):
@@ -128,8 +128,11 @@ def spectral_contrastive_loss(
         squares = squares if include_diagonal else squares - own.square()
     else:
         pairs = ALL_PAIRS if include_diagonal else Pairs(exclude_diagonal=True)
+        if reduction != "none":
+            factors = row_factors(x, weight, reduction) / mu
+            total = weighted_total(x, y, pairs, term=Square(), weight=factors / columns, backend=backend)
+            return total - 2 * (factors * own).sum()
         squares = sweep(x, y, pairs, term=Square(), exponents=(), backend=backend).row_sum
-    columns = n if include_diagonal else max(n - 1, 1)
     return reduce((squares / columns - 2 * own) / mu, weight, reduction)
 
 

@@ -10,10 +10,17 @@ from torch import Tensor
 from contrastive_kernels import checks
 from contrastive_kernels.backends import choose_backend
 from contrastive_kernels.functional.candidates import cutoff_from, statistics
-from contrastive_kernels.functional.common import ContrastiveStats, check_options, reduce, rows, scale_from
+from contrastive_kernels.functional.common import (
+    ContrastiveStats,
+    check_options,
+    reduce,
+    row_factors,
+    rows,
+    scale_from,
+)
 from contrastive_kernels.functional.totals import kept_counts
 from contrastive_kernels.select import row_select
-from contrastive_kernels.similarity import row_dot, sweep
+from contrastive_kernels.similarity import row_dot, sweep, weighted_total
 from contrastive_kernels.sweep import DistanceHinge, Hinge, Pairs, Softplus
 
 # As in the sweep: a smaller distance between unit rows is rounding, and its slope means nothing.
@@ -90,15 +97,15 @@ def siglip_loss(
     similarity = row_dot(x, y)
     ids = None if ids is None else checks.ids("ids", ids, x.shape[0], x)
     pairs = Pairs(ids, ids, cutoff_from(cutoff, cutoff_margin, similarity), exclude_diagonal=not negative_only)
-    out = sweep(
-        x, y, pairs, scale=_detached(scale), exponents=(1.0,) if return_stats else (), term=Softplus(scale, bias),
-        maximum=return_stats, backend=backend,
-    )  # fmt: skip
-    losses = out.row_sum
-    positive = scale * similarity + bias
-    if not negative_only:
-        losses = losses + torch.logaddexp(-positive, torch.zeros_like(positive))
-    loss = reduce(losses, weight, reduction)
+    term, positive = Softplus(scale, bias), scale * similarity + bias
+    attraction = 0.0 if negative_only else torch.logaddexp(-positive, torch.zeros_like(positive))
+    if reduction != "none" and not return_stats:
+        factors = row_factors(x, weight, reduction)
+        repulsion = weighted_total(x, y, pairs, term=term, weight=factors, backend=backend)
+        return repulsion if negative_only else repulsion + (factors * attraction).sum()
+    options = dict(exponents=(1.0,), maximum=True) if return_stats else dict(exponents=())
+    out = sweep(x, y, pairs, scale=_detached(scale), term=term, backend=backend, **options)
+    loss = reduce(out.row_sum + attraction, weight, reduction)
     if not return_stats:
         return loss
     negative_lse, negative_max = (v + _detached(bias) for v in (out.row_lse[0], out.row_max))
@@ -164,37 +171,44 @@ def triplet_margin_loss(
     choose_backend(anchor, backend)  # the hardest take none, but a name that does not exist is an error there too
     x, y = rows(anchor, normalize), rows(positive, normalize)
     ids = None if ids is None else checks.ids("ids", ids, x.shape[0], x)
-    hinges = _all_hinges if mining == "all" else _hardest_hinges
-    losses, counts = hinges(x, y, margin, metric == "euclidean", ids, reduction, backend)
-    if counts is None:
-        return reduce(losses, weight, reduction)
-    total, number = reduce(losses, weight, "sum"), reduce(counts, weight, "sum")
-    return total / number.masked_fill(number == 0, 1)
+    euclidean = metric == "euclidean"
+    if mining == "all":
+        losses, counts = _all_hinges(x, y, margin, euclidean, ids, weight, reduction, backend)
+        if counts is None:
+            return losses
+    else:
+        losses, counts = _hardest_hinges(x, y, margin, euclidean, ids, reduction)
+        if counts is None:
+            return reduce(losses, weight, reduction)
+        losses = reduce(losses, weight, "sum")
+    number = reduce(counts, weight, "sum")
+    return losses / number.masked_fill(number == 0, 1)
 
 
 def _all_hinges(
-    x: Tensor, y: Tensor, margin: float | Tensor, euclidean: bool, ids: Tensor | None, reduction: str,
-    backend: str | None,
+    x: Tensor, y: Tensor, margin: float | Tensor, euclidean: bool, ids: Tensor | None, weight: Tensor | None,
+    reduction: str, backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Every anchor's sum over its negatives, and the number of hinges that a mean has to count."""
+    """The weighted sum over all negatives ("none": each anchor's), and how many hinges a mean has to count."""
     similarity, pairs = row_dot(x, y), Pairs(ids, ids, exclude_diagonal=True)
     term = DistanceHinge(margin + _distance(similarity)) if euclidean else Hinge(margin - similarity)
-    sums = sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
-    if reduction in ("sum", "none"):
-        return sums, None
+    if reduction == "none":
+        return reduce(sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum, weight, reduction), None
+    total = weighted_total(x, y, pairs, term=term, weight=row_factors(x, weight, "sum"), backend=backend)
+    if reduction == "sum":
+        return total, None
     counts = kept_counts(x, y, pairs)
     if reduction == "nonzero_mean":
         # The hinges that are 0 are those of the pairs that a cutoff keeps.
         limit = term.margin.detach()
         limit = (1 - limit.square() / 2).masked_fill(limit <= LEAST_DISTANCE, torch.inf) if euclidean else -limit
         counts = counts - kept_counts(x, y, pairs._replace(cutoff=limit), backend)
-    return sums, counts
+    return total, counts
 
 
 def _hardest_hinges(
-    x: Tensor, y: Tensor, margin: float | Tensor, euclidean: bool, ids: Tensor | None, reduction: str,
-    backend: str | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    x: Tensor, y: Tensor, margin: float | Tensor, euclidean: bool, ids: Tensor | None, reduction: str
+) -> tuple[Tensor, Tensor | None]:
     """Every anchor's two hinges added, and the number of those that are not 0 if a mean has to count them."""
     similarity = row_dot(x, y)
     hinges = []

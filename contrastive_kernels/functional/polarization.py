@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from contrastive_kernels import checks
-from contrastive_kernels.functional.common import rows
+from contrastive_kernels.functional.common import row_factors, rows
 from contrastive_kernels.functional.totals import kept_counts
-from contrastive_kernels.similarity import sweep
+from contrastive_kernels.similarity import sweep, weighted_total
 from contrastive_kernels.sweep import Band, Pairs
 
 __all__ = ["Polarization", "distance_polarization"]
@@ -90,12 +90,9 @@ def distance_polarization(
     band = Band(lower, upper)
     pairs = Pairs(None if ids is None else checks.ids("ids", ids, z.shape[0], z), exclude_diagonal=True)
     z = rows(z, normalize)
-    row_sum = sweep(z, None, pairs, term=band, exponents=(), backend=backend).row_sum
     if reduction == "none":
-        return row_sum
-    if reduction == "row":
-        return row_sum.mean()
-    total = row_sum.sum()
-    if reduction == "sum":
-        return total
-    return total / kept_counts(z, None, pairs).sum().clamp(min=1)
+        return sweep(z, None, pairs, term=band, exponents=(), backend=backend).row_sum
+    factors = row_factors(z, None, "mean" if reduction == "row" else "sum")
+    if reduction == "mean":
+        factors = factors / kept_counts(z, None, pairs).sum().clamp(min=1)
+    return weighted_total(z, None, pairs, term=band, weight=factors, backend=backend)

@@ -61,7 +61,7 @@ def backward(
     grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale,
     term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs, scores=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients of x, y, scale, bias, term_scale and term_offset, empty where `needs` says so."""
+    """Gradients of x, y, scale, bias, term_scale and term_offset, and the total; empty where `needs` says so."""
     from contrastive_kernels.backends.triton import chunk, grad, tiles
     from contrastive_kernels.backends.triton.launch import Packed, Sweep
 
@@ -69,7 +69,7 @@ def backward(
         x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
         exclude_diagonal,
     )  # fmt: skip
-    names = ("x", "y", "scale", "bias", "term_scale", "term_offset")
+    names = ("x", "y", "scale", "bias", "term_scale", "term_offset", "total")
     wanted = {name for name, need in zip(names, needs, strict=True) if need}
     # The products of `chunk` are done by the library, where autocast would round their float32 operands.
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):

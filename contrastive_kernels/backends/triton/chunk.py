@@ -28,14 +28,14 @@ from contrastive_kernels.backends.triton.tile import (
 # Row blocks that one column block is visited by before the next: the grouped order that keeps tiles in L2.
 GROUP = 8
 
-# The gradients that come as a share per row and column block, in the order of the kernel's arguments.
-SHARES = ("scale", "term_scale", "term_offset")
+# What comes as a share per row and column block, in the order of the kernel's arguments.
+SHARES = ("scale", "term_scale", "term_offset", "total")
 
 
 @triton.jit
 def _weights_bwd_kernel(
     x, y, x_ids, y_ids, row_stats, col_stats, scale, term_scale, unit,
-    g, d_scale, d_term_scale, d_term_offset,
+    g, d_scale, d_term_scale, d_term_offset, total,
     first, last, M, stride_x, stride_y, stride_g, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
@@ -45,7 +45,7 @@ def _weights_bwd_kernel(
 ):  # fmt: skip
     """One tile of the weights of rows first to last, x acting as the sweep's rows and, AS_COLUMNS, as its columns too.
 
-    d_scale, d_term_scale and d_term_offset are (column blocks, rows of the chunk): shares to be added up.
+    d_scale, d_term_scale, d_term_offset and total are (column blocks, rows of the chunk): shares to be added up.
     """
     blocks_n, blocks_m = tl.cdiv(last - first, BN), tl.cdiv(M, BM)
     i_tile = tl.program_id(0)
@@ -58,7 +58,7 @@ def _weights_bwd_kernel(
         b_term_scale = tl.load(term_scale)
     b_x, b_y = load_tile(x, o_n, o_d, last, stride_x, D), load_tile(y, o_m, o_d, M, stride_y, D)
     b_s = similarity(x, y, b_x, b_y, o_n, o_m, last, M, stride_x, stride_y, D, BD, PRECISION)
-    b_g, b_soft, _, b_slope = tile_grad(
+    b_g, b_soft, _, b_slope, b_value = tile_grad(
         b_s,
         load_rows(row_stats, o_n, row_stride, 0, Q, TERM, SHIFTED, CUT),
         load_columns(col_stats, o_n, col_stride, 0, COLUMNS, BIASED) if AS_COLUMNS else None,
@@ -78,6 +78,8 @@ def _weights_bwd_kernel(
         tl.store(d_term_scale + o_share, tl.sum(b_slope * term_base(b_s, TERM), 1) * b_undo, mask=m_n)
     if d_term_offset is not None:
         tl.store(d_term_offset + o_share, tl.sum(b_slope, 1) * b_undo, mask=m_n)
+    if total is not None:
+        tl.store(total + o_share, tl.sum(b_value, 1) * b_undo, mask=m_n)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

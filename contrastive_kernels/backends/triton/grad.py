@@ -24,14 +24,15 @@ from contrastive_kernels.backends.triton.tile import (
     weight_factor,
 )  # fmt: skip
 
-# The gradients that come as a share per row of the owner, in the order of the kernel's arguments.
-SHARES = ("scale", "term_scale", "bias", "term_offset")
+# What comes as a share per row of the owner, in the order of the kernel's arguments, and what of it is to be added up.
+SHARES = ("scale", "term_scale", "bias", "term_offset", "total")
+SUMS = ("scale", "term_scale", "total")
 
 
 @triton.jit
 def _grad_bwd_kernel(
     x, y, x_ids, y_ids, row_stats, col_stats, scale, term_scale, unit,
-    dx, d_scale, d_term_scale, d_bias, d_term_offset,
+    dx, d_scale, d_term_scale, d_bias, d_term_offset, total,
     N, M, stride_x, stride_y, stride_dx, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
@@ -42,7 +43,7 @@ def _grad_bwd_kernel(
     """One block of the owner x against all of y. An output that is None is not computed.
 
     dx (N, D) needs D <= BD. Of the others every row of the owner leaves its share: d_bias is final where it acts as the
-    sweep's columns, d_term_offset where it acts as its rows, d_scale and d_term_scale are to be added up.
+    sweep's columns, d_term_offset where it acts as its rows; d_scale, d_term_scale and total are to be added up.
     """
     i_n = tl.program_id(0).to(tl.int64)
     o_n, o_d = i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
@@ -62,12 +63,13 @@ def _grad_bwd_kernel(
     b_dx = tl.zeros([BN, BD], tl.float32)
     b_d_scale, b_d_term_scale = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     b_d_bias, b_d_term_offset = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
+    b_total = tl.zeros([BN], tl.float32)
     b_x = load_tile(x, o_n, o_d, N, stride_x, D)
     for i_m in range(0, M, BM):
         o_m = i_m + tl.arange(0, BM).to(tl.int64)
         b_y = load_tile(y, o_m, o_d, M, stride_y, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
-        b_g, b_soft, b_prob, b_slope = tile_grad(
+        b_g, b_soft, b_prob, b_slope, b_value = tile_grad(
             b_s, own_rows, own_cols, own_id, i_n * BN, row_stats, col_stats, y_ids, i_m, M, row_stride, col_stride,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
             AS_ROWS, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
@@ -82,6 +84,8 @@ def _grad_bwd_kernel(
             b_d_bias += tl.sum(b_prob, 1)
         if d_term_offset is not None:
             b_d_term_offset += tl.sum(b_slope, 1)
+        if total is not None:
+            b_total += tl.sum(b_value, 1)
 
     b_undo = weight_factor(unit, 1.0, 1.0, False, "")
     m_dx = m_n[:, None] & (o_d < D)[None, :]
@@ -107,6 +111,8 @@ def _grad_bwd_kernel(
         tl.store(d_bias + o_n, b_d_bias * b_undo, mask=m_n)
     if d_term_offset is not None:
         tl.store(d_term_offset + o_n, b_d_term_offset * b_undo, mask=m_n)
+    if total is not None:
+        tl.store(total + o_n, b_total * b_undo, mask=m_n)
 
 
 def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: set[str]) -> dict[str, Tensor]:
@@ -128,7 +134,7 @@ def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: se
         n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
         D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), **tile.options(),
     )  # fmt: skip
-    return {name: output.sum() if name in ("scale", "term_scale") else output for name, output in outputs.items()}
+    return {name: output.sum() if name in SUMS else output for name, output in outputs.items()}
 
 
 def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor]:

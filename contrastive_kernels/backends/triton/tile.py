@@ -247,13 +247,14 @@ def pair_grad(
     IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """The three derivatives of a tile's pairs, each times the incoming gradients: with respect to scale * s (soft), to
-    the logit's bias (prob) and to the argument of the term (slope). What a kernel does not use, it does not compute.
+    the logit's bias (prob) and to the argument of the term (slope); and the term's value, times its gradient likewise.
+    What a kernel does not use, it does not compute.
     """
     lse_0, grad_0, lse_1, grad_1, grad_sum, offset, cutoff = rows
     col_lse, grad_col, bias = cols
     # Every derivative is assigned before it is added to: the compiler may not drop an addition of 0.
     b_zero = tl.zeros(b_s.shape, tl.float32)
-    b_soft, b_prob, b_slope = b_zero, b_zero, b_zero
+    b_soft, b_prob, b_slope, b_value = b_zero, b_zero, b_zero, b_zero
     if Q > 0 or COLUMNS:
         # a column statistic beside that of the row has the same logits: its exponent is 1 then
         b_u = b_s * (b_scale * LOG2E * exponent_0)
@@ -279,7 +280,9 @@ def pair_grad(
             b_v += offset
         b_slope = phi_grad(b_v, constant_0, constant_1, TERM) * grad_sum
         b_slope = exclude(b_slope, b_s, own_id, str_id, ahead, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT)
-    return b_soft, b_prob, b_slope
+        b_value = phi(b_v, constant_0, constant_1, TERM) * grad_sum
+        b_value = exclude(b_value, b_s, own_id, str_id, ahead, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT)
+    return b_soft, b_prob, b_slope, b_value
 
 
 @triton.jit
@@ -291,10 +294,11 @@ def tile_grad(
     CUT: tl.constexpr,
 ):  # fmt: skip
     """The weights that multiply the streamed operand, the owner at i_n on axis 0, the streamed block at i_m on axis 1,
-    and what the other gradients are sums of: (weights, soft, prob, slope), see `pair_grad`; 0 beyond the last streamed.
+    and what the other results are sums of: (weights, soft, prob, slope, value), see `pair_grad`; 0 beyond the last
+    streamed.
 
-    The owner acts as the sweep's rows, as its columns, or, x against itself, as both. In that case soft and slope are
-    those of its part as rows: every pair once. The weights lack `weight_factor`.
+    The owner acts as the sweep's rows, as its columns, or, x against itself, as both. In that case soft, slope and
+    value are those of its part as rows: every pair once. The weights lack `weight_factor`.
     """
     o_m = i_m + tl.arange(0, b_s.shape[1]).to(tl.int64)
     ahead = i_m - i_n
@@ -302,7 +306,7 @@ def tile_grad(
     SOFT: tl.constexpr = Q > 0 or COLUMNS
     if AS_COLUMNS:
         str_rows = load_rows(row_stats, o_m, row_stride, 1, Q, TERM, SHIFTED, CUT)
-        b_soft, b_prob, b_slope = pair_grad(
+        b_soft, b_prob, b_slope, b_value = pair_grad(
             b_s, str_rows, own_cols, own_id, str_id, ahead,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
             Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
@@ -310,7 +314,7 @@ def tile_grad(
         b_g = combine(b_soft, through_base(b_s, b_slope, TERM), b_scale, b_term_scale, SOFT, TERM)
     if AS_ROWS:
         str_cols = load_columns(col_stats, o_m, col_stride, 1, COLUMNS, BIASED)
-        b_soft, b_row_prob, b_slope = pair_grad(
+        b_soft, b_row_prob, b_slope, b_value = pair_grad(
             b_s, own_rows, str_cols, own_id, str_id, ahead,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
             Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
@@ -324,7 +328,8 @@ def tile_grad(
         b_soft = tl.where(m_m, b_soft, 0.0)
         b_prob = tl.where(m_m, b_prob, 0.0)
         b_slope = tl.where(m_m, b_slope, 0.0)
-    return b_g, b_soft, b_prob, b_slope
+        b_value = tl.where(m_m, b_value, 0.0)
+    return b_g, b_soft, b_prob, b_slope, b_value
 
 
 @triton.jit
