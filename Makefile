@@ -1,16 +1,20 @@
 # Every target is one command that also works by hand. The first one that needs it creates .venv and builds the extension.
 PYTHON ?= python3
 VENV := .venv/bin/python
+PEERS := .venv-peers/bin/python
 # the build finds ninja here
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test bench lint interpret aot gpu sanitize clean
+.PHONY: demo test test-peers bench lint interpret aot gpu sanitize clean
 
 demo: .venv/built      ## compare time and memory on this machine, about three minutes
 	$(VENV) -m benchmarks --preset demo
 
 test: .venv/built      ## the whole suite, two files at a time; GPU tests skip themselves
 	$(VENV) -m pytest -n 2 --dist loadfile
+
+test-peers: .venv/built .venv-peers/installed  ## against the published losses of other packages, in .venv-peers
+	$(PEERS) -m pytest -m peers tests/test_peers.py
 
 bench: .venv/built     ## every loss, more sizes and dtypes: about half an hour
 	$(VENV) -m benchmarks --losses all --dims 128 512 --dtypes float32 bfloat16
@@ -24,14 +28,14 @@ interpret: .venv/built ## the Triton kernels in the interpreter
 aot: .venv/built       ## the Triton kernels compiled for GPUs that are not here
 	$(VENV) -m pytest -m aot
 
-gpu:                   ## GPU tests and benchmark with the machine's own Python; PART="d128 d256" for some of it
+gpu:                   ## what results/gpu lacks of GPU tests and benchmark, with the machine's own Python; PART="tests d128" for some
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--parts $(PART))
 
 sanitize: .venv/installed
 	bash csrc/sanitize.sh
 
 clean:
-	rm -rf .venv build dist results *.egg-info contrastive_kernels/*.so
+	rm -rf .venv .venv-peers build dist results *.egg-info contrastive_kernels/*.so
 
 .venv/installed: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -42,4 +46,12 @@ clean:
 
 .venv/built: .venv/installed setup.py pyproject.toml $(wildcard csrc/*)
 	$(VENV) -m pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+# order only: a new build of the extension needs no new peers
+.venv-peers/installed: requirements-peers.txt | .venv/installed
+	$(VENV) -m venv .venv-peers
+	$(VENV) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(PEERS) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth"
+	$(PEERS) -m pip install --no-deps -r requirements-peers.txt
 	touch $@
