@@ -63,6 +63,7 @@ from contrastive_kernels.modules import (
 from contrastive_kernels.select import row_select
 from contrastive_kernels.similarity import min_view_similarity, similarity_logsumexp, similarity_sum
 from contrastive_kernels.sweep import Band, Count, DistanceHinge, Gaussian, Hinge, Identity, Softplus, Square, Student
+from contrastive_kernels.workspace import set_workspace_limit, workspace_limit
 
 __version__ = "0.1.0"
 
@@ -127,6 +128,7 @@ __all__ = [
     "nt_xent_loss",
     "quick_thoughts_loss",
     "row_select",
+    "set_workspace_limit",
     "siglip_loss",
     "similarity_logsumexp",
     "similarity_sum",
@@ -136,4 +138,5 @@ __all__ = [
     "triplet_margin_loss",
     "uniformity_loss",
     "vicreg_loss",
+    "workspace_limit",
 ]

@@ -13,6 +13,7 @@ from contrastive_kernels.backends import BACKENDS, choose_backend
 from contrastive_kernels.backends import torch as torch_backend
 from contrastive_kernels.operators import operator
 from contrastive_kernels.sweep import ALL_PAIRS, Pairs, Statistics, Term, compute_dtype
+from contrastive_kernels.workspace import workspace_limit
 
 __all__ = ["min_view_similarity", "row_dot", "similarity_logsumexp", "similarity_sum", "sweep"]
 
@@ -121,7 +122,7 @@ def sweep(
         and y is not None
         and torch.is_grad_enabled()
         and (x.requires_grad or y.requires_grad)
-        and x.shape[0] * y.shape[0] * scale.dtype.itemsize <= KEPT_SCORES_BYTES
+        and x.shape[0] * y.shape[0] * scale.dtype.itemsize <= min(KEPT_SCORES_BYTES, workspace_limit())
     )
     statistics = apply(_SweepFunction, *arguments, maximum, keep, backend)
     asked_for = (bool(exponents), columns, term is not None, maximum, maximum and columns, False)

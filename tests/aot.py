@@ -30,6 +30,7 @@ class Binary:
     shared: int
     tensor_memory: int
     matrix_instructions: int
+    exponentials: int  # instructions for 2^x: as written, whatever loop they are in
     warnings: tuple[str, ...]  # ptxas C75xx: serialized matrix instructions
 
 
@@ -79,6 +80,7 @@ def _read_nvidia(compiled, arch: int) -> Binary:
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[arch], assembly)),
+        exponentials=len(re.findall(r"\bMUFU\.EX2\b", assembly)),
         warnings=tuple(sorted(set(re.findall(r"C75\d+", log)))),
     )
 
@@ -95,6 +97,7 @@ def _read_amd(compiled, arch: str) -> Binary:
         shared=compiled.metadata.shared,
         tensor_memory=0,
         matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[arch], assembly)),
+        exponentials=len(re.findall(r"\bv_exp_f32", assembly)),
         warnings=(),
     )
 

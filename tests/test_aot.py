@@ -34,6 +34,13 @@ HEAVY = {
     "bias": dict(IDS=True, symmetric=True, BIASED=True),
     "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONAL=True),
 }
+# Terms that are added up in the sweep of their gradients.
+TOTALS = {
+    "siglip": dict(Q=0, TERM="softplus", SHIFTED=True, DIAGONAL=True),
+    "band": dict(Q=0, TERM="band", IDS=True, DIAGONAL=True, symmetric=True),
+    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONAL=True),
+    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONAL=True),
+}
 # The rest of the flags, on one architecture.
 OTHERS = {
     "rows": {},
@@ -48,7 +55,7 @@ ARCHITECTURES = (80, 90, 100, "gfx942")
 EVERYTHING = "CONTRASTIVE_KERNELS_AOT_ALL"  # set: all epilogues on all architectures
 
 
-def arguments(kernel, row, flags: dict, **extra) -> dict:
+def arguments(kernel, row, flags: dict, total: bool = False, **extra) -> dict:
     """The compile-time arguments of a kernel: block sizes, flags, None for the pointers that they switch off."""
     d = min(row.limit, 768)
     flags = PLAIN | flags
@@ -60,6 +67,7 @@ def arguments(kernel, row, flags: dict, **extra) -> dict:
     }  # fmt: skip
     constants |= {name: None for flag, names in absent.items() if not flags[flag] for name in names}
     constants |= {} if flags["TERM"] in ("softplus", "student") else {"term_scale": None, "d_term_scale": None}
+    constants |= {} if total else {"total": None}
     # a power of two for float16 only; the rows are compiled for bfloat16
     constants |= {"unit": None}
     return {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -69,13 +77,19 @@ def variants(row, epilogues: dict) -> list:
     """(name, kernel, compile-time arguments) of the launches that use a row."""
     kernel = {
         "sums": sums._sums_fwd_kernel, "safe_sums": sums._safe_sums_fwd_kernel,
-        "grad": grad._grad_bwd_kernel, "weights": chunk._weights_bwd_kernel,
+        "grad": grad._grad_bwd_kernel, "total": grad._grad_bwd_kernel, "weights": chunk._weights_bwd_kernel,
     }[row.kernel]  # fmt: skip
     found = []
     for name, flags in epilogues.items():
         roles = dict(AS_ROWS=True, AS_COLUMNS=bool(flags.get("symmetric")))
-        found.append((name, kernel, arguments(kernel, row, flags, **roles)))
+        total = row.kernel == "total" or (row.kernel == "weights" and name in TOTALS and takes_heavy(row))
+        found.append((name, kernel, arguments(kernel, row, flags, total, **roles)))
     return found
+
+
+def takes_heavy(row) -> bool:
+    """Whether heavy epilogues get this row."""
+    return tiles.find(row.kernel, row.architecture, row.size, row.limit, True) is row
 
 
 def cases() -> list:
@@ -88,14 +102,19 @@ def cases() -> list:
         epilogues = HEAVY if row.heavy else LIGHT
         if row.kernel == "sums":
             # ids are what is heavy here; without a heavy row the light one takes them
-            name = "nt_xent" if tiles.find("sums", row.architecture, row.size, row.limit, True) is row else "clip"
+            name = "nt_xent" if takes_heavy(row) else "clip"
             epilogues = {name: LIGHT[name]}
+        elif row.kernel == "total":
+            demanding = TOTALS if row.architecture == 90 else ("siglip", "distance_hinge")
+            epilogues = {name: TOTALS[name] for name in demanding}
         elif (row.kernel, row.architecture) != ("grad", 90) and os.environ.get(EVERYTHING) is None:
             # The most demanding of them; all where tuning begins.
             demanding = "hard_negative-band" if row.heavy else "nt_xent"
             epilogues = {demanding: epilogues[demanding]}
-        if row.kernel != "sums" and tiles.find(row.kernel, row.architecture, row.size, row.limit, True) is row:
+        if row.kernel not in ("sums", "total") and takes_heavy(row):
             epilogues = epilogues | {"hard_negative-band": HEAVY["hard_negative-band"]}
+        if row.kernel == "weights" and takes_heavy(row):
+            epilogues = epilogues | {"siglip": TOTALS["siglip"]}
         if row.architecture == 90 and row.kernel == "grad" and row.size == 2 and row.limit == 128:
             epilogues = epilogues | OTHERS
         found += [(row, *variant) for variant in variants(row, epilogues)]

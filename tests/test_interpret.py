@@ -388,8 +388,8 @@ def test_sweep_small_workspace(name, monkeypatch):
     from contrastive_kernels.backends.triton import chunk, sums, tiles
 
     n = 69 if INTERPRETING else 261
-    monkeypatch.setattr(sums, "workspace_bytes", lambda: 4 * n)
-    monkeypatch.setattr(chunk, "workspace_bytes", lambda: 1)
+    monkeypatch.setattr(sums, "workspace_limit", lambda: 4 * n)
+    monkeypatch.setattr(chunk, "workspace_limit", lambda: 1)
     monkeypatch.setattr(tiles, "ALIGNMENT", 32 if INTERPRETING else tiles.ALIGNMENT)
     check(CASES[name], inputs(CASES[name], n, 40, 257, torch.float32))
 

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from contrastive_kernels.sweep import Statistics, compute_dtype
+from contrastive_kernels.workspace import workspace_limit
 
 name = "torch"
 keeps_scores = False
 
-# Elements of one chunk's score tile. Up to eight such tiles live at a time, 32 MiB in float32.
+# Elements of one chunk's score tile, and how many bytes there are to each: up to eight such tiles live at a time.
 CHUNK_ELEMENTS = 1 << 20
+ELEMENT_BYTES = 32
 
 # The square of the least distance that counts, for terms of distances.
 LEAST_SQUARE = 1e-12
@@ -35,7 +37,7 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
 
 
 def _chunks(n: int, m: int) -> list[slice]:
-    step = max(1, CHUNK_ELEMENTS // max(m, 1))
+    step = max(1, min(CHUNK_ELEMENTS, workspace_limit() // ELEMENT_BYTES) // max(m, 1))
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 

@@ -62,7 +62,7 @@ def backward(
     term_offset, exponents, columns, term, constants, same, exclude_diagonal, needs, scores=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, y, scale, bias, term_scale and term_offset, and the total; empty where `needs` says so."""
-    from contrastive_kernels.backends.triton import chunk, grad, tiles
+    from contrastive_kernels.backends.triton import chunk, grad
     from contrastive_kernels.backends.triton.launch import Packed, Sweep
 
     sweep = Sweep.of(
@@ -78,7 +78,7 @@ def backward(
             grad_row_lse = grad_row_lse + grad_col_lse
             sweep = dataclasses.replace(sweep, columns=False)
         packed = Packed.of(sweep, grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse)
-        in_registers = tiles.pick("grad", sweep.x, sweep.heavy) is not None or not wanted & {"x", "y"}
+        in_registers = grad.tile_for(sweep, wanted) is not None or not wanted & {"x", "y"}
         gradients = (grad if in_registers else chunk).backward(sweep, packed, wanted)
     return tuple(gradients.get(name, scale.new_empty(0)) for name in names)
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import grad, tiles
-from contrastive_kernels.backends.triton.launch import Packed, Sweep, workspace_bytes
+from contrastive_kernels.backends.triton.launch import Packed, Sweep
 from contrastive_kernels.backends.triton.tile import (
     load_columns,
     load_ids,
@@ -24,6 +24,7 @@ from contrastive_kernels.backends.triton.tile import (
     tile_grad,
     weight_factor,
 )  # fmt: skip
+from contrastive_kernels.workspace import workspace_limit
 
 # Row blocks that one column block is visited by before the next: the grouped order that keeps tiles in L2.
 GROUP = 8
@@ -120,10 +121,10 @@ def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor
     """All wanted gradients, x or y among them."""
     x, y, (n, d), m = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0]
     gradients = grad.grad_bwd(sweep, packed, False, True, {"bias"}) if "bias" in wanted else {}
-    tile = tiles.pick("weights", x, sweep.heavy)
+    tile = tiles.pick("weights", x, sweep.heavy or "total" in wanted)
     # The GEMMs want rows of whole 16-byte vectors.
     width = tiles.round_up(m, 8)
-    size = tiles.round_down(workspace_bytes() // max(1, width * x.element_size()), tiles.ALIGNMENT)
+    size = tiles.round_down(workspace_limit() // max(1, width * x.element_size()), tiles.ALIGNMENT)
     buffer = x.new_empty((min(max(size, tiles.ALIGNMENT), n), width))
     size = max(1, buffer.shape[0])
     factor = packed.factor(sweep)

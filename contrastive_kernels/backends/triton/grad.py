@@ -115,13 +115,18 @@ def _grad_bwd_kernel(
         tl.store(total + o_n, b_total * b_undo, mask=m_n)
 
 
+def tile_for(sweep: Sweep, wanted: set[str]) -> tiles.Tile | None:
+    """The tile with dX in registers; None where it does not fit."""
+    return tiles.pick("total" if "total" in wanted else "grad", sweep.x, sweep.heavy)
+
+
 def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: set[str]) -> dict[str, Tensor]:
     """The wanted gradients with x acting as rows, y as columns or x as both; "x" or "y" is that of the owner."""
     x, y, x_ids, y_ids = sweep.x, sweep.y, sweep.x_ids, sweep.y_ids
     if not rows:
         x, y, x_ids, y_ids = y, x, y_ids, x_ids
     (n, d), m, owner = x.shape, y.shape[0], "x" if rows else "y"
-    tile = tiles.pick("grad" if owner in wanted else "weights", x, sweep.heavy)
+    tile = tile_for(sweep, wanted) if owner in wanted else tiles.pick("weights", x, sweep.heavy or "total" in wanted)
     shapes = {owner: (n, d)} | dict.fromkeys(SHARES, (n,))
     outputs = {
         name: x.new_empty(shape, dtype=x.dtype if name == owner else torch.float32)

@@ -1,8 +1,7 @@
-"""What every launcher needs: the inputs of one sweep, its compile-time flags, scalars and packed vectors, limits."""
+"""What every launcher needs: the inputs of one sweep, its compile-time flags, scalars and packed vectors."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +9,6 @@ from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles
 from contrastive_kernels.backends.triton.tile import PACKED_ROWS, _pack_bwd_kernel
-
-WORKSPACE_MB = 512
-ENVIRONMENT_VARIABLE = "CONTRASTIVE_KERNELS_WORKSPACE_MB"
-
-
-def workspace_bytes() -> int:
-    """How much scratch memory one call may take."""
-    return int(os.environ.get(ENVIRONMENT_VARIABLE) or WORKSPACE_MB) << 20
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles
-from contrastive_kernels.backends.triton.launch import Sweep, processors, workspace_bytes
+from contrastive_kernels.backends.triton.launch import Sweep, processors
 from contrastive_kernels.backends.triton.tile import (
     LN2,
     LOG2E,
@@ -31,6 +31,7 @@ from contrastive_kernels.backends.triton.tile import (
     similarity,
     term_base,
 )  # fmt: skip
+from contrastive_kernels.workspace import workspace_limit
 
 # The largest exponent that the fixed shift lets an exponential have: 2^26 of them may be added.
 TOP = tl.constexpr(100.0)
@@ -318,7 +319,7 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None) -> None:
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
     reach = sweep.scale.abs() * sweep.largest_similarity() * math.log2(math.e)
     blocks, row_blocks = triton.cdiv(m, tile.columns), triton.cdiv(n, tile.rows)
-    group = min(blocks, max(1, workspace_bytes() // (4 * n)))
+    group = min(blocks, max(1, workspace_limit() // (4 * n)))
     splits = _splits(group, row_blocks, x)
     row_partial = x.new_empty((group, n), dtype=torch.float32)
     col_partial = x.new_empty((splits, m), dtype=torch.float32)

@@ -32,7 +32,8 @@ class Tile:
 
     `rows` is the side of the tile along N and `columns` that along M, whatever the two are of. `depth` is how much of D
     is taken at a time, None for all of it. A `heavy` row serves the epilogues that hold more than one pair of vectors
-    per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids.
+    per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids. "total" is "grad" where a
+    term's values are added up beside its slopes; "weights" takes its heavy rows for that.
     """
 
     kernel: str
@@ -92,6 +93,12 @@ TABLE = (
     Tile("grad", 100, 2, True, 256, 64, 32, None, 8, 2, _CLAMPED),
     Tile("grad", 100, 2, False, 256, 128, 64, None, 8, 2, "all 512 columns of tensor memory at D = 256"),
     Tile("grad", "gfx942", 2, False, 128, 64, 64, None, 4, 1, "dX takes half of the registers"),
+    Tile("total", 80, 2, True, 256, 64, 64, None, 8, 2, "74 KB at D = 256, 255 registers"),
+    Tile("total", 90, 2, True, 128, 128, 64, None, 8, 2, "243 to 255 registers; 128 x 128 spills"),
+    Tile("total", 90, 2, True, 256, 128, 32, None, 8, 2, "64 columns spill, 64 x 64 serializes wgmma (C7515)"),
+    Tile("total", 100, 2, True, 128, 128, 64, None, 8, 2, "238 registers"),
+    Tile("total", 100, 2, True, 256, 128, 32, None, 8, 2, "all 512 columns of tensor memory"),
+    Tile("total", "gfx942", 2, True, 128, 64, 64, None, 4, 1, "272 of 512 registers"),
     Tile("weights", 80, 2, True, ANY, 64, 64, 64, 8, 3, _CLAMPED),
     Tile("weights", 80, 2, False, ANY, 128, 128, 64, 8, 3, "64 KB, 255 registers"),
     Tile("weights", 90, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
@@ -110,11 +117,13 @@ TABLE = (
     # Other GPUs, of at least 64 KB of shared memory.
     *(Tile(kernel, "other", size, False, ANY, 64, 64, 32, 4, 2, "untuned: what fits anywhere")
       for kernel in ("sums", "safe_sums", "weights") for size in (2, 4)),
-    Tile("grad", "other", 2, False, 128, 64, 32, None, 8, 2, "untuned: what fits anywhere"),
+    *(Tile(kernel, "other", 2, False, 128, 64, 32, None, 8, 2, "untuned: what fits anywhere")
+      for kernel in ("grad", "total")),
     # The interpreter: small, so that small tests have several tiles, ragged ones, and more than one step of depth.
     *(Tile(kernel, "interpreter", size, False, ANY, 32, 32, 256, 1, 1, "tests")
       for kernel in ("sums", "safe_sums", "weights") for size in (2, 4)),
-    *(Tile("grad", "interpreter", size, False, 256, 32, 32, None, 1, 1, "tests") for size in (2, 4)),
+    *(Tile(kernel, "interpreter", size, False, 256, 32, 32, None, 1, 1, "tests")
+      for kernel in ("grad", "total") for size in (2, 4)),
 )  # fmt: skip
 
 
