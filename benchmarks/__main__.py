@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from . import plot, report
-from .cases import CORE, LOSSES, PROVIDERS
+from .cases import ALL_PROVIDERS, CORE, LOSSES, PROVIDERS
 from .run import Grid, Row, Settings, measure
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
@@ -38,13 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--losses", nargs="+", default=CORE, choices=[*LOSSES, "all"], metavar="LOSS", help=", ".join(LOSSES)
     )
-    parser.add_argument("--sizes", nargs="+", type=int, default=[1024, 2048, 4096, 8192], metavar="N", help="rows N")
+    parser.add_argument(
+        "--sizes", nargs="+", type=int, metavar="N", help="rows N (default: 1024 to 8192; of mmcl 128 to 512)"
+    )
     parser.add_argument("--dims", nargs="+", type=int, default=[128], metavar="D", help="features D")
     parser.add_argument(
         "--dtypes", nargs="+", default=["float32"], choices=DTYPES, metavar="DTYPE", help=", ".join(DTYPES)
     )
     parser.add_argument(
-        "--providers", nargs="+", default=PROVIDERS, choices=PROVIDERS, metavar="PROVIDER", help=", ".join(PROVIDERS)
+        "--providers",
+        nargs="+",
+        default=PROVIDERS,
+        choices=ALL_PROVIDERS,
+        metavar="PROVIDER",
+        help=f"{', '.join(ALL_PROVIDERS)} (default: the first {len(PROVIDERS)})",
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
@@ -61,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     grids = [Grid(losses, options.sizes, options.dims, dtypes, options.providers)]
     settings = Settings(torch.device(options.device), options.seconds, options.min_rounds, options.memory_limit)
     console = Console(width=None if sys.stdout.isatty() else 100)
-    rows = measure(PRESETS[options.preset] if options.preset else grids, settings, console)
+    cases = [case for grid in (PRESETS[options.preset] if options.preset else grids) for case in grid]
+    rows = [row for found in measure(cases, settings, console) for row in found]
     publish(rows, options.output, options.memory_limit, console)
 
 

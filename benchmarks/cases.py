@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 
@@ -12,16 +14,14 @@ from torch import Tensor
 
 import contrastive_kernels as ck
 
-from . import eager
-from .eager import BAND, BETA, CLASSES, MARGIN, TAU_PLUS, TEMPERATURE, Unavailable
+from . import eager, peers
+from .eager import BAND, BETA, CLASSES, EASIEST, LABELS, MARGIN, MMCL, TAU_PLUS, TEMPERATURE, TOP_K, WARM, Unavailable
 
 Inputs = dict[str, Tensor]
 LossFunction = Callable[..., Tensor]
 
 QUEUE = 65536
 VIEWS = 4
-# MoCo's inputs from its momentum encoder, which gets no gradient.
-MOMENTUM = ("key", "keys", "queue")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class Loss:
 
     ``products`` counts the matrix products that the loss and its gradients need when the similarities are not stored,
     forward and backward, in units of 2·N·M·D FLOP. The same count serves every provider, so that work a provider
-    repeats does not look like speed.
+    repeats does not look like speed. ``detached`` are the inputs without gradient, ``sizes`` the N measured by default,
+    ``elements`` those of the largest tensor of the eager form.
     """
 
     inputs: Callable[[int, int], Inputs]
@@ -39,6 +40,9 @@ class Loss:
     products: tuple[float, float]
     columns: Callable[[int], int] = lambda n: n
     others: Mapping[str, LossFunction] = field(default_factory=dict)
+    detached: tuple[str, ...] = ()
+    sizes: tuple[int, ...] = (1024, 2048, 4096, 8192)
+    elements: Callable[[int, int], int] = lambda n, m: n * m
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,11 @@ class Case:
     def pairs(self) -> int:
         return self.n * self.m
 
+    @property
+    def dense_gib(self) -> float:
+        """About what a provider takes that holds the N × M matrices."""
+        return DENSE_COPIES * LOSSES[self.loss].elements(self.n, self.m) * self.dtype.itemsize / 2**30
+
     def flop(self, mode: str) -> float:
         """FLOP of the products that this loss needs, for ``"fwd"``, ``"bwd"`` or ``"both"``."""
         forward, backward = LOSSES[self.loss].products
@@ -74,7 +83,7 @@ class Case:
                 continue
             # Learnable scalars stay float32 in mixed-precision training.
             dtype = self.dtype if value.ndim else torch.promote_types(self.dtype, torch.float32)
-            inputs[name] = value.to(device, dtype).requires_grad_(name not in MOMENTUM)
+            inputs[name] = value.to(device, dtype).requires_grad_(name not in LOSSES[self.loss].detached)
         return inputs
 
     def __str__(self) -> str:
@@ -135,6 +144,18 @@ def _moco_arcl_inputs(n: int, d: int) -> Inputs:
     return {"query": query, "keys": torch.stack(keys, 1), "queue": _rows(QUEUE, d)}
 
 
+def _nnclr_inputs(n: int, d: int) -> Inputs:
+    return _pair("z", "predictions", n, d) | {"support": _rows(n, d)}
+
+
+def _label_inputs(n: int, d: int) -> Inputs:
+    return {"z": _rows(n, d), "labels": torch.arange(n) % LABELS, "label_embeddings": _rows(LABELS, d)}
+
+
+def _multi_view(n: int, d: int) -> Inputs:
+    return {"views": _views(n, d, VIEWS)}
+
+
 # Without stored similarities: the product S itself, once forward and once again backward, and one product a gradient.
 # Self-similarity is symmetric: half of S, and a single gradient product. A queue and its keys get no gradient.
 _TWO_GRADIENTS, _ONE_GRADIENT, _SYMMETRIC = (1, 3), (1, 2), (0.5, 1.5)
@@ -152,7 +173,7 @@ LOSSES: dict[str, Loss] = {
         eager.clip,
         ck.clip_loss,
         _TWO_GRADIENTS,
-        others={"linear_cross_entropy": eager.clip_linear},
+        others={"linear_cross_entropy": eager.clip_by(eager.linear_cross_entropy)},
     ),
     "nt_xent": Loss(_two_views, eager.nt_xent, _at_temperature(ck.nt_xent_loss), _SYMMETRIC),
     "info_nce": Loss(
@@ -160,18 +181,30 @@ LOSSES: dict[str, Loss] = {
         eager.info_nce,
         _at_temperature(ck.info_nce_loss),
         _TWO_GRADIENTS,
-        others={"linear_cross_entropy": eager.info_nce_linear},
+        others={"linear_cross_entropy": eager.info_nce_by(eager.linear_cross_entropy)},
     ),
-    "moco": Loss(_moco_inputs, eager.moco, _at_temperature(ck.moco_loss), _ONE_GRADIENT, columns=lambda n: QUEUE),
+    "moco": Loss(
+        _moco_inputs,
+        eager.moco,
+        _at_temperature(ck.moco_loss),
+        _ONE_GRADIENT,
+        columns=lambda n: QUEUE,
+        detached=("key", "queue"),
+    ),
     "arcl": Loss(
-        lambda n, d: {"views": _views(n, d, VIEWS)},
+        _multi_view,
         eager.arcl,
         _at_temperature(ck.arcl_loss),
         _TWO_GRADIENTS,
         columns=lambda n: 2 * n,
     ),
     "moco_arcl": Loss(
-        _moco_arcl_inputs, eager.moco_arcl, _at_temperature(ck.moco_arcl_loss), _ONE_GRADIENT, columns=lambda n: QUEUE
+        _moco_arcl_inputs,
+        eager.moco_arcl,
+        _at_temperature(ck.moco_arcl_loss),
+        _ONE_GRADIENT,
+        columns=lambda n: QUEUE,
+        detached=("keys", "queue"),
     ),
     "nt_xent_polarized": Loss(
         _two_views, eager.nt_xent_polarized, _at_temperature(partial(ck.nt_xent_loss, polarization=BAND)), _SYMMETRIC
@@ -188,12 +221,12 @@ LOSSES: dict[str, Loss] = {
     ),
     "decoupled": Loss(_two_views, eager.decoupled, _at_temperature(ck.decoupled_loss), _SYMMETRIC),
     "debiased": Loss(
-        _two_views, eager.debiased, _at_temperature(partial(ck.debiased_loss, tau_plus=TAU_PLUS)), _SYMMETRIC
+        _two_views, eager.debiased, partial(ck.debiased_loss, temperature=WARM, tau_plus=TAU_PLUS), _SYMMETRIC
     ),
     "hard_negative": Loss(
         _two_views,
         eager.hard_negative,
-        _at_temperature(partial(ck.hard_negative_loss, tau_plus=TAU_PLUS, beta=BETA)),
+        partial(ck.hard_negative_loss, temperature=WARM, tau_plus=TAU_PLUS, beta=BETA),
         _SYMMETRIC,
     ),
     "siglip": Loss(_siglip_inputs, eager.siglip, ck.siglip_loss, _TWO_GRADIENTS),
@@ -208,21 +241,64 @@ LOSSES: dict[str, Loss] = {
         partial(ck.triplet_margin_loss, margin=MARGIN),
         _TWO_GRADIENTS,
     ),
+    # The search for the nearest, and the loss, whose gradient is that of the predictions alone.
+    "nnclr": Loss(_nnclr_inputs, eager.nnclr, _at_temperature(ck.nnclr_loss), (2, 2), detached=("z", "support")),
+    # The selection, then a loss over what is left of each row, which is not symmetric any more.
+    "false_negative": Loss(
+        _two_views,
+        eager.false_negative,
+        _at_temperature(partial(ck.false_negative_loss, threshold=None, top_k=TOP_K, factor=1.0)),
+        (2, 3),
+    ),
+    "easy_negative": Loss(
+        _query_key, eager.easy_negative, _at_temperature(partial(ck.easy_negative_loss, k=EASIEST)), (2, 3)
+    ),
+    "label_pull": Loss(
+        _label_inputs,
+        eager.label_pull,
+        _at_temperature(partial(ck.label_pull_loss, form="softmax")),
+        _TWO_GRADIENTS,
+        columns=lambda n: LABELS,
+    ),
+    # Pairs of the V views of a sample: no product of matrices.
+    "alignment": Loss(_multi_view, eager.alignment, ck.alignment_loss, _NONE, columns=lambda n: VIEWS),
+    "augmentation_robust": Loss(
+        _multi_view, eager.augmentation_robust, ck.augmentation_robust_loss, _NONE, columns=lambda n: VIEWS
+    ),
+    # Algebra of N x N matrices; written anchor by anchor it holds N of them.
+    "mmcl": Loss(
+        _two_towers,
+        eager.mmcl,
+        partial(ck.mmcl_loss, **MMCL),
+        _NONE,
+        sizes=(128, 256, 512),
+        elements=lambda n, m: n**3,
+    ),
 }
 CORE = ("clip", "nt_xent", "info_nce")
 
 # Providers that hold N × M matrices, and about how many at their peak.
 DENSE, DENSE_COPIES = ("eager", "autocast", "compile"), 4
 PROVIDERS = ("ours", "ours-torch", *DENSE, "linear_cross_entropy")
+# Ours with a limit of the scratch memory of a call, in bytes.
+LIMITED = {"ours-128MB": 128 * 10**6, "ours-512MB": 512 * 10**6}
+ALL_PROVIDERS = (*PROVIDERS, "graph", *LIMITED, *peers.PEERS)
 
 
 def provider_function(provider: str, case: Case, device: torch.device) -> LossFunction:
-    """The callable that computes ``case`` the way of ``provider``; raises `Unavailable` with the reason."""
+    """The callable that computes ``case`` the way of ``provider``; raises `Unavailable` with the reason.
+
+    Call it, and its backward, inside `workspace_of`.
+    """
     loss = LOSSES[case.loss]
-    if provider == "ours":
+    if provider == "ours" or provider in LIMITED:
         return loss.ours
     if provider == "ours-torch":
+        if "backend" not in inspect.signature(loss.ours).parameters:
+            raise Unavailable("has no backends")
         return partial(loss.ours, backend="torch")
+    if provider == "graph":
+        return _graphed(loss.ours, case, device)
     if provider == "eager":
         return loss.eager
     if provider == "compile":
@@ -235,7 +311,36 @@ def provider_function(provider: str, case: Case, device: torch.device) -> LossFu
         return torch.autocast(device.type, case.dtype)(loss.eager)
     if provider in loss.others:
         return loss.others[provider]
+    if provider in peers.PEERS:
+        return peers.loss_function(provider, case.loss)
     raise Unavailable("does not compute this loss")
+
+
+def _graphed(function: LossFunction, case: Case, device: torch.device) -> LossFunction:
+    """Ours as two CUDA graphs, forward and backward; a call copies its inputs into theirs."""
+    if device.type != "cuda":
+        raise Unavailable("CUDA graphs need a CUDA device")
+    inputs = case.inputs(device)
+    replay = torch.cuda.make_graphed_callables(
+        lambda *values: function(**dict(zip(inputs, values, strict=True))), tuple(inputs.values())
+    )
+    return lambda **inputs: replay(*inputs.values())
+
+
+@contextmanager
+def workspace_of(provider: str) -> Iterator[None]:
+    """The provider's limit of scratch memory, if it has one, for as long as this lasts."""
+    if provider not in LIMITED:
+        yield
+        return
+    set_limit = getattr(ck, "set_workspace_limit", None)
+    if set_limit is None:
+        raise Unavailable("not available: contrastive_kernels has no set_workspace_limit")
+    set_limit(LIMITED[provider])
+    try:
+        yield
+    finally:
+        set_limit(None)
 
 
 # How far off a provider may be at the size of the check: three times as far as eager in the same dtype, plus this. It
@@ -246,12 +351,13 @@ _CHECK_ROWS = 192
 
 def check(provider: str, case: Case, device: torch.device) -> None:
     """Raise `Unavailable` unless value and gradients agree with plain PyTorch in float64 at a small size."""
-    if objections := _objections(provider, replace(case, n=_CHECK_ROWS), device):
-        raise Unavailable(f"differs from float64: {objections}")
+    if found := objections(provider, replace(case, n=_CHECK_ROWS), device):
+        raise Unavailable(f"differs from float64: {found}")
 
 
 @cache
-def _objections(provider: str, case: Case, device: torch.device) -> str:
+def objections(provider: str, case: Case, device: torch.device) -> str:
+    """What of a provider is farther from plain PyTorch in float64 than rounding explains; empty if nothing is."""
     allowed = _errors("eager", case, device)
     errors = _errors(provider, case, device).items()
     wrong = [(name, error) for name, error in errors if not error <= 3 * allowed[name] + _FLOOR[case.dtype]]
@@ -266,7 +372,8 @@ def _errors(provider: str, case: Case, device: torch.device) -> dict[str, float]
         for name, value in inputs.items()
     }
     exact = _value_and_gradients(LOSSES[case.loss].eager, exact_inputs)
-    found = _value_and_gradients(provider_function(provider, case, device), inputs)
+    with workspace_of(provider):
+        found = _value_and_gradients(provider_function(provider, case, device), inputs)
     return {name: ((found[name].double() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,14 @@ import contrastive_kernels as ck
 
 TEMPERATURE = 0.1
 BAND = ck.Polarization(lower=0.1, upper=0.5, weight=0.1)
-TAU_PLUS, BETA = 0.1, 1.0
+# So warm that the correction leaves something of the negatives: at 0.1 every row ends on its floor.
+TAU_PLUS, BETA, WARM = 0.1, 1.0, 0.5
 MARGIN = 0.8  # so large that most hinges are active
 CLASSES = 100
+LABELS = 1000  # that label embeddings are chosen from
+TOP_K = 10  # negatives of a row that count as false
+EASIEST = 64  # negatives of a row that easy negatives keep
+MMCL = {"sigma": 50.0, "C": 100.0, "reg": 0.1}
 
 
 class Unavailable(Exception):
@@ -113,9 +119,9 @@ def quick_thoughts(first: Tensor, second: Tensor) -> Tensor:
     return F.cross_entropy(logits, target / target.sum(1, keepdim=True))
 
 
-def _split(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
+def _split(z0: Tensor, z1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Logits of the positives (2N,) and of all others (2N, 2N), -inf at a row's own and at its positive."""
-    logits = _self_similarity(z0, z1) / TEMPERATURE
+    logits = _self_similarity(z0, z1) / temperature
     rows = torch.arange(len(logits), device=logits.device)
     positive = logits[rows, rows.roll(len(z0))]
     return positive, logits.masked_fill((rows % len(z0))[:, None] == rows % len(z0), float("-inf"))
@@ -123,7 +129,7 @@ def _split(z0: Tensor, z1: Tensor) -> tuple[Tensor, Tensor]:
 
 def decoupled(z0: Tensor, z1: Tensor) -> Tensor:
     """Decoupled contrastive loss: the positive is not in the denominator."""
-    positive, negatives = _split(z0, z1)
+    positive, negatives = _split(z0, z1, TEMPERATURE)
     return (negatives.logsumexp(1) - positive).mean()
 
 
@@ -131,19 +137,19 @@ def _corrected(positive: Tensor, total: Tensor, count: int) -> Tensor:
     """The loss from the sum over the negatives, corrected for the positives among them."""
     positive = positive.exp()
     corrected = (total - TAU_PLUS * count * positive) / (1 - TAU_PLUS)
-    corrected = corrected.clamp(min=count * math.exp(-1 / TEMPERATURE))
+    corrected = corrected.clamp(min=count * math.exp(-1 / WARM))
     return -(positive / (positive + corrected)).log().mean()
 
 
 def debiased(z0: Tensor, z1: Tensor) -> Tensor:
     """Debiased contrastive loss."""
-    positive, negatives = _split(z0, z1)
+    positive, negatives = _split(z0, z1, WARM)
     return _corrected(positive, negatives.exp().sum(1), 2 * len(z0) - 2)
 
 
 def hard_negative(z0: Tensor, z1: Tensor) -> Tensor:
     """Debiased loss with negatives weighted by their hardness."""
-    positive, negatives = _split(z0, z1)
+    positive, negatives = _split(z0, z1, WARM)
     exponentials, weights = negatives.exp(), (BETA * negatives).exp()
     count = 2 * len(z0) - 2
     return _corrected(positive, count * (weights * exponentials).sum(1) / weights.sum(1), count)
@@ -206,22 +212,94 @@ def triplet(anchor: Tensor, positive: Tensor) -> Tensor:
     return (hinge.sum() - hinge.diagonal().sum()) / (n * (n - 1))
 
 
-# torch >= 2.13: cross entropy of a linear layer in chunks. It is InfoNCE where the keys are the weight.
+def nnclr(z: Tensor, predictions: Tensor, support: Tensor) -> Tensor:
+    """NNCLR, one direction: the nearest support row of one view is to pick the prediction of the other."""
+    z, predictions, support = (F.normalize(x, dim=-1) for x in (z, predictions, support))
+    nearest = support[(z @ support.T).argmax(1)]
+    logits = nearest @ predictions.T / TEMPERATURE
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
-def _linear_cross_entropy(query: Tensor, key: Tensor) -> Tensor:
+def false_negative(z0: Tensor, z1: Tensor) -> Tensor:
+    """NT-Xent after dropping the most similar rows of other samples."""
+    similarity = _self_similarity(z0, z1)
+    rows = torch.arange(len(similarity), device=similarity.device) % len(z0)
+    others = similarity.detach().masked_fill(rows[:, None] == rows, float("-inf"))
+    return _nt_xent_of(similarity.scatter(1, others.topk(TOP_K, 1).indices, float("-inf")))
+
+
+def easy_negative(query: Tensor, positive_key: Tensor) -> Tensor:
+    """InfoNCE against the least similar keys of each row only."""
+    similarity = F.normalize(query, dim=-1) @ F.normalize(positive_key, dim=-1).T
+    itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    easiest = similarity.masked_fill(itself, float("inf")).topk(EASIEST, 1, largest=False).values
+    logits = torch.cat([similarity.diagonal()[:, None], easiest], 1) / TEMPERATURE
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def alignment(views: Tensor) -> Tensor:
+    """Mean squared distance of all pairs of views."""
+    return _view_distances(views).mean()
+
+
+def augmentation_robust(views: Tensor) -> Tensor:
+    """Squared distance of the farthest pair of views."""
+    return _view_distances(views).max(1).values.mean()
+
+
+def _view_distances(views: Tensor) -> Tensor:
+    first, second = torch.triu_indices(views.shape[1], views.shape[1], 1, device=views.device)
+    return (views[:, first] - views[:, second]).square().sum(2)
+
+
+def label_pull(z: Tensor, labels: Tensor, label_embeddings: Tensor) -> Tensor:
+    """Cross entropy over the embeddings of all labels."""
+    logits = F.normalize(z, dim=-1) @ F.normalize(label_embeddings, dim=-1).T / TEMPERATURE
+    return F.cross_entropy(logits, labels)
+
+
+def mmcl(z0: Tensor, z1: Tensor) -> Tensor:
+    """MMCL by one linear system of N - 1 unknowns for each of the N anchors, solved in float32 at least."""
+    x, z = (F.normalize(view.to(torch.promote_types(view.dtype, torch.float32)), dim=-1) for view in (z0, z1))
+    n = len(x)
+    rows = torch.arange(n, device=x.device)
+    others = rows.expand(n, n)[rows[:, None] != rows].view(n, n - 1)
+    with torch.no_grad():
+        kernel = ((x @ x.T - 1) * (2 / MMCL["sigma"])).exp()
+        own = kernel.gather(1, others)
+        systems = kernel[others[:, :, None], others[:, None]] + 1 - own[:, :, None] - own[:, None]
+        systems.diagonal(dim1=1, dim2=2).add_(MMCL["reg"])
+        coefficients = torch.linalg.solve(systems, torch.full_like(own, 2.0)).clamp(0, MMCL["C"])
+    across = ((z @ x.T - 1) * (2 / MMCL["sigma"])).exp()
+    return (coefficients * (across.gather(1, others) - across.diagonal()[:, None])).sum(1).mean()
+
+
+# Cross entropy of a linear layer is InfoNCE where the keys are the weight; CLIP takes it once a direction. The scale
+# goes into the query.
+
+
+def info_nce_by(row_loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """InfoNCE through ``row_loss(query, key)``, the mean cross entropy of the rows of query keyᵀ."""
+
+    def loss(query: Tensor, positive_key: Tensor) -> Tensor:
+        return row_loss(F.normalize(query, dim=-1) / TEMPERATURE, F.normalize(positive_key, dim=-1))
+
+    return loss
+
+
+def clip_by(row_loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """CLIP as two calls of ``row_loss(query, key)``."""
+
+    def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+        rows = row_loss(logit_scale * image_features, text_features)
+        return (rows + row_loss(logit_scale * text_features, image_features)) / 2
+
+    return loss
+
+
+def linear_cross_entropy(query: Tensor, key: Tensor) -> Tensor:
+    """The mean cross entropy of the rows in chunks, by ``F.linear_cross_entropy``."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable(f"needs torch 2.13, this is {torch.__version__}")
     target = torch.arange(len(query), device=query.device)
     return F.linear_cross_entropy(query, key, target, options=torch.nn.LinearCrossEntropyOptions())
-
-
-def info_nce_linear(query: Tensor, positive_key: Tensor) -> Tensor:
-    """InfoNCE through ``F.linear_cross_entropy``."""
-    return _linear_cross_entropy(F.normalize(query, dim=-1) / TEMPERATURE, F.normalize(positive_key, dim=-1))
-
-
-def clip_linear(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """CLIP as two calls of ``F.linear_cross_entropy``, one a direction."""
-    rows = _linear_cross_entropy(logit_scale * image_features, text_features)
-    return (rows + _linear_cross_entropy(logit_scale * text_features, image_features)) / 2

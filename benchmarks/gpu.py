@@ -1,101 +1,262 @@
-"""``python -m benchmarks.gpu``: the GPU tests, then the GPU benchmark; everything is left in one folder.
+"""``python -m benchmarks.gpu``: GPU tests, compute-sanitizer and the GPU benchmark; all results in one folder.
 
-It runs in parts (``--parts d128 d256``), each of which adds to what the folder holds already.
+It runs in parts. Each adds to what the folder holds, and rows are kept as soon as they are measured; the same command
+again does the parts that are not finished. ``--parts d128`` measures that part anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from rich.console import Console
 
-from . import report
-from .__main__ import publish
-from .run import Grid, Row, Settings, environment, measure
+from . import aims, peers, plot, report
+from .aims import AIM_N, BASELINES, DIMS, LARGE_N, MILLION, PAIR, SMALL_PROVIDERS, SMALL_SIZES
+from .cases import Case, Unavailable
+from .measure import kernel_launches
+from .run import Grid, Settings, environment, make_step, measure
 
-LOSSES = ("clip", "nt_xent")
-BASELINES = ("eager", "autocast")
-AIM_N = 32768
-DIMS = (128, 256, 512, 1024)
-PARTS = {
-    f"d{d}": [
-        Grid(LOSSES, [8192, 16384, 65536], [d], [torch.bfloat16], ["ours", *BASELINES]),
-        Grid(LOSSES, [AIM_N], [d], [torch.bfloat16], ["ours", *BASELINES, "compile"]),
-    ]
-    for d in DIMS
+BF16 = (torch.bfloat16,)
+OTHERS = (*BASELINES, *peers.importable())
+GRIDS = {
+    **{f"d{d}": [Grid(PAIR, [AIM_N], [d], BF16, ["ours", *OTHERS])] for d in DIMS},
+    "large": [
+        Grid(["siglip"], [LARGE_N], [768], BF16, ["ours", "ours-512MB", "compile", *peers.importable()]),
+        Grid(PAIR, [LARGE_N], DIMS, BF16, ["ours", "ours-128MB", "compile"]),
+    ],
+    "million": [Grid(["clip"], [MILLION], [512], BF16, ["ours"])],
+    "small": [Grid(PAIR, SMALL_SIZES, [128], BF16, SMALL_PROVIDERS)],
 }
-# What an H100 should reach at N = 32,768 in bfloat16: milliseconds at most, times eager at least.
-AIMS = {
-    "clip": dict(zip(DIMS, [(3.0, 5.0), (4.5, 3.5), (8.0, 2.4), (15.5, 1.6)], strict=True)),
-    "nt_xent": dict(zip(DIMS, [(1.8, 8.0), (2.5, 5.0), (4.5, 3.8), (8.5, 2.6)], strict=True)),
-}
+# The profiler slows down what is launched after it: last.
+PARTS = ("tests", "sanitize", *GRIDS, "launches")
+
+# Compiling the kernels takes most of the time of the tests.
+ABREAST = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+TEST_COMMAND = ["-m", "pytest", "-m", "gpu", "-q", *ABREAST]
+TEST_SECONDS, SANITIZE_SECONDS = 180.0, 60.0
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
 
-def main() -> int:
-    """Run the chosen parts; returns the exit status."""
+@dataclass(frozen=True)
+class Run:
+    """One call of the command: where results go, how to measure, and until when another case may begin."""
+
+    folder: Path
+    settings: Settings
+    console: Console
+    deadline: float
+    tiny: bool = False
+    without: tuple[str, ...] = ()
+
+    def size(self, n: int) -> int:
+        """The N at which a case of N rows is run."""
+        return max(64, n // 512) if self.tiny else n
+
+    def cases(self, part: str) -> Iterator[tuple[Case, list[str]]]:
+        """The cases of a part and their providers."""
+        found = {replace(case, n=self.size(case.n)): providers for grid in GRIDS[part] for case, providers in grid}
+        for case, providers in found.items():
+            yield case, [provider for provider in providers if provider not in self.without]
+
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a part ended; ``status`` as of a command."""
+
+    summary: str
+    status: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the chosen parts and write the report; returns the exit status, 2 if there is no GPU to run them on."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--parts", nargs="+", choices=["tests", *PARTS], default=["tests", *PARTS])
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=[*PARTS, "report"],
+        help=f"{', '.join(PARTS)}, or report for the report alone (default: what the folder does not hold yet)",
+    )
     parser.add_argument("--output", type=Path, default=Path("results/gpu"), help="folder of all results")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print(f"benchmarks.gpu: torch {torch.__version__} sees no CUDA device on this machine", file=sys.stderr)
-        return 2
+    parser.add_argument("--minutes", type=float, default=8.0, help="no case begins later; the last ones take a minute")
+    parser.add_argument("--without", nargs="+", default=[], metavar="PROVIDER", help="providers to leave out")
+    parser.add_argument("--device", default="cuda", help="cpu to rehearse the command")
+    parser.add_argument("--tiny", action="store_true", help="every N divided by 512, for a rehearsal")
+    options = parser.parse_args(arguments)
+
+    device = torch.device(options.device)
+    missing = device.type == "cuda" and not torch.cuda.is_available()
+    on_cuda = device.type == "cuda" and not missing
+    memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_cuda else 8.0
+    # Three rounds and a second a case on a GPU; a rehearsal is not about time.
+    settings = Settings(device, *((0.0, 1) if options.tiny else (1.0, 3)), memory_gib)
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    deadline = time.monotonic() + 60 * options.minutes
+    run = Run(options.output, settings, console, deadline, options.tiny, tuple(options.without))
 
     options.output.mkdir(parents=True, exist_ok=True)
-    status = run_tests(options.output) if "tests" in options.parts else 0
-    device, console = torch.device("cuda"), Console(width=None if sys.stdout.isatty() else 100)
-    memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-    settings = Settings(device, seconds=1.0, min_rounds=3, memory_limit_gib=memory_gib)
-    for part in (part for part in PARTS if part in options.parts):
-        rows = report.merge(report.read(options.output), measure(PARTS[part], settings, console))
-        publish(rows, options.output, memory_gib, console)
-    write_summary(report.read(options.output), options.output)
+    chosen = options.parts or [part for part in PARTS if part not in _read_finished(run.folder)]
+    wanted = [part for part in PARTS if part in chosen]
+    status = 0
+    try:
+        for part in [] if missing else list(wanted):
+            if run.seconds_left() <= 0:
+                break
+            console.rule(part)
+            try:
+                ended = run_part(part, run)
+            except Exception as error:
+                # Kept as an end of this part, or the next command would stop here again. Nothing else runs on a GPU
+                # after an illegal access.
+                _finish(part, Ended(f"FAILED: {type(error).__name__}: {error}", 1), run)
+                raise
+            if ended is None:
+                break
+            _finish(part, ended, run)
+            status = max(status, ended.status)
+            wanted.remove(part)
+    finally:
+        finished = _read_finished(run.folder)
+        rows = report.read(run.folder)
+        unfinished = [part for part in PARTS if part not in finished]
+        (run.folder / "report.md").write_text(aims.markdown(rows, finished, run.size, unfinished))
+    console.print(f"Written: {run.folder / 'report.md'}", highlight=False, soft_wrap=True)
+    if missing and (wanted or not rows):
+        print(f"benchmarks.gpu: torch {torch.__version__} sees no CUDA device here; nothing measured", file=sys.stderr)
+        return 2
+    if wanted:
+        console.print(f"Out of time before: {', '.join(wanted)}. The same command goes on there.", highlight=False)
     return status
 
 
-def run_tests(folder: Path) -> int:
-    """Run the GPU-marked tests, their output on the screen and in ``tests.txt``; returns pytest's status."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q"]
-    with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pytest,
-        (folder / "tests.txt").open("w") as file,
-    ):
-        for line in pytest.stdout:
+def _read_finished(folder: Path) -> dict[str, dict]:
+    file = folder / "parts.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _finish(part: str, ended: Ended, run: Run) -> None:
+    run.console.print(f"{part}: {ended.summary}", highlight=False, soft_wrap=True)
+    finished = _read_finished(run.folder) | {part: asdict(ended)}
+    (run.folder / "parts.json").write_text(json.dumps(finished, indent=1))
+
+
+def run_part(part: str, run: Run) -> Ended | None:
+    """Run one part; None if the time was up before its end."""
+    own: dict[str, Callable[[Run], Ended | None]] = {
+        "tests": run_tests,
+        "sanitize": run_sanitizers,
+        "launches": count_launches,
+    }
+    return own[part](run) if part in own else measure_part(part, run)
+
+
+def measure_part(part: str, run: Run) -> Ended | None:
+    """Measure the cases of a part, keeping each one's rows as they come; what ours cannot do counts as failed."""
+    cases, failed, timed = list(run.cases(part)), [], 0
+    for rows in measure(cases, run.settings, run.console):
+        failed += [f"{row.loss} D = {row.d}: {row.note}" for row in rows if row.provider == "ours" and row.note]
+        timed += sum(row.mode == "both" and not row.note for row in rows)
+        everything = report.merge(report.read(run.folder), rows)
+        report.write(everything, run.folder)
+        cases = cases[1:]
+        if cases and run.seconds_left() <= 0:
+            return None
+    device = environment(run.settings.device)["device"]
+    plot.draw([row for row in everything if row.device == device], run.folder)
+    return Ended(f"{timed} timings" + "".join(f"; FAILED {failure}" for failure in failed), int(bool(failed)))
+
+
+def count_launches(run: Run) -> Ended | None:
+    """Count the kernels of the small cases that have been timed."""
+    if run.settings.device.type != "cuda":
+        return Ended("kernels are counted on a GPU")
+    device = environment(run.settings.device)["device"]
+    rows = report.read(run.folder)
+    timed = {(row.case, row.provider): row for row in report.timed(rows) if row.device == device}
+    counted = 0
+    for case, providers in run.cases("small"):
+        inputs = case.inputs(run.settings.device)
+        for provider in providers:
+            row = timed.get(((case.loss, case.n, case.d, "bfloat16"), provider))
+            if row is None:
+                continue
+            try:
+                launches = kernel_launches(make_step(provider, case, inputs, run.settings.device))
+            except (Unavailable, RuntimeError) as reason:
+                run.console.print(f"{case}, {provider}: {reason}", highlight=False)
+                continue
+            rows[rows.index(row)] = replace(row, launches=launches)
+            counted += 1
+        report.write(rows, run.folder)
+        if run.seconds_left() <= 0:
+            return None
+    return Ended(f"{counted} counts" if counted else "no small batch has been timed yet")
+
+
+def run_tests(run: Run) -> Ended:
+    """Run the GPU-marked tests."""
+    with (run.folder / "tests.txt").open("w") as log:
+        status, last = run_logged([sys.executable, *TEST_COMMAND], log, min(TEST_SECONDS, run.seconds_left()))
+    return Ended(last, status)
+
+
+def run_sanitizers(run: Run) -> Ended:
+    """Run the small shapes as they are, compared with float64, and then under every tool of compute-sanitizer."""
+    places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in [os.environ.get("CUDA_HOME")] if home)]
+    program = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    script = [sys.executable, "-m", "benchmarks.small_shapes", "--device", run.settings.device.type]
+    # Every tensor an allocation of its own, or what is read beside it looks like memory in use.
+    apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    commands = {"small shapes": [*script, "--check"]}
+    if program:
+        commands |= {tool: [program, "--tool", tool, "--error-exitcode", "9", *script] for tool in SANITIZERS}
+    status, summaries = 0, []
+    with (run.folder / "sanitize.txt").open("w") as log:
+        for name, command in commands.items():
+            seconds = max(1.0, min(SANITIZE_SECONDS, run.seconds_left()))
+            found, last = run_logged(command, log, seconds, **(apart if name in SANITIZERS else {}))
+            status, summaries = max(status, found), [*summaries, f"{name}: {last}"]
+    return Ended("; ".join(summaries) + ("" if program else "; compute-sanitizer is not installed"), status)
+
+
+def run_logged(command: Sequence[str], log: TextIO, seconds: float, **environment: str) -> tuple[int, str]:
+    """Run a command, its output on the screen and in ``log``; its status and last line. Stops it after ``seconds``."""
+    stopped = threading.Event()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment},
+        start_new_session=True,
+    ) as process:  # fmt: skip
+
+        def stop() -> None:
+            stopped.set()
+            os.killpg(process.pid, signal.SIGKILL)
+
+        timer, last = threading.Timer(seconds, stop), ""
+        timer.start()
+        for line in process.stdout:
             print(line, end="")
-            file.write(line)
-    return pytest.returncode
-
-
-def write_summary(rows: Sequence[Row], folder: Path) -> None:
-    """Write ``report.md``: where this ran, how the tests ended, and every figure beside its aim."""
-    where = ", ".join(f"{name} {value}" for name, value in environment(torch.device("cuda")).items())
-    tests = folder / "tests.txt"
-    lines = [f"# GPU results\n\n{where}\n"]
-    lines += [f"Tests: {tests.read_text().strip().splitlines()[-1]}\n"] if tests.exists() else []
-    lines += [
-        f"Forward + backward, N = {AIM_N:,}, bfloat16, medians; the aims are those of an H100.\n",
-        "| loss | D | ms | aim | × eager | aim | × compile | peak MiB | of matmul |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for loss, aims in AIMS.items():
-        for d, (aim_ms, aim_gain) in aims.items():
-            case = [row for row in rows if row.case == (loss, AIM_N, d, "bfloat16")]
-            both = {row.provider: row for row in report.timed(case)}
-            if ours := both.get("ours"):
-                gains = [
-                    f"{both[name].ms_50 / ours.ms_50:.1f}" if name in both else "" for name in ("eager", "compile")
-                ]
-                lines.append(
-                    f"| {loss} | {d} | {ours.ms_50:.2f} | ≤ {aim_ms} | {gains[0]} | ≥ {aim_gain} | {gains[1]} "
-                    f"| {ours.peak_mib:,.0f} | {ours.matmul_fraction:.0%} |"
-                )
-    lines += ["", *(f"- {line}" for line in report.not_timed(rows))]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+            log.write(line)
+            last = line.strip("= \n") or last
+        timer.cancel()
+    if stopped.is_set():
+        last = f"stopped after {seconds:.0f} s; {last}"
+    return abs(process.returncode), last
 
 
 if __name__ == "__main__":

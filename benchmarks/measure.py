@@ -16,8 +16,10 @@ from torch import Tensor
 MIB = 2**20
 MODES = ("fwd", "bwd", "both")
 
-# A CUDA launch is asynchronous: several iterations are queued at a time, or the host is what gets timed.
-_CUDA_QUEUE = 5
+# A CUDA launch is asynchronous: several short iterations are queued at a time, or the host is what gets timed.
+_CUDA_QUEUE, _SHORT_MS = 5, 50.0
+# A GPU starts at clocks that it cannot hold.
+_WARM_UP_SECONDS = 0.3
 # Elements of the largest product that the yardstick writes; a taller one runs at the same rate.
 _YARDSTICK_PAIRS = 2**26
 
@@ -41,7 +43,7 @@ class Spread(NamedTuple):
     ms_80: float
 
 
-def _time_cpu(step: Step) -> list[tuple[float, float]]:
+def _time_cpu(step: Step, _queue: int) -> list[tuple[float, float]]:
     start = time.perf_counter()
     result = step.forward()
     middle = time.perf_counter()
@@ -50,9 +52,9 @@ def _time_cpu(step: Step) -> list[tuple[float, float]]:
     return [((middle - start) * 1e3, (end - middle) * 1e3)]
 
 
-def _time_cuda(step: Step) -> list[tuple[float, float]]:
+def _time_cuda(step: Step, queue: int) -> list[tuple[float, float]]:
     events = []
-    for _ in range(_CUDA_QUEUE):
+    for _ in range(queue):
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         start.record()
         result = step.forward()
@@ -73,14 +75,24 @@ def time_interleaved(
     of ``"fwd"``, ``"bwd"`` and ``"both"`` by step.
     """
     time_once = _time_cuda if device.type == "cuda" else _time_cpu
+    queues = _warmed_up(steps) if device.type == "cuda" else dict.fromkeys(steps, 1)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     start = time.perf_counter()
     for finished in range(max_rounds):
         if finished >= min_rounds and time.perf_counter() - start > seconds:
             break
         for name, step in steps.items():
-            samples[name] += time_once(step)
+            samples[name] += time_once(step, queues[name])
     return {name: _spreads(times) for name, times in samples.items()}
+
+
+def _warmed_up(steps: Mapping[str, Step]) -> dict[str, int]:
+    """Run all steps until the clocks have settled; returns how many iterations of each to queue at a time."""
+    start = time.perf_counter()
+    while True:
+        times = {name: sum(_time_cuda(step, 1)[0]) for name, step in steps.items()}
+        if time.perf_counter() - start > _WARM_UP_SECONDS:
+            return {name: _CUDA_QUEUE if ms < _SHORT_MS else 1 for name, ms in times.items()}
 
 
 def _spreads(times: list[tuple[float, float]]) -> dict[str, Spread]:
@@ -99,6 +111,18 @@ def matmul_step(n: int, m: int, d: int, dtype: torch.dtype, device: torch.device
     x, y = (torch.randn(length, d, device=device).to(dtype) for length in (rows, m))
     s, dx = x.new_empty(rows, m), torch.empty_like(x)
     return Step(lambda: torch.mm(x, y.T, out=s), lambda s: {"dx": torch.mm(s, y, out=dx)}), 2.0 * rows * m * d
+
+
+def kernel_launches(step: Step) -> int:
+    """How many kernels one iteration runs on the GPU; copies and fills by the driver do not count."""
+    step.run()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step.run()
+        torch.cuda.synchronize()
+    on_device = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
 
 
 def peak_extra_mib(step: Step, device: torch.device) -> float | None:

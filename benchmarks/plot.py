@@ -14,21 +14,19 @@ from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from .cases import PROVIDERS
 from .measure import MIB
 from .report import significant, timed
 from .run import Row
 
 # Okabe and Ito's colours, told apart with any colour vision; the markers do the same in black and white.
-COLORS = dict(zip(PROVIDERS, ["#0072B2", "#56B4E9", "#D55E00", "#E69F00", "#CC79A7", "#009E73"], strict=True))
-MARKERS = dict(zip(PROVIDERS, "ovsD^P", strict=True))
-LABELS = {
-    "ours": "contrastive_kernels",
-    "ours-torch": "ours, torch backend",
-    "eager": "eager PyTorch",
-    "autocast": "eager, autocast",
-    "compile": "torch.compile",
-    "linear_cross_entropy": "linear_cross_entropy",
+STYLES = {
+    "ours": ("#0072B2", "o", "contrastive_kernels"),
+    "ours-torch": ("#56B4E9", "v", "ours, torch backend"),
+    "eager": ("#D55E00", "s", "eager PyTorch"),
+    "autocast": ("#E69F00", "D", "eager, autocast"),
+    "compile": ("#CC79A7", "^", "torch.compile"),
+    "linear_cross_entropy": ("#009E73", "P", "linear_cross_entropy"),
+    "graph": ("#000000", "x", "ours, CUDA graph"),
 }
 INK, GREY, PALE = "#222222", "#777777", "#e2e2e2"
 PANEL_INCHES, PANELS_ABREAST = (4.6, 2.9), 3
@@ -89,18 +87,20 @@ def _draw_panel(axes: Axes, rows: Sequence[Row], value: str, title: str, units: 
         axes.plot(sizes, [matrix[n] for n in sizes], color=GREY, linewidth=1, linestyle=(0, (4, 3)))
         ends.append((sizes[-1], matrix[sizes[-1]], "one N × M matrix", GREY, None))
     # Ours is drawn last, above the others.
-    for provider in reversed(PROVIDERS):
+    names = dict.fromkeys([*STYLES, *(row.provider for row in rows)])
+    for provider in reversed(names):
         line = sorted((row for row in rows if row.provider == provider), key=lambda row: row.n)
         if not line:
             continue
         ours = provider == "ours"
-        color, x, y = COLORS[provider], [row.n for row in line], [getattr(row, value) for row in line]
-        axes.plot(x, y, color=color, marker=MARKERS[provider], markersize=4.5, linewidth=2.4 if ours else 1.5)
+        color, marker, label = STYLES.get(provider, (GREY, ".", provider))
+        x, y = [row.n for row in line], [getattr(row, value) for row in line]
+        axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=2.4 if ours else 1.5)
         if value == "ms_50":
             axes.fill_between(
                 x, [row.ms_20 for row in line], [row.ms_80 for row in line], color=color, alpha=0.18, lw=0
             )
-        ends.append((x[-1], y[-1], LABELS[provider], color, "bold" if ours else None))
+        ends.append((x[-1], y[-1], label, color, "bold" if ours else None))
     _set_axes(axes, sizes, units)
     axes.set_title(title, loc="left", fontsize=10, fontweight="bold", color=INK, pad=20)
     axes.text(0, 1.03, _comparison(rows, value), transform=axes.transAxes, fontsize=8.5, color=GREY)

@@ -36,9 +36,9 @@ def read(folder: Path) -> list[Row]:
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """``old`` with every case that ``new`` measured again replaced; cases are never mixed from two runs."""
-    again = {row.case for row in new}
-    return [*(row for row in old if row.case not in again), *new]
+    """``old`` with what ``new`` has of the same case, provider and device replaced, in all modes."""
+    again = {(row.case, row.provider, row.device) for row in new}
+    return [*(row for row in old if (row.case, row.provider, row.device) not in again), *new]
 
 
 def speed_up(row: Row, rows: Sequence[Row]) -> float | None:

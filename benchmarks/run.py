@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import metadata
 from itertools import product
@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
 
 from .cases import (
     DENSE,
-    DENSE_COPIES,
+    LOSSES,
     PROVIDERS,
     Case,
     Inputs,
@@ -27,13 +28,16 @@ from .cases import (
     dtype_name,
     gradients,
     provider_function,
+    workspace_of,
 )
 from .measure import Spread, Step, matmul_step, peak_extra_mib, time_interleaved
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV. ``peak_mib`` is the whole iteration's (mode ``both``); ``note`` says why a time is missing."""
+    """A line of the CSV. ``peak_mib`` is the whole iteration's (mode ``both``), as are the kernels that it launches on
+    a GPU, where they were counted; ``note`` says why a time is missing.
+    """
 
     loss: str
     provider: str
@@ -55,6 +59,7 @@ class Row:
     commit: str
     date: str
     note: str
+    launches: int | None = None
 
     @property
     def case(self) -> tuple[str, int, int, str]:
@@ -66,17 +71,18 @@ COLUMNS = [field.name for field in fields(Row)]
 
 @dataclass(frozen=True)
 class Grid:
-    """Cases to measure: every combination of its fields, by the same providers."""
+    """Cases to measure: every combination of its fields, by the same providers. ``sizes=None``: those of each loss."""
 
     losses: Sequence[str]
-    sizes: Sequence[int]
+    sizes: Sequence[int] | None = None
     dims: Sequence[int] = (128,)
     dtypes: Sequence[torch.dtype] = (torch.float32,)
     providers: Sequence[str] = PROVIDERS
 
     def __iter__(self) -> Iterator[tuple[Case, Sequence[str]]]:
-        for loss, dtype, d, n in product(self.losses, self.dtypes, self.dims, self.sizes):
-            yield Case(loss, n, d, dtype), self.providers
+        for loss, dtype, d in product(self.losses, self.dtypes, self.dims):
+            for n in self.sizes or LOSSES[loss].sizes:
+                yield Case(loss, n, d, dtype), self.providers
 
 
 @dataclass(frozen=True)
@@ -118,12 +124,11 @@ def _cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
-def measure(grids: Sequence[Grid], settings: Settings, console: Console) -> list[Row]:
-    """Measure all cases of ``grids``; shows its progress and prints a line as each case ends."""
-    cases = [case for grid in grids for case in grid]
+def measure(cases: Iterable[tuple[Case, Sequence[str]]], settings: Settings, console: Console) -> Iterator[list[Row]]:
+    """The rows of one case with its providers after the other; shows its progress and prints a line a case."""
+    cases = list(cases)
     bar = SpinnerColumn(), MofNCompleteColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}")
     where = environment(settings.device)
-    rows: list[Row] = []
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(cases))
 
@@ -135,8 +140,7 @@ def measure(grids: Sequence[Grid], settings: Settings, console: Console) -> list
             progress.advance(task)
             times = [f"{row.provider} {row.ms_50:,.1f} ms" for row in found if row.mode == "both" and row.ms_50]
             console.print(f"{case}: {', '.join(times)}", highlight=False, soft_wrap=True)
-            rows += found
-    return rows
+            yield found
 
 
 def measure_case(
@@ -188,15 +192,32 @@ def measure_case(
 
 def _prepare(provider: str, case: Case, inputs: Inputs, settings: Settings) -> tuple[Step, float | None]:
     """A provider's checked and warmed-up step, and the memory that it takes; raises `Unavailable` with the reason."""
-    expected_gib = DENSE_COPIES * case.pairs * case.dtype.itemsize / 2**30
-    if provider in DENSE and expected_gib > settings.memory_limit_gib:
-        raise Unavailable(f"N = {case.n:,} needs about {expected_gib:.0f} GiB")
+    if provider in DENSE and case.dense_gib > settings.memory_limit_gib:
+        raise Unavailable(f"N = {case.n:,} needs about {case.dense_gib:.0f} GiB")
     try:
         check(provider, case, settings.device)
-        function = provider_function(provider, case, settings.device)
-        step = Step(lambda: function(**inputs), lambda loss: gradients(loss, inputs))
+        step = make_step(provider, case, inputs, settings.device)
         if provider == "compile":
             step.run()  # compiling takes memory of its own
-        return step, peak_extra_mib(step, settings.device)
-    except RuntimeError as error:  # out of memory, no compiler, no kernel for this device, ...
-        raise Unavailable(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        # What a graph works in was taken when it was captured.
+        return step, None if provider == "graph" else peak_extra_mib(step, settings.device)
+    except Unavailable:
+        raise
+    except Exception as error:  # out of memory, no compiler, no kernel for this device, whatever a package raises, ...
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        raise Unavailable(f"{type(error).__name__}: {first_line}") from error
+
+
+def make_step(provider: str, case: Case, inputs: Inputs, device: torch.device) -> Step:
+    """One iteration of a provider on ``inputs``; raises `Unavailable` with the reason."""
+    function = provider_function(provider, case, device)
+
+    def forward() -> Tensor:
+        with workspace_of(provider):
+            return function(**inputs)
+
+    def backward(loss: Tensor) -> Inputs:
+        with workspace_of(provider):
+            return gradients(loss, inputs)
+
+    return Step(forward, backward)

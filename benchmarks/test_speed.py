@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.mark.parametrize("provider", ["ours", "eager", "linear_cross_entropy"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_forward_backward(benchmark, loss, provider):
-    case = Case(loss, n=1024, d=128, dtype=torch.float32)
+    case = Case(loss, n=LOSSES[loss].sizes[0], d=128, dtype=torch.float32)
     try:
         check(provider, case, DEVICE)
     except Unavailable as reason:
