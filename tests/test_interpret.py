@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
@@ -221,6 +222,8 @@ def check(case: Case, tensors: tuple, gradient_scale: float = 1.0) -> tuple:
     wide = double(tensors)
     leaves = {name: wide[k].requires_grad_() for name, k in zip(NEEDS, POSITIONS, strict=True) if wide[k] is not None}
     exact = dense(case, *wide)
+    x, y = wide[0].detach(), (wide[0] if wide[1] is None else wide[1]).detach()
+    largest = max(1.0, float((x @ y.T).abs().max())) if len(x) and len(y) else 1.0
     for ours, other in zip(statistics, exact, strict=False):
         assert ours.dtype == torch.float32
         assert_close(ours, other.detach(), VALUE_TOLERANCE, 1.0)
@@ -244,7 +247,8 @@ def check(case: Case, tensors: tuple, gradient_scale: float = 1.0) -> tuple:
         wide_result = name not in ("x", "y")
         assert ours.dtype == (torch.float32 if wide_result else tensors[0].dtype)
         # A sum over all pairs may cancel; its error is that of its terms.
-        magnitude = sum(float(g.abs().sum()) for g in incoming) if name in ("scale", "term_scale") else gradient_scale
+        terms = largest * sum(float(g.abs().sum()) for g in incoming)
+        magnitude = terms if name in ("scale", "term_scale") else gradient_scale
         assert_close(ours, other, GRADIENT_TOLERANCE[tensors[0].dtype], magnitude if wide_result else 0.0)
     return statistics, incoming, (*gradients, total)
 
@@ -392,6 +396,49 @@ def test_sweep_small_workspace(name, monkeypatch):
     monkeypatch.setattr(chunk, "workspace_limit", lambda: 1)
     monkeypatch.setattr(tiles, "ALIGNMENT", 32 if INTERPRETING else tiles.ALIGNMENT)
     check(CASES[name], inputs(CASES[name], n, 40, 257, torch.float32))
+
+
+@pytest.mark.parametrize("name", ["columns", "columns-ids-cutoff", "self-ids", "self-exponents-ids", "band-columns"])
+@pytest.mark.parametrize("spread", [10, 170, 400], ids=lambda spread: f"spread{spread}")
+def test_sweep_centered(name, spread):
+    """Log-sum-exps up to `spread` binades apart: one exponential for two of them, or where that will not do, two."""
+    from contrastive_kernels.backends.triton import launch
+
+    case = Case(**{**CASES[name].__dict__, "scale": 1.0})
+    # on a GPU float32 has no gradient in registers
+    x, y, *rest = inputs(case, 45, 45, 24, torch.float32 if INTERPRETING else torch.bfloat16)
+    # all similarities of a row about equal, from -spread / 2 to spread / 2 in base 2; of x with itself from 0 on
+    height = (
+        spread
+        / max(case.exponents)
+        * math.log(2)
+        * (torch.linspace(0, 1, 45) if y is None else torch.linspace(-0.5, 0.5, 45)).to(DEVICE)
+    )
+    x, y = (z if z is None else 0.1 * z for z in (x, y))
+    x[:, 0], x[:, 1:3] = (height.sqrt(), 0) if y is None else (height, 0)
+    if y is not None:
+        y[:, 0] = 1
+    if case.cutoff:
+        rest[4] = torch.full_like(rest[4], 1e3)
+    tensors = (x, y, *rest)
+    statistics, *_ = check(case, tensors)
+    sweep = launch.Sweep.of(*tensors, *description(case))
+    *_, flag = launch.center_bwd(sweep, statistics[0], statistics[1]).tolist()
+    assert bool(flag) == (spread == 400)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_sweep_center_of_what_is_no_number(value):
+    """A log-sum-exp that is not finite, other than that of no pair, is left to the program that takes everything."""
+    from contrastive_kernels.backends.triton import launch
+
+    sweep = launch.Sweep.of(*inputs(CASES["columns"], 5, 7, 8, torch.float32), *description(CASES["columns"]))
+    row_lse, col_lse = torch.zeros(1, 5, device=DEVICE), torch.zeros(7, device=DEVICE)
+    row_lse[0, 3] = -math.inf
+    center = launch.center_bwd(sweep, row_lse, col_lse)
+    assert (center[0], center[2]) == (-100, 0)
+    col_lse[6] = value
+    assert launch.center_bwd(sweep, row_lse, col_lse)[2] == 1
 
 
 @pytest.mark.parametrize("layout", ["columns", "rows", "expanded"])

@@ -77,8 +77,11 @@ def backward(
             # E_ij is in row i's and in column i's statistic alike: one exponential for both.
             grad_row_lse = grad_row_lse + grad_col_lse
             sweep = dataclasses.replace(sweep, columns=False)
-        packed = Packed.of(sweep, grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse)
         in_registers = grad.tile_for(sweep, wanted) is not None or not wanted & {"x", "y"}
+        # Where S stays in registers an exponential costs as much as a product; before a chunk is written it is hidden.
+        both_roles = sweep.columns or (sweep.self_similarity and sweep.bias is None)
+        centered = in_registers and len(sweep.exponents) > 0 and both_roles
+        packed = Packed.of(sweep, grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, centered)
         gradients = (grad if in_registers else chunk).backward(sweep, packed, wanted)
     return tuple(gradients.get(name, scale.new_empty(0)) for name in names)
 

@@ -61,12 +61,12 @@ def _weights_bwd_kernel(
     b_s = similarity(x, y, b_x, b_y, o_n, o_m, last, M, stride_x, stride_y, D, BD, PRECISION)
     b_g, b_soft, _, b_slope, b_value = tile_grad(
         b_s,
-        load_rows(row_stats, o_n, row_stride, 0, Q, TERM, SHIFTED, CUT),
-        load_columns(col_stats, o_n, col_stride, 0, COLUMNS, BIASED) if AS_COLUMNS else None,
+        load_rows(row_stats, o_n, row_stride, (0.0, 0.0), 0, Q, TERM, SHIFTED, CUT, False),
+        load_columns(col_stats, o_n, col_stride, (0.0, 0.0), 0, COLUMNS, BIASED, False) if AS_COLUMNS else None,
         load_ids(x_ids, o_n, last, 0, IDS),
-        first + i_n * BN, row_stats, col_stats, y_ids, i_m * BM, M, row_stride, col_stride,
+        first + i_n * BN, row_stats, col_stats, (0.0, 0.0), y_ids, i_m * BM, M, row_stride, col_stride,
         b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-        True, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
+        True, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, False,
     )  # fmt: skip
     b_undo = weight_factor(unit, 1.0, 1.0, False, "")
     if g is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from contrastive_kernels.backends.triton import tiles
 from contrastive_kernels.backends.triton.launch import Packed, Sweep
 from contrastive_kernels.backends.triton.tile import (
+    FLAG,
     load_columns,
     load_ids,
     load_rows,
@@ -31,20 +32,31 @@ SUMS = ("scale", "term_scale", "total")
 
 @triton.jit
 def _grad_bwd_kernel(
-    x, y, x_ids, y_ids, row_stats, col_stats, scale, term_scale, unit,
+    x, y, x_ids, y_ids, row_stats, col_stats, center, scale, term_scale, unit,
     dx, d_scale, d_term_scale, d_bias, d_term_offset, total,
     N, M, stride_x, stride_y, stride_dx, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
     AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
     BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr,
-    CUT: tl.constexpr, PRECISION: tl.constexpr,
+    CUT: tl.constexpr, FACTORED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of the owner x against all of y. An output that is None is not computed.
 
     dx (N, D) needs D <= BD. Of the others every row of the owner leaves its share: d_bias is final where it acts as the
     sweep's columns, d_term_offset where it acts as its rows; d_scale, d_term_scale and total are to be added up.
+    With a center this program or its twin computes everything: the FACTORED one unless the flag beside it is up.
     """
+    centers = (0.0, 0.0)
+    if center is not None:
+        # read once, or the compiler does not see that two exponentials are the same
+        centers = (tl.load(center), tl.load(center + 1))
+        flag = tl.load(center + FLAG)
+        if FACTORED:
+            if flag != 0.0:
+                return
+        elif flag == 0.0:
+            return
     i_n = tl.program_id(0).to(tl.int64)
     o_n, o_d = i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_n = o_n < N
@@ -52,8 +64,8 @@ def _grad_bwd_kernel(
     if term_scale is not None:
         b_term_scale = tl.load(term_scale)
     own_id = load_ids(x_ids, o_n, N, 0, IDS)
-    own_rows = load_rows(row_stats, o_n, row_stride, 0, Q, TERM, SHIFTED, CUT) if AS_ROWS else None
-    own_cols = load_columns(col_stats, o_n, col_stride, 0, COLUMNS, BIASED) if AS_COLUMNS else None
+    own_rows = load_rows(row_stats, o_n, row_stride, centers, 0, Q, TERM, SHIFTED, CUT, FACTORED) if AS_ROWS else None
+    own_cols = load_columns(col_stats, o_n, col_stride, centers, 0, COLUMNS, BIASED, FACTORED) if AS_COLUMNS else None
 
     # With one kind of weight, sum_ij w_ij s_ij is <x, w y>: a row dot at the end for a reduction in every tile. Where
     # dx fills the registers, x beside it spills. Not where the term is of something else than s.
@@ -70,9 +82,9 @@ def _grad_bwd_kernel(
         b_y = load_tile(y, o_m, o_d, M, stride_y, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
         b_g, b_soft, b_prob, b_slope, b_value = tile_grad(
-            b_s, own_rows, own_cols, own_id, i_n * BN, row_stats, col_stats, y_ids, i_m, M, row_stride, col_stride,
-            b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            AS_ROWS, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
+            b_s, own_rows, own_cols, own_id, i_n * BN, row_stats, col_stats, centers, y_ids, i_m, M,
+            row_stride, col_stride, b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
+            AS_ROWS, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, FACTORED,
         )  # fmt: skip
         if dx is not None:
             b_dx = tl.dot(b_g.to(b_y.dtype), b_y, b_dx, input_precision=PRECISION)
@@ -133,12 +145,14 @@ def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: se
         for name, shape in shapes.items()
         if name in wanted
     }
-    _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
-        x, y, x_ids, y_ids, packed.rows, packed.columns, sweep.scale, sweep.term_scale, packed.unit,
-        outputs.get(owner), *(outputs.get(name) for name in SHARES),
-        n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
-        D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), **tile.options(),
-    )  # fmt: skip
+    for factored in (False,) if packed.center is None else (True, False):
+        _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
+            x, y, x_ids, y_ids, packed.rows, packed.columns, packed.center, sweep.scale, sweep.term_scale, packed.unit,
+            outputs.get(owner), *(outputs.get(name) for name in SHARES),
+            n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
+            D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), FACTORED=factored,
+            **tile.options(),
+        )  # fmt: skip
     return {name: output.sum() if name in SUMS else output for name, output in outputs.items()}
 
 

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles
-from contrastive_kernels.backends.triton.tile import PACKED_ROWS, _pack_bwd_kernel
+from contrastive_kernels.backends.triton.tile import CENTER_SIZE, PACKED_ROWS, _center_bwd_kernel, _pack_bwd_kernel
+
+# Elements that the one program of `_center_bwd_kernel` reads at a time.
+CENTER_ROWS = 1024
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -133,18 +136,22 @@ class Packed:
     rows: Tensor  # (PACKED_ROWS, stride)
     columns: Tensor  # (PACKED_ROWS, stride)
     unit: Tensor | None
+    center: Tensor | None  # of `_center_bwd_kernel`, where one exponential may serve two statistics
 
     @classmethod
     def of(
-        cls, sweep: Sweep, grad_row_lse: Tensor, grad_col_lse: Tensor, grad_row_sum: Tensor, row_lse, col_lse
-    ) -> Packed:
-        """From the arguments of an operator."""
+        cls, sweep: Sweep, grad_row_lse: Tensor, grad_col_lse: Tensor, grad_row_sum: Tensor, row_lse, col_lse,
+        centered: bool,
+    ) -> Packed:  # fmt: skip
+        """From the arguments of an operator; `centered` if one exponential may serve the statistics of two sides."""
         unit = gradient_unit(sweep, grad_row_lse, grad_col_lse, grad_row_sum)
         grad_row_sum = grad_row_sum if sweep.term else None
         n, m, none = sweep.x.shape[0], sweep.y.shape[0], col_lse.new_empty(0, 0)
-        rows = pack_bwd(n, row_lse, grad_row_lse, grad_row_sum, sweep.term_offset, sweep.cutoff, None, unit)
+        center = center_bwd(sweep, row_lse, col_lse) if centered else None
+        rows = pack_bwd(n, row_lse, grad_row_lse, grad_row_sum, sweep.term_offset, sweep.cutoff, None, unit, center)
         col_lse, grad_col_lse = (col_lse[None], grad_col_lse[None]) if sweep.columns else (none, none)
-        return cls(rows, pack_bwd(m, col_lse, grad_col_lse, None, None, None, sweep.bias, unit), unit)
+        columns = pack_bwd(m, col_lse, grad_col_lse, None, None, None, sweep.bias, unit, center)
+        return cls(rows, columns, unit, center)
 
     def factor(self, sweep: Sweep) -> Tensor | float:
         """`tile.weight_factor` for the products that a library makes."""
@@ -175,11 +182,22 @@ def gradient_unit(sweep: Sweep, grad_row_lse: Tensor, grad_col_lse: Tensor, grad
     return torch.exp2(14 - bound.clamp(min=2.0**-100).log2().ceil())
 
 
-def pack_bwd(n, lse, grad, grad_sum, offset, cutoff, bias, unit) -> Tensor:
+def center_bwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor) -> Tensor:
+    """(CENTER_SIZE,), see the kernel."""
+    center = row_lse.new_empty(CENTER_SIZE)
+    _center_bwd_kernel[(1,)](
+        row_lse.contiguous(), col_lse.contiguous(), center, sweep.x.shape[0], sweep.y.shape[0],
+        Q=len(sweep.exponents), COLUMNS=sweep.columns, BN=CENTER_ROWS,
+    )  # fmt: skip
+    return center
+
+
+def pack_bwd(n, lse, grad, grad_sum, offset, cutoff, bias, unit, center) -> Tensor:
     """(PACKED_ROWS, n padded to whole tiles), see the kernel; lse and grad are (Q, n)."""
     packed = lse.new_empty((PACKED_ROWS, tiles.round_up(n, tiles.ALIGNMENT)))
     _pack_bwd_kernel[(packed.shape[1] // tiles.ALIGNMENT,)](
-        lse.contiguous(), grad.contiguous(), _dense(grad_sum), offset, cutoff, bias, unit, packed, n, packed.shape[1],
+        lse.contiguous(), grad.contiguous(), _dense(grad_sum), offset, cutoff, bias, unit, center, packed, n,
+        packed.shape[1],
         Q=lse.shape[0], BN=tiles.ALIGNMENT,
     )  # fmt: skip
     return packed

@@ -22,9 +22,19 @@ GRAD_1 = tl.constexpr(3)
 GRAD_SUM = tl.constexpr(4)
 OFFSET = tl.constexpr(5)
 CUTOFF = tl.constexpr(6)
-# ... and those of a sweep's column, which has one log-sum-exp in the first two places.
+FACTOR_0 = tl.constexpr(7)
+FACTOR_1 = tl.constexpr(8)
+# ... and those of a sweep's column, which has one log-sum-exp in the places of the first.
 BIAS = tl.constexpr(2)
-PACKED_ROWS = 7
+PACKED_ROWS = 9
+
+# What `_center_bwd_kernel` leaves behind: a center for each exponent, and whether one exponential will not do.
+FLAG = tl.constexpr(2)
+CENTER_SIZE = 3
+# The largest exponent that a center lets an exponential have, and how far apart the log-sum-exps of one center may be:
+# what is lost below 2^-126 is then 2^-46 of its own row.
+HIGHEST = tl.constexpr(100.0)
+SPREAD = tl.constexpr(180.0)
 
 
 @triton.jit
@@ -169,8 +179,43 @@ def phi_grad(b_v, constant_0, constant_1, TERM: tl.constexpr):
 
 
 @triton.jit
+def widen(lse, N, b_least, b_most, b_bad, BN: tl.constexpr):
+    """The range of logarithms in base 2, among them those of lse (N,); -inf are none, and NaN or +inf are bad."""
+    for i_n in range(0, N, BN):
+        o_n = i_n + tl.arange(0, BN)
+        b_lse = tl.load(lse + o_n, mask=o_n < N, other=OUT) * LOG2E
+        m_finite = tl.abs(b_lse) < -OUT
+        b_least = tl.minimum(b_least, tl.where(m_finite, b_lse, -OUT))
+        b_most = tl.maximum(b_most, tl.where(m_finite, b_lse, OUT))
+        b_bad = tl.maximum(b_bad, tl.where(m_finite | (b_lse == OUT), 0, 1))
+    return b_least, b_most, b_bad
+
+
+@triton.jit
+def _center_bwd_kernel(row_lse, col_lse, center, N, M, Q: tl.constexpr, COLUMNS: tl.constexpr, BN: tl.constexpr):
+    """By how much to shift the logits of each exponent so that one exponential serves a row's and a column's statistic.
+
+    A probability exp2(u - lse) is then exp2(u - center) times a factor of its row or column. As no logit exceeds its
+    log-sum-exp, nothing overflows, and what underflows does not matter unless the log-sum-exps are very far apart.
+    """
+    b_bad = tl.zeros([BN], tl.int32)
+    flag = 0
+    for q in tl.static_range(Q):
+        b_least, b_most = tl.full([BN], -OUT, tl.float32), tl.full([BN], OUT, tl.float32)
+        b_least, b_most, b_bad = widen(row_lse + q * N.to(tl.int64), N, b_least, b_most, b_bad, BN)
+        if COLUMNS and q == 0:
+            b_least, b_most, b_bad = widen(col_lse, M, b_least, b_most, b_bad, BN)
+        least, most = tl.min(b_least, 0), tl.max(b_most, 0)
+        # no log-sum-exp is finite: nothing is multiplied by anything but 0
+        tl.store(center + q, tl.where(most == OUT, 0.0, most - HIGHEST))
+        flag |= (most - least > SPREAD).to(tl.int32)
+    flag |= tl.max(b_bad, 0)
+    tl.store(center + FLAG, flag.to(tl.float32))
+
+
+@triton.jit
 def _pack_bwd_kernel(
-    lse, grad, grad_sum, offset, cutoff, bias, unit, packed, N, stride,
+    lse, grad, grad_sum, offset, cutoff, bias, unit, center, packed, N, stride,
     Q: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The vectors of one axis of the sweep as tiles want them: (PACKED_ROWS, stride), stride a multiple of any tile.
@@ -190,6 +235,9 @@ def _pack_bwd_kernel(
         m_none = b_lse == OUT
         tl.store(p_packed + 2 * q * stride, tl.where(m_none, -OUT, b_lse * LOG2E))
         tl.store(p_packed + (2 * q + 1) * stride, tl.where(m_none, 0.0, b_grad))
+        if center is not None:
+            b_factor = tl.exp2(tl.load(center + q) - b_lse * LOG2E) * b_grad
+            tl.store(p_packed + (FACTOR_0 + q) * stride, tl.where(m_none, 0.0, b_factor))
     if grad_sum is not None:
         tl.store(p_packed + GRAD_SUM * stride, tl.load(grad_sum + o_n, mask=m_n, other=0.0) * b_unit)
     if offset is not None:
@@ -213,16 +261,32 @@ def load_ids(ids, o_n, N, AXIS: tl.constexpr, IDS: tl.constexpr):
 
 
 @triton.jit
+def load_statistic(
+    packed, o_n, stride, centers, q: tl.constexpr, WANTED: tl.constexpr, FACTORED: tl.constexpr, AXIS: tl.constexpr
+):
+    """A log-sum-exp and its gradient; FACTORED, the center of all of them and a factor that makes up for it."""
+    if FACTORED:
+        b_lse = centers[q]
+        b_grad = packed_vector(packed, o_n, stride, FACTOR_0 + q, WANTED, AXIS)
+    else:
+        b_lse = packed_vector(packed, o_n, stride, LSE_0 + 2 * q, WANTED, AXIS)
+        b_grad = packed_vector(packed, o_n, stride, GRAD_0 + 2 * q, WANTED, AXIS)
+    return b_lse, b_grad
+
+
+@triton.jit
 def load_rows(
-    packed, o_n, stride, AXIS: tl.constexpr,
-    Q: tl.constexpr, TERM: tl.constexpr, SHIFTED: tl.constexpr, CUT: tl.constexpr,
+    packed, o_n, stride, centers, AXIS: tl.constexpr,
+    Q: tl.constexpr, TERM: tl.constexpr, SHIFTED: tl.constexpr, CUT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """What a gradient needs of the sweep's rows o_n."""
+    lse_0, grad_0 = load_statistic(packed, o_n, stride, centers, 0, Q > 0, FACTORED, AXIS)
+    lse_1, grad_1 = load_statistic(packed, o_n, stride, centers, 1, Q > 1, FACTORED, AXIS)
     return (
-        packed_vector(packed, o_n, stride, LSE_0, Q > 0, AXIS),
-        packed_vector(packed, o_n, stride, GRAD_0, Q > 0, AXIS),
-        packed_vector(packed, o_n, stride, LSE_1, Q > 1, AXIS),
-        packed_vector(packed, o_n, stride, GRAD_1, Q > 1, AXIS),
+        lse_0,
+        grad_0,
+        lse_1,
+        grad_1,
         packed_vector(packed, o_n, stride, GRAD_SUM, TERM != "", AXIS),
         packed_vector(packed, o_n, stride, OFFSET, SHIFTED, AXIS),
         packed_vector(packed, o_n, stride, CUTOFF, CUT, AXIS),
@@ -230,11 +294,15 @@ def load_rows(
 
 
 @triton.jit
-def load_columns(packed, o_m, stride, AXIS: tl.constexpr, COLUMNS: tl.constexpr, BIASED: tl.constexpr):
+def load_columns(
+    packed, o_m, stride, centers, AXIS: tl.constexpr, COLUMNS: tl.constexpr, BIASED: tl.constexpr,
+    FACTORED: tl.constexpr,
+):  # fmt: skip
     """What a gradient needs of the sweep's columns o_m."""
+    lse, grad = load_statistic(packed, o_m, stride, centers, 0, COLUMNS, FACTORED, AXIS)
     return (
-        packed_vector(packed, o_m, stride, LSE_0, COLUMNS, AXIS),
-        packed_vector(packed, o_m, stride, GRAD_0, COLUMNS, AXIS),
+        lse,
+        grad,
         packed_vector(packed, o_m, stride, BIAS, BIASED, AXIS),
     )
 
@@ -287,25 +355,26 @@ def pair_grad(
 
 @triton.jit
 def tile_grad(
-    b_s, own_rows, own_cols, own_id, i_n, row_stats, col_stats, y_ids, i_m, M, row_stride, col_stride,
+    b_s, own_rows, own_cols, own_id, i_n, row_stats, col_stats, centers, y_ids, i_m, M, row_stride, col_stride,
     b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
     AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
     BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr,
-    CUT: tl.constexpr,
+    CUT: tl.constexpr, FACTORED: tl.constexpr,
 ):  # fmt: skip
     """The weights that multiply the streamed operand, the owner at i_n on axis 0, the streamed block at i_m on axis 1,
     and what the other results are sums of: (weights, soft, prob, slope, value), see `pair_grad`; 0 beyond the last
     streamed.
 
     The owner acts as the sweep's rows, as its columns, or, x against itself, as both. In that case soft, slope and
-    value are those of its part as rows: every pair once. The weights lack `weight_factor`.
+    value are those of its part as rows: every pair once. The weights lack `weight_factor`. FACTORED, the exponentials
+    of both parts are the same number, which the compiler computes once.
     """
     o_m = i_m + tl.arange(0, b_s.shape[1]).to(tl.int64)
     ahead = i_m - i_n
     str_id = load_ids(y_ids, o_m, M, 1, IDS)
     SOFT: tl.constexpr = Q > 0 or COLUMNS
     if AS_COLUMNS:
-        str_rows = load_rows(row_stats, o_m, row_stride, 1, Q, TERM, SHIFTED, CUT)
+        str_rows = load_rows(row_stats, o_m, row_stride, centers, 1, Q, TERM, SHIFTED, CUT, FACTORED)
         b_soft, b_prob, b_slope, b_value = pair_grad(
             b_s, str_rows, own_cols, own_id, str_id, ahead,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
@@ -313,7 +382,7 @@ def tile_grad(
         )  # fmt: skip
         b_g = combine(b_soft, through_base(b_s, b_slope, TERM), b_scale, b_term_scale, SOFT, TERM)
     if AS_ROWS:
-        str_cols = load_columns(col_stats, o_m, col_stride, 1, COLUMNS, BIASED)
+        str_cols = load_columns(col_stats, o_m, col_stride, centers, 1, COLUMNS, BIASED, FACTORED)
         b_soft, b_row_prob, b_slope, b_value = pair_grad(
             b_s, own_rows, str_cols, own_id, str_id, ahead,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
