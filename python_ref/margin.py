@@ -84,10 +84,10 @@ def mmcl_loss(
     Source: Shah, Sra, Chellappa, Cherian 2022.
     """
     sigma = 1 / z0.shape[1] if gamma == "auto" else sigma
-    x, z = unit_rows(z0, normalize), unit_rows(z1, normalize)
+    views = unit_rows(z0, normalize), unit_rows(z1, normalize)
     options = (C, use_norm, eta, nesterov, a0, stop, tolerance, max_iterations)
     losses, alphas, objectives, residuals, most = [], [], [], [], 0
-    for x, z in zip(x.split(block_size or len(x)), z.split(block_size or len(z)), strict=True):  # noqa: B020
+    for x, z in zip(*(view.split(block_size or len(view)) for view in views), strict=True):
         n, keep = len(x), others(len(x))
         with torch.no_grad():
             delta = mmcl_matrices(mmcl_kernel(x, x, kernel, sigma), kxx, reg)

@@ -60,10 +60,6 @@ def test_loss_and_gradients(case, shape, dtype, backend, poison):
     if not supports(backend, dtype):
         pytest.skip(f"{backend} does not take {dtype}")
     check(case, shape, dtype, backend)
-    if dtype == torch.float32 and shape[0] > 2:
-        # gradients are of size 1 / N: without slack, which would hide them
-        ours, reference = outcome_of_both(case, case.features(shape, dtype), backend)
-        assert_outcomes_match(ours, reference, dtype)
 
 
 OPTIONS = {

@@ -3,10 +3,12 @@
 import copy
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 from testing import (
+    HALF,
     TOLERANCE,
     Case,
     assert_matches,
@@ -121,8 +123,12 @@ def test_other_dtypes(loss, dtype, backend, poison):
     if not supports(backend, dtype):
         pytest.skip(f"{backend} does not take {dtype}")
     bound = torch.float16 if dtype == torch.float32 else torch.bfloat16
+    # rounded once more, another feature of two rows would be the smaller one
+    options = {}
+    if loss.options.get("kernel") == "min" and dtype in HALF:
+        loss, options = replace(loss, unit=True), {"normalize": False}
     # the narrow kernel magnifies the rounding of a similarity by 2 / sigma, and a clip moves with it
-    compare(loss, (21, 0, D), dtype, backend, bound)
+    compare(loss, (21, 0, D), dtype, backend, bound, **options)
 
 
 @pytest.mark.parametrize("shape", [(2, 0, 1), (2, 0, 5), (3, 0, 200), (65, 0, 3)], ids=str)

@@ -64,6 +64,11 @@ def rows(x: Tensor, normalize: bool) -> Tensor:
     return autocast(apply(_UnitRows, x)[0] if normalize else x)
 
 
+def poison(x: Tensor) -> Tensor:
+    """0, or NaN if an entry of x is not finite: for what infinite similarities would not show in."""
+    return (0 * x.detach()).sum().to(compute_dtype(x))
+
+
 def scale_from(
     temperature: float | Tensor | None, logit_scale: float | Tensor | None, x: Tensor, default: float | None = None
 ) -> float | Tensor:

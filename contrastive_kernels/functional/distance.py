@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels import checks
+from contrastive_kernels.backends.torch import statistic_dtype
 from contrastive_kernels.functional.common import rows
 from contrastive_kernels.select import wide_products
 from contrastive_kernels.similarity import row_dot, sweep, weighted_total
@@ -20,6 +21,8 @@ def uniformity_loss(
     r"""How far from uniform the rows are spread, without the N x N distances.
 
     .. math:: U = \log \frac{1}{N(N-1)} \sum_{i \ne j} e^{-t \lVert z_i - z_j \rVert^2}
+
+    Half precision features are widened for it: where rows are close together, their products tell them apart no more.
 
     Args:
         z: ``(N, D)``, N >= 2; taken as it is, on the unit sphere or anywhere.
@@ -44,12 +47,14 @@ def uniformity_loss(
     _check_rows("z", z)
     t = checks.scalar("t", t, z)
     z, n = rows(z, normalize), z.shape[0]
-    if z.dtype == compute_dtype(z):
-        z = _centred(z)
+    z = _centred(z.to(compute_dtype(z)))
     squares = row_dot(z, z)
     options = dict(scale=2 * t, bias=-t * squares, backend=backend)
-    row_lse = sweep(z, None, Pairs(exclude_diagonal=True), **options).row_lse[0]
-    return (row_lse - t * squares).logsumexp(0) - math.log(n * (n - 1))
+    with wide_products(z):
+        row_lse = sweep(z, None, Pairs(exclude_diagonal=True), **options).row_lse[0]
+    # A value near 0 is the difference of two logarithms of N^2.
+    rows_of_all = (row_lse - t * squares).to(statistic_dtype(z))
+    return (rows_of_all.logsumexp(0) - math.log(n * (n - 1))).to(z.dtype)
 
 
 def t_simclr_loss(

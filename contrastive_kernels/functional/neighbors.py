@@ -20,6 +20,7 @@ from contrastive_kernels.functional.common import (
     ContrastiveStats,
     check_options,
     other_views,
+    poison,
     rows,
     scale_from,
     view_major,
@@ -97,12 +98,14 @@ def nnclr_loss(
     request = Request(scale, label_smoothing, None, return_stats, backend)
     ids = None if ids is None else checks.ids("ids", ids, z.shape[0], z)
     z, predictions, support = (rows(x, normalize) for x in (z.detach(), predictions, support.detach()))
+    # an infinite similarity is a nearest neighbour like others
+    infinite = 0.0 if normalize else poison(z) + poison(support)
     both = z.dim() == 3
     z, predictions = (z.unbind(1), predictions.unbind(1)[::-1]) if both else ([z], [predictions])
     directions, similarities = [], []
     for projection, prediction in zip(z, predictions, strict=True):
         nearest = _nearest(projection, support)
-        similarities.append(row_dot(nearest, prediction))
+        similarities.append(row_dot(nearest, prediction) + infinite)
         pairs = Pairs(ids, ids, cutoff_from(cutoff, cutoff_margin, similarities[-1]), exclude_diagonal=ids is None)
         directions += swept(nearest, prediction, pairs, request)
     positives = Positives.single(scale * (torch.stack(similarities) if both else similarities[0]))

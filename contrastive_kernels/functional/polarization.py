@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from contrastive_kernels import checks
-from contrastive_kernels.functional.common import row_factors, rows
+from contrastive_kernels.functional.common import poison, row_factors, rows
 from contrastive_kernels.functional.totals import kept_counts
 from contrastive_kernels.similarity import sweep, weighted_total
 from contrastive_kernels.sweep import Band, Pairs
@@ -90,9 +90,11 @@ def distance_polarization(
     band = Band(lower, upper)
     pairs = Pairs(None if ids is None else checks.ids("ids", ids, z.shape[0], z), exclude_diagonal=True)
     z = rows(z, normalize)
+    # an infinite similarity is outside the band
+    infinite = 0.0 if normalize else poison(z)
     if reduction == "none":
-        return sweep(z, None, pairs, term=band, exponents=(), backend=backend).row_sum
+        return sweep(z, None, pairs, term=band, exponents=(), backend=backend).row_sum + infinite
     factors = row_factors(z, None, "mean" if reduction == "row" else "sum")
     if reduction == "mean":
         factors = factors / kept_counts(z, None, pairs).sum().clamp(min=1)
-    return weighted_total(z, None, pairs, term=band, weight=factors, backend=backend)
+    return weighted_total(z, None, pairs, term=band, weight=factors, backend=backend) + infinite
