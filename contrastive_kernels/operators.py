@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.backends import BACKENDS
-from contrastive_kernels.sweep import BACKWARD_SCHEMA, FORWARD_SCHEMA, VIEWS_SCHEMA, compute_dtype
+from contrastive_kernels.sweep import (
+    BACKWARD_SCHEMA,
+    FORWARD_SCHEMA,
+    UNIT_ROWS_BACKWARD_SCHEMA,
+    UNIT_ROWS_SCHEMA,
+    VIEWS_SCHEMA,
+    compute_dtype,
+)
 
 __all__ = ["operator"]
 
@@ -20,7 +27,7 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
 def operator(backend: str, function: str) -> torch._ops.OpOverload:
-    """The operator of a backend's `forward`, `backward` or `views`."""
+    """A backend's operator: `forward`, `backward`, `unit_rows`, `unit_rows_backward` or `views`."""
     return getattr(getattr(torch.ops, _NAMESPACE), f"{backend}_{function}").default
 
 
@@ -68,6 +75,10 @@ def _fake_backward(backend: ModuleType):
     return fake
 
 
+def _fake_unit_rows(x):
+    return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x))
+
+
 def _fake_views(views):
     return views.new_empty((views.shape[0], 2), dtype=torch.int64)
 
@@ -80,10 +91,16 @@ for _name, _backend in BACKENDS.items():
         for _function, _schema, _kernel in (
             ("forward", FORWARD_SCHEMA, _backend.forward),
             ("backward", BACKWARD_SCHEMA, _backend.backward),
+            ("unit_rows", UNIT_ROWS_SCHEMA, _backend.unit_rows),
+            ("unit_rows_backward", UNIT_ROWS_BACKWARD_SCHEMA, _backend.unit_rows_backward),
             ("views", VIEWS_SCHEMA, _backend.view_minimum),
         ):
             _library.define(f"{_name}_{_function}{_schema}")
             _library.impl(f"{_name}_{_function}", _without_autocast(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_forward", _fake_forward(_backend), lib=_library)
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_backward", _fake_backward(_backend), lib=_library)
+    torch.library.register_fake(f"{_NAMESPACE}::{_name}_unit_rows", _fake_unit_rows, lib=_library)
+    torch.library.register_fake(
+        f"{_NAMESPACE}::{_name}_unit_rows_backward", lambda grad, x, norm: x.new_empty(x.shape), lib=_library
+    )
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_views", _fake_views, lib=_library)

@@ -54,6 +54,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+NORM_EPSILON = 1e-12
+
+
 class Pairs(NamedTuple):
     """Which pairs are kept; see the top of this file."""
 
@@ -222,4 +225,6 @@ BACKWARD_SCHEMA = (
     f"{DESCRIPTION}, bool[] needs, Tensor? scores=None) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+UNIT_ROWS_SCHEMA = "(Tensor x) -> (Tensor, Tensor)"  # x / max(|x|, NORM_EPSILON) over the last dimension; |x|, (..., 1)
+UNIT_ROWS_BACKWARD_SCHEMA = "(Tensor grad, Tensor x, Tensor norm) -> Tensor"  # 0 for a row below NORM_EPSILON
 VIEWS_SCHEMA = "(Tensor views) -> Tensor"  # (N, V, D) -> (N, 2) int64: the least similar pair j < k, first on a tie

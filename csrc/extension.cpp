@@ -43,6 +43,16 @@ Gradients cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_co
                   {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, wanted, scores);
 }
 
+std::tuple<at::Tensor, at::Tensor> cpp_unit_rows(const at::Tensor& x) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return unit_rows(x);
+}
+
+at::Tensor cpp_unit_rows_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norm) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return unit_rows_backward(grad, x, norm);
+}
+
 at::Tensor cpp_views(const at::Tensor& views) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return view_minimum(views);
@@ -56,12 +66,16 @@ TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
   m.def(
       "cpp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor col_lse, " INPUTS
       "bool[] needs, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpp_unit_rows(Tensor x) -> (Tensor, Tensor)");
+  m.def("cpp_unit_rows_backward(Tensor grad, Tensor x, Tensor norm) -> Tensor");
   m.def("cpp_views(Tensor views) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(contrastive_kernels, CPU, m) {
   m.impl("cpp_forward", TORCH_FN(contrastive_kernels::cpp_forward));
   m.impl("cpp_backward", TORCH_FN(contrastive_kernels::cpp_backward));
+  m.impl("cpp_unit_rows", TORCH_FN(contrastive_kernels::cpp_unit_rows));
+  m.impl("cpp_unit_rows_backward", TORCH_FN(contrastive_kernels::cpp_unit_rows_backward));
   m.impl("cpp_views", TORCH_FN(contrastive_kernels::cpp_views));
 }
 

@@ -1,4 +1,4 @@
-// The forward and the backward sweep; what they compute is written in contrastive_kernels/sweep.py.
+// The operators of this backend; what they compute is written in contrastive_kernels/sweep.py.
 #pragma once
 
 #include <array>
@@ -40,6 +40,11 @@ Outputs forward(const Inputs& inputs, const Description& description, bool maxim
 Gradients backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
                    const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& inputs,
                    const Description& description, const std::array<bool, 7>& needs, const OptionalTensor& scores);
+
+// x / max(|x|, 1e-12) of every row, and the norms, in the compute dtype with a last dimension of 1; and its gradient, 0
+// for rows below that.
+std::tuple<at::Tensor, at::Tensor> unit_rows(const at::Tensor& x);
+at::Tensor unit_rows_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norm);
 
 // The least similar pair of each sample's views, (N, V, D) -> (N, 2).
 at::Tensor view_minimum(const at::Tensor& views);

@@ -1,5 +1,5 @@
-// What happens to one tile of similarities: logits, masks, exponentials, terms. Everything here is plain C++ over raw
-// memory; which rows and columns a tile holds is the schedule's business, how it was multiplied the products'.
+// What happens to one tile of similarities: logits, masks, exponentials, terms; and to a row of features. Everything here
+// is plain C++ over raw memory; which rows and columns a tile holds is the schedule's business, how it was multiplied the products'.
 #pragma once
 
 #include <cstdint>
@@ -107,6 +107,9 @@ struct TileMath {
   // The n values of two rows rounded to bfloat16: each on its own, and as pairs of one column.
   void (*round_rows)(int64_t n, const float* first, const float* second, uint16_t* first_out, uint16_t* second_out,
                      uint32_t* pairs);
+  // A row divided by its norm, which is returned, and the gradient of that.
+  T (*unit_row)(int64_t n, const T* x, T* out);
+  void (*unit_row_backward)(int64_t n, const T* grad, const T* x, T norm, T* out);
 };
 
 // The functions for the best instruction set that this processor has.

@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 if os.environ.get("TRITON_INTERPRET") != "1":
-    from contrastive_kernels.backends.triton import chunk, grad, launch, sums, tile, tiles, views
+    from contrastive_kernels.backends.triton import chunk, grad, launch, rows, sums, tile, tiles, views
 
 PLAIN = dict(Q=1, COLUMNS=False, TERM="", BIASED=False, SHIFTED=False)
 PLAIN |= dict(IDS=False, SAME=False, DIAGONAL=False, CUT=False, symmetric=False)
@@ -234,6 +234,8 @@ def test_small_kernels(architecture):
         ),
         (sums._merge_fwd_kernel, dict(Q=2, TERM="band", MAXIMUM=True, BN=sums.MERGE_ROWS)),
         (views._view_minimum_fwd_kernel, dict(D=128, BN=views.ROWS, BD=views.DEPTH)),
+        (rows._unit_rows_fwd_kernel, dict(D=768, **rows.blocks(768))),
+        (rows._unit_rows_bwd_kernel, dict(D=768, **rows.blocks(768))),
     ):
         assert aot.compile_kernel(kernel, architecture, torch.bfloat16, constants, {}).spilled == 0
 

@@ -25,7 +25,8 @@ def run(*command: str, **environment: str) -> None:
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is interpreting already")
 def test_interpreter():
-    run("-m", "pytest", "-q", "-x", str(HERE / "test_interpret.py"), TRITON_INTERPRET="1")
+    files = [str(HERE / name) for name in ("test_interpret.py", "test_unit_rows.py")]
+    run("-m", "pytest", "-q", "-x", *files, TRITON_INTERPRET="1")
 
 
 def test_import_is_light():

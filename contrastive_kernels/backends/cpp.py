@@ -44,6 +44,16 @@ def backward(*arguments):
     return torch.ops.contrastive_kernels.cpp_backward(*arguments)
 
 
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of unit norm in the dtype of x, and the norms in the compute dtype."""
+    return torch.ops.contrastive_kernels.cpp_unit_rows(x)
+
+
+def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of x."""
+    return torch.ops.contrastive_kernels.cpp_unit_rows_backward(grad, x, norm)
+
+
 def view_minimum(views: Tensor) -> Tensor:
     """(N, 2): the least similar pair j < k of each sample's views, the first in row-major order on a tie."""
     return torch.ops.contrastive_kernels.cpp_views(views)

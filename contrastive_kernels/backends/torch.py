@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from contrastive_kernels.sweep import Statistics, compute_dtype
+from contrastive_kernels.sweep import NORM_EPSILON, Statistics, compute_dtype
 from contrastive_kernels.workspace import workspace_limit
 
 name = "torch"
@@ -273,6 +273,21 @@ def backward(
         d_x, d_y = d_x + d_y, zeros(0)
     grads = (d_x.to(x.dtype), d_y.to(x.dtype), d_scale.to(dtype), d_bias, d_term_scale.to(dtype), d_term_offset, total)
     return tuple(grad if need else grad.new_empty(0) for grad, need in zip(grads, needs, strict=True))
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of unit norm in the dtype of x, and the norms in the compute dtype."""
+    wide = x.to(compute_dtype(x))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / norm.clamp_min(NORM_EPSILON)).to(x.dtype), norm
+
+
+def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of x."""
+    wide, grad = x.to(norm.dtype), grad.to(norm.dtype)
+    inverse = norm.clamp_min(NORM_EPSILON).reciprocal().masked_fill(norm < NORM_EPSILON, 0)
+    along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * inverse.pow(3)
+    return torch.addcmul(grad * inverse, wide, along, value=-1).to(x.dtype)
 
 
 def view_minimum(views: Tensor) -> Tensor:

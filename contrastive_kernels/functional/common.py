@@ -10,10 +10,12 @@ from torch import Tensor
 
 from contrastive_kernels import checks
 from contrastive_kernels.autograd import apply
+from contrastive_kernels.backends import choose_backend
+from contrastive_kernels.backends import torch as torch_backend
+from contrastive_kernels.operators import operator
 from contrastive_kernels.similarity import autocast, row_dot
 from contrastive_kernels.sweep import compute_dtype
 
-NORM_EPSILON = 1e-12
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -34,34 +36,29 @@ class _UnitRows(torch.autograd.Function):
     """``x / max(|x|, eps)``, computed in float32; unlike `F.normalize` with zero gradient for a row below eps."""
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        wide = x.to(compute_dtype(x))
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        return (wide / norm.clamp_min(NORM_EPSILON)).to(x.dtype), norm
+    def forward(x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        return operator(backend, "unit_rows")(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
+        x, ctx.backend = inputs
         _, norm = output
         ctx.mark_non_differentiable(norm)
-        ctx.save_for_backward(*inputs, norm)
+        ctx.save_for_backward(x, norm)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         x, norm = ctx.saved_tensors
-        wide, grad = x.to(compute_dtype(x)), grad.to(compute_dtype(x))
         if torch.is_grad_enabled():
             # The norm that was saved has no graph for a second derivative.
-            norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.clamp_min(NORM_EPSILON).reciprocal().masked_fill(norm < NORM_EPSILON, 0)
-        along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * inverse.pow(3)
-        if torch.is_grad_enabled():
-            return torch.addcmul(grad * inverse, wide, along, value=-1).to(x.dtype)
-        return (grad * inverse).addcmul_(wide, along, value=-1).to(x.dtype)
+            norm = torch.linalg.vector_norm(x.to(compute_dtype(x)), dim=-1, keepdim=True)
+            return torch_backend.unit_rows_backward(grad, x, norm), None
+        return operator(ctx.backend, "unit_rows_backward")(grad, x, norm), None
 
 
 def rows(x: Tensor, normalize: bool) -> Tensor:
     """The rows that enter the similarities: of unit norm if asked for, in the dtype of x or of autocast."""
-    return autocast(apply(_UnitRows, x)[0] if normalize else x)
+    return autocast(apply(_UnitRows, x, choose_backend(x))[0] if normalize else x)
 
 
 def poison(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The sweep in Triton, on GPUs, and in Triton's interpreter on the CPU.
 
 Importing this module imports no Triton and asks no driver. `sums` is the forward, `grad` and `chunk` the backward,
-`views` the view minimum; `tile` is what they share on the device, `launch` on the host, `tiles` the tile table.
+`rows` the normalisation, `views` the view minimum; `tile` is what the sweep's kernels share on the device, `launch` on
+the host, `tiles` the tile table.
 """
 
 from __future__ import annotations
@@ -84,6 +85,22 @@ def backward(
         packed = Packed.of(sweep, grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, centered)
         gradients = (grad if in_registers else chunk).backward(sweep, packed, wanted)
     return tuple(gradients.get(name, scale.new_empty(0)) for name in names)
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of unit norm in the dtype of x, and the norms in float32."""
+    from contrastive_kernels.backends.triton import rows
+
+    with torch.cuda.device_of(x):
+        return rows.unit_rows_fwd(x)
+
+
+def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of x."""
+    from contrastive_kernels.backends.triton import rows
+
+    with torch.cuda.device_of(x):
+        return rows.unit_rows_bwd(grad, x, norm)
 
 
 def view_minimum(views: Tensor) -> Tensor:

@@ -1,0 +1,94 @@
+"""Rows of unit norm and their gradient: each one pass over the features."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from contrastive_kernels.sweep import NORM_EPSILON
+
+# Elements of D at a time, and of a program's block. untuned
+DEPTH, BLOCK = 1024, 4096
+EPSILON = tl.constexpr(NORM_EPSILON)
+
+
+@triton.jit
+def _unit_rows_fwd_kernel(x, unit, norm, N, stride, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """unit (N, D) and norm (N,) of x (N, D)."""
+    o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    m_n = o_n < N
+    b_square = tl.zeros([BN], tl.float32)
+    for i_d in range(0, D, BD):
+        m_x = m_n[:, None] & (i_d + o_d < D)[None, :]
+        b_x = tl.load(x + o_n[:, None] * stride + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_square += tl.sum(b_x * b_x, 1)
+    b_norm = tl.sqrt(b_square)
+    tl.store(norm + o_n, b_norm, mask=m_n)
+    # NaN stays NaN
+    b_divisor = tl.where(b_norm < EPSILON, EPSILON, b_norm)
+    for i_d in range(0, D, BD):
+        m_x = m_n[:, None] & (i_d + o_d < D)[None, :]
+        b_x = tl.load(x + o_n[:, None] * stride + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_unit = b_x / b_divisor[:, None]
+        tl.store(unit + o_n[:, None] * D + (i_d + o_d)[None, :], b_unit.to(unit.dtype.element_ty), mask=m_x)
+
+
+@triton.jit
+def _unit_rows_bwd_kernel(
+    grad, x, norm, dx, N, stride_grad, stride, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """dx (N, D) from the gradient of the unit rows."""
+    o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    m_n = o_n < N
+    b_norm = tl.load(norm + o_n, mask=m_n, other=1.0)
+    b_inverse = tl.where(b_norm < EPSILON, 0.0, 1.0 / b_norm)
+    b_dot = tl.zeros([BN], tl.float32)
+    for i_d in range(0, D, BD):
+        m_x = m_n[:, None] & (i_d + o_d < D)[None, :]
+        b_g = tl.load(grad + o_n[:, None] * stride_grad + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_x = tl.load(x + o_n[:, None] * stride + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_dot += tl.sum(b_g * b_x, 1)
+    b_along = b_dot * b_inverse * b_inverse * b_inverse
+    for i_d in range(0, D, BD):
+        m_x = m_n[:, None] & (i_d + o_d < D)[None, :]
+        b_g = tl.load(grad + o_n[:, None] * stride_grad + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_x = tl.load(x + o_n[:, None] * stride + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_dx = b_g * b_inverse[:, None] - b_x * b_along[:, None]
+        tl.store(dx + o_n[:, None] * D + (i_d + o_d)[None, :], b_dx.to(dx.dtype.element_ty), mask=m_x)
+
+
+def blocks(d: int) -> dict[str, int]:
+    """The block sizes as compile-time arguments."""
+    depth = min(DEPTH, max(16, 1 << (d - 1).bit_length()))
+    return dict(BN=max(1, BLOCK // depth), BD=depth)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(rows, D) with inner stride 1."""
+    x = x.flatten(0, -2) if x.dim() > 2 else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def unit_rows_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., D) -> (..., D), (..., 1)."""
+    unit = torch.empty_like(x, memory_format=torch.contiguous_format)
+    norm = x.new_zeros((*x.shape[:-1], 1), dtype=torch.float32)
+    if x.numel():
+        rows, tile = _matrix(x), blocks(x.shape[-1])
+        n, d = rows.shape
+        _unit_rows_fwd_kernel[(triton.cdiv(n, tile["BN"]),)](rows, unit, norm, n, rows.stride(0), D=d, **tile)
+    return unit, norm
+
+
+def unit_rows_bwd(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of x."""
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.numel():
+        rows, grad, tile = _matrix(x), _matrix(grad), blocks(x.shape[-1])
+        n, d = rows.shape
+        _unit_rows_bwd_kernel[(triton.cdiv(n, tile["BN"]),)](
+            grad, rows, norm.contiguous(), dx, n, grad.stride(0), rows.stride(0), D=d, **tile
+        )
+    return dx
