@@ -10,7 +10,16 @@ from setuptools import setup
 
 CHOICE = os.environ.get("CONTRASTIVE_KERNELS_BUILD", "")
 HEADERS = ["products.h", "schedule.h", "sweep.h", "tile_math.h", "tile_math.inc"]
-SOURCES = ["extension.cpp", "products.cpp", "rows.cpp", "schedule.cpp", "sweep.cpp", "tile_math.cpp", "views.cpp"]
+SOURCES = [
+    "extension.cpp",
+    "products.cpp",
+    "rows.cpp",
+    "schedule.cpp",
+    "select.cpp",
+    "sweep.cpp",
+    "tile_math.cpp",
+    "views.cpp",
+]
 
 
 def extension():

@@ -79,6 +79,11 @@ def _fake_unit_rows(x):
     return x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x))
 
 
+def _fake_select(x, y, k, largest, x_ids, y_ids, exclude_diagonal):
+    shape = (x.shape[0], k)
+    return x.new_empty(shape, dtype=compute_dtype(x)), x.new_empty(shape, dtype=torch.int64)
+
+
 def _fake_views(views):
     return views.new_empty((views.shape[0], 2), dtype=torch.int64)
 
@@ -99,6 +104,8 @@ for _name, _backend in BACKENDS.items():
             _library.impl(f"{_name}_{_function}", _without_autocast(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_forward", _fake_forward(_backend), lib=_library)
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_backward", _fake_backward(_backend), lib=_library)
+    if _name == "cpp":
+        torch.library.register_fake(f"{_NAMESPACE}::cpp_select", _fake_select, lib=_library)
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_unit_rows", _fake_unit_rows, lib=_library)
     torch.library.register_fake(
         f"{_NAMESPACE}::{_name}_unit_rows_backward", lambda grad, x, norm: x.new_empty(x.shape), lib=_library

@@ -1,4 +1,4 @@
-"""The most or least similar columns of every row: plain PyTorch, a tile of the similarities at a time."""
+"""The most or least similar columns of every row: in C++ on a CPU, elsewhere plain PyTorch, a tile at a time."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels import checks
+from contrastive_kernels.backends import choose_backend
+from contrastive_kernels.operators import operator
 from contrastive_kernels.similarity import autocast
 from contrastive_kernels.sweep import compute_dtype
 
@@ -73,10 +75,12 @@ def row_select(
     """
     x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, None)
     check_count("k", k)
-    x = autocast(x)
+    x, y = autocast(x), None if y is None else autocast(y)
+    if choose_backend(x) == "cpp":
+        return operator("cpp", "select")(x, y, k, largest, x_ids, y_ids, exclude_diagonal)
     dtype = compute_dtype(x)
     x = x.to(dtype)
-    y, y_ids = (x, x_ids) if y is None else (autocast(y).to(dtype), y_ids)
+    y, y_ids = (x, x_ids) if y is None else (y.to(dtype), y_ids)
     n, m = x.shape[0], y.shape[0]
     width = max(1, min(m, TILE_COLUMNS))
     height = max(1, TILE_ELEMENTS.get(x.device.type, TILE_ELEMENTS_ELSEWHERE) // width)

@@ -43,6 +43,13 @@ Gradients cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_co
                   {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, wanted, scores);
 }
 
+std::tuple<at::Tensor, at::Tensor> cpp_select(const at::Tensor& x, const OptionalTensor& y, int64_t k, bool largest,
+                                              const OptionalTensor& x_ids, const OptionalTensor& y_ids,
+                                              bool exclude_diagonal) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return row_select(x, y, k, largest, x_ids, y_ids, exclude_diagonal);
+}
+
 std::tuple<at::Tensor, at::Tensor> cpp_unit_rows(const at::Tensor& x) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return unit_rows(x);
@@ -66,6 +73,9 @@ TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
   m.def(
       "cpp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor col_lse, " INPUTS
       "bool[] needs, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "cpp_select(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal) "
+      "-> (Tensor, Tensor)");
   m.def("cpp_unit_rows(Tensor x) -> (Tensor, Tensor)");
   m.def("cpp_unit_rows_backward(Tensor grad, Tensor x, Tensor norm) -> Tensor");
   m.def("cpp_views(Tensor views) -> Tensor");
@@ -74,6 +84,7 @@ TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
 TORCH_LIBRARY_IMPL(contrastive_kernels, CPU, m) {
   m.impl("cpp_forward", TORCH_FN(contrastive_kernels::cpp_forward));
   m.impl("cpp_backward", TORCH_FN(contrastive_kernels::cpp_backward));
+  m.impl("cpp_select", TORCH_FN(contrastive_kernels::cpp_select));
   m.impl("cpp_unit_rows", TORCH_FN(contrastive_kernels::cpp_unit_rows));
   m.impl("cpp_unit_rows_backward", TORCH_FN(contrastive_kernels::cpp_unit_rows_backward));
   m.impl("cpp_views", TORCH_FN(contrastive_kernels::cpp_views));

@@ -42,7 +42,9 @@ void check_vector(const OptionalTensor& tensor, const char* name, at::ScalarType
   TORCH_CHECK(tensor->is_cpu(), name, " is on ", tensor->device(), ", x on the CPU");
 }
 
-void check(const Inputs& in, const Description& description) {
+}  // namespace
+
+void check(const Inputs& in) {
   const auto& x = in.x;
   const auto& y = in.y ? *in.y : x;
   TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "x ", x.sizes(), " and y ", y.sizes(),
@@ -55,7 +57,7 @@ void check(const Inputs& in, const Description& description) {
 
   const auto compute = dtype == at::kDouble ? at::kDouble : at::kFloat;
   const int64_t n = x.size(0), m = y.size(0);
-  check_vector(in.scale, "scale", compute, {});
+  if (in.scale.defined()) check_vector(in.scale, "scale", compute, {});
   check_vector(in.bias, "bias", compute, {m});
   check_vector(in.x_ids, "x_ids", at::kLong, {n});
   check_vector(in.y_ids, "y_ids", at::kLong, {m});
@@ -63,6 +65,12 @@ void check(const Inputs& in, const Description& description) {
   check_vector(in.term_scale, "term_scale", compute, {});
   check_vector(in.term_offset, "term_offset", compute, {n});
   TORCH_CHECK_VALUE(!in.y || in.x_ids.has_value() == in.y_ids.has_value(), "x_ids and y_ids must be given together");
+}
+
+namespace {
+
+void check(const Inputs& in, const Description& description) {
+  contrastive_kernels::check(in);
   TORCH_CHECK_VALUE(!description.columns || (!in.bias && description.exponents.size() <= 1),
                     "columns cannot be combined with bias or several exponents");
 }

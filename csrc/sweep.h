@@ -41,6 +41,14 @@ Gradients backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_ls
                    const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& inputs,
                    const Description& description, const std::array<bool, 7>& needs, const OptionalTensor& scores);
 
+// Throws what is wrong with the shapes, dtypes and devices.
+void check(const Inputs& inputs);
+
+// The k largest (smallest) similarities of every row and their columns, [n, k]; see contrastive_kernels/select.py.
+std::tuple<at::Tensor, at::Tensor> row_select(const at::Tensor& x, const OptionalTensor& y, int64_t k, bool largest,
+                                              const OptionalTensor& x_ids, const OptionalTensor& y_ids,
+                                              bool exclude_diagonal);
+
 // x / max(|x|, 1e-12) of every row, and the norms, in the compute dtype with a last dimension of 1; and its gradient, 0
 // for rows below that.
 std::tuple<at::Tensor, at::Tensor> unit_rows(const at::Tensor& x);

@@ -95,6 +95,26 @@ struct Workspace {
   SideGradients side;
 };
 
+// One of the best so far of a row; a NaN is an infinite value with the complement of its column.
+template <typename T>
+struct Candidate {
+  T value;
+  int32_t column;
+};
+
+// Columns that are looked at together.
+constexpr int64_t kSelectStep = 64;
+
+// The best of the rows of a tile so far, in no order: all that was above the threshold, which is the k-th best at some
+// time. There is room for k and at least two steps.
+template <typename T>
+struct Selection {
+  int64_t k, room;
+  Candidate<T>* candidates;  // [rows, room]
+  int64_t* counts;           // [rows]
+  T* thresholds;             // [rows]
+};
+
 // The functions of one instruction set.
 template <typename T>
 struct TileMath {
@@ -107,6 +127,10 @@ struct TileMath {
   // The n values of two rows rounded to bfloat16: each on its own, and as pairs of one column.
   void (*round_rows)(int64_t n, const float* first, const float* second, uint16_t* first_out, uint16_t* second_out,
                      uint32_t* pairs);
+  // Adds a tile, times `sign`, to the best of its rows; columns come in ascending order.
+  void (*select)(const Rules<T>&, const Tile<T>&, T sign, Selection<T>&, Workspace<T>&);
+  // Puts the best of a row in order and says how many there are.
+  int64_t (*selected)(Selection<T>&, int64_t row);
   // A row divided by its norm, which is returned, and the gradient of that.
   T (*unit_row)(int64_t n, const T* x, T* out);
   void (*unit_row_backward)(int64_t n, const T* grad, const T* x, T norm, T* out);

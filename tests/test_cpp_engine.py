@@ -444,3 +444,30 @@ def test_engine_with_scores_kept(case, dtype):
         assert torch.equal(kept, recomputed)
     with pytest.raises(ValueError, match="scores"):
         ops.cpp_backward(*arguments, scores[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 3, 700, 2000])
+def test_selection_shapes(k, dtype):
+    """Tiles of few rows where k is large, ragged ones, and more candidates than there is room for at a time."""
+    x, y = (torch.randint(-3, 4, (n, 5)).to(dtype) for n in (270, 1100))
+    x_ids, y_ids = torch.randint(9, (270,)), torch.randint(9, (1100,))
+    similarity = (x.double() @ y.double().T).masked_fill(x_ids[:, None] == y_ids, -torch.inf)
+    similarity[torch.eye(270, 1100, dtype=torch.bool)] = -torch.inf
+    expected, order = similarity.sort(dim=1, descending=True, stable=True)
+    values, columns = ops.cpp_select(x, y, k, True, x_ids, y_ids, True)
+    width = min(k, 1100)
+    assert torch.equal(values[:, :width].double(), expected[:, :width])
+    assert torch.equal(columns[:, :width], order[:, :width].masked_fill(expected[:, :width] == -torch.inf, -1))
+    assert (columns[:, width:] == -1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (130, 17), (3, 5, 100), (0, 4), (3, 0)], ids=str)
+def test_unit_row_shapes(shape, dtype):
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    unit, norm = ops.cpp_unit_rows(x)
+    assert torch.equal(ops.cpp_unit_rows_backward(x, x, norm).isfinite(), torch.ones_like(x, dtype=torch.bool))
+    torch.testing.assert_close(unit.double() * norm.double(), x.double(), rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="norm"):
+        ops.cpp_unit_rows_backward(x, x, torch.ones(7, 1))

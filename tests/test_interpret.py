@@ -441,6 +441,47 @@ def test_sweep_center_of_what_is_no_number(value):
     assert launch.center_bwd(sweep, row_lse, col_lse)[2] == 1
 
 
+@pytest.mark.parametrize("name", ["columns", "self-ids", "softplus-alone", "band-columns"])
+@pytest.mark.parametrize("d", [24, 300])
+def test_autotune(name, d, monkeypatch, capsys):
+    """The tile that the stopwatch likes best is used, printed as a row of the table, and computes the same."""
+    from contrastive_kernels.backends.triton import tiles, tune
+
+    asked = []
+
+    def milliseconds(tile, launch):
+        asked.append(tile)
+        launch(tile)
+        return abs(tile.rows - 16) + abs(tile.columns - 64) + tile.stages
+
+    monkeypatch.setattr(tune, "milliseconds", milliseconds)
+    monkeypatch.setattr(tune, "_fastest", {})
+    # in the interpreter these say nothing, and compiling them all on a GPU takes long
+    monkeypatch.setattr(tune, "TRIALS", 12)
+    check(CASES[name], inputs(CASES[name], 37, 53, d, torch.float32))
+    assert not asked
+    monkeypatch.setenv(tune.ENVIRONMENT_VARIABLE, "1")
+    check(CASES[name], inputs(CASES[name], 37, 53, d, torch.float32))
+    lines = capsys.readouterr().err.splitlines()
+    found = [eval(line.strip().rstrip(","), {"Tile": tiles.Tile}) for line in lines if "Tile(" in line]
+    assert {row.kernel for row in found} == {tile.kernel for tile in asked}
+    for row in found:
+        own = {tile for tile in asked if (tile.kernel, tile.heavy) == (row.kernel, row.heavy)}
+        assert milliseconds(row, lambda tile: None) == min(milliseconds(tile, lambda tile: None) for tile in own)
+    seen = len(asked)
+    check(CASES[name], inputs(CASES[name], 40, 53, d, torch.float32))
+    assert len(asked) == seen, "every tile is timed once"
+
+
+def test_autotune_survives_what_does_not_compile():
+    from contrastive_kernels.backends.triton import tiles, tune
+
+    def launch(tile):
+        raise RuntimeError("out of resource: shared memory")
+
+    assert tune.milliseconds(tiles.TABLE[0], launch) == math.inf
+
+
 @pytest.mark.parametrize("layout", ["columns", "rows", "expanded"])
 def test_sweep_strided(layout):
     case = CASES["columns"]

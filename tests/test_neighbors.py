@@ -380,6 +380,13 @@ def test_nnclr_both_directions(backend):
 # The selection itself.
 
 
+@pytest.fixture
+def selecting(backend, monkeypatch):
+    """The backend that is chosen by default."""
+    monkeypatch.setenv("CONTRASTIVE_KERNELS_BACKEND", backend)
+    return device_of(backend)
+
+
 def selections():
     for largest in (True, False):
         for k in (1, 2, 5, 40):
@@ -398,12 +405,15 @@ def restricted(restriction, n, m):
 
 @pytest.mark.parametrize(("largest", "k", "restriction"), list(selections()))
 @pytest.mark.parametrize("columns", [None, 7, 64])
-def test_row_select(largest, k, restriction, columns, monkeypatch, poison):
+def test_row_select(largest, k, restriction, columns, monkeypatch, poison, selecting, backend):
     """Small integers, so that most similarities are tied exactly; tiles of a few rows and columns."""
+    if not supports(backend, torch.float64):
+        pytest.skip(f"{backend} does not take float64")
     if columns is not None:
         monkeypatch.setattr(select, "TILE_COLUMNS", columns)
         monkeypatch.setattr(select, "TILE_ELEMENTS", {"cpu": 5 * columns})
-    for n, m in ((33, 65), (9, 20), (3, 1)):
+    # with the tiles as they are also several of them each way, the last ones ragged
+    for n, m in ((33, 65), (9, 20), (3, 1), *([(270, 1100)] if columns is None else [])):
         x, y = (torch.randint(-2, 3, (rows, 3)).double() for rows in (n, m))
         options = {"k": k, "largest": largest, **restricted(restriction, n, m)}
         values, found = row_select(x, y, **options)
@@ -416,7 +426,9 @@ def test_row_select(largest, k, restriction, columns, monkeypatch, poison):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_row_select_accumulates_in_float32(dtype):
+def test_row_select_accumulates_in_float32(dtype, selecting, backend):
+    if not supports(backend, dtype) or selecting != "cpu":
+        pytest.skip("not this dtype, or not the CPU's autocast")
     x, y = (torch.randn(n, 200).to(dtype).requires_grad_() for n in (33, 129))
     values, columns = row_select(x, y, 4)
     assert values.dtype == torch.float32
@@ -431,7 +443,7 @@ def test_row_select_accumulates_in_float32(dtype):
 
 
 @pytest.mark.parametrize("largest", [True, False])
-def test_row_select_puts_nan_first(largest):
+def test_row_select_puts_nan_first(largest, selecting):
     x, y = torch.randn(5, 8), torch.randn(20, 8)
     y[[3, 17], 2] = torch.nan
     values, columns = row_select(x, y, 3, largest=largest)
@@ -443,7 +455,7 @@ def test_row_select_puts_nan_first(largest):
     assert values.isfinite().all()
 
 
-def test_row_select_of_nothing():
+def test_row_select_of_nothing(selecting):
     for n, m in ((0, 5), (5, 0), (0, 0)):
         values, columns = row_select(torch.randn(n, 4), torch.randn(m, 4), 3)
         assert values.shape == columns.shape == (n, 3)
@@ -463,7 +475,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_row_select_does_not_store_the_matrix():
+def test_row_select_does_not_store_the_matrix(selecting):
     """200 rows against 20,000, four tiles' worth: no tensor is larger than a tile and the columns kept before it."""
     x, y = torch.randn(200, 2), torch.randn(20_000, 2)
     with Largest() as largest:

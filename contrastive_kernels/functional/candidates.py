@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels import checks
-from contrastive_kernels.functional.common import ContrastiveStats, reduce
+from contrastive_kernels.functional.common import ContrastiveStats, reduce, softplus
 from contrastive_kernels.functional.polarization import Polarization, polarized
 from contrastive_kernels.functional.totals import kept_counts, kept_sums
 from contrastive_kernels.similarity import sweep
@@ -124,7 +124,7 @@ def candidate_loss(
         nothing = negative_lse == -torch.inf
         losses = negative_lse.masked_fill(nothing, 0) - target
     else:
-        losses = torch.logaddexp(negative_lse - own, torch.zeros_like(negative_lse))
+        losses = softplus(negative_lse - own)
         losses = losses if own is target else losses + (own - target)
     if request.label_smoothing:
         sums = positives.total + request.scale * torch.stack([negatives.similarity_sum for negatives in directions])

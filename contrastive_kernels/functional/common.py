@@ -6,6 +6,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kernels import checks
@@ -92,6 +93,11 @@ def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     if reduction == "sum":
         return losses.sum()
     return losses.mean() if weight is None else losses.sum() / weight.sum()
+
+
+def softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))`` to the last digit; F.softplus by default ends where float32 does."""
+    return F.softplus(x, threshold=50.0)
 
 
 def row_factors(x: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from contrastive_kernels import checks
 from contrastive_kernels.functional.candidates import Negatives, Positives, Request, candidate_loss, statistics, swept
-from contrastive_kernels.functional.common import ContrastiveStats, check_options, other_views, reduce, rows, scale_from
+from contrastive_kernels.functional.common import (
+    ContrastiveStats,
+    check_options,
+    other_views,
+    reduce,
+    rows,
+    scale_from,
+    softplus,
+)
 from contrastive_kernels.similarity import row_dot, sweep
 from contrastive_kernels.sweep import Pairs, Softplus, compute_dtype
 
@@ -261,9 +269,9 @@ def _towards_own_views(batch: _Batch, meaning: str, request: Request) -> _Anchor
     own_lse, mean = own.logsumexp(1), own.mean(1)
     if meaning == "pairwise" or count == 1:
         # Of a single positive all three meanings are this; the terms that cancel below would leave their rounding.
-        losses = _softplus(negatives.lse[:, None] - own).mean(1)
+        losses = softplus(negatives.lse[:, None] - own).mean(1)
     else:
-        losses = _softplus(negatives.lse - own_lse) + (math.log(count) if meaning == "in" else own_lse - mean)
+        losses = softplus(negatives.lse - own_lse) + (math.log(count) if meaning == "in" else own_lse - mean)
     lse = torch.logaddexp(negatives.lse, mean if meaning == "pairwise" else own_lse) if request.return_stats else None
     return _Anchors(losses, None, mean, lse, negatives.maximum)
 
@@ -286,7 +294,7 @@ def _towards_class(batch: _Batch, meaning: str, request: Request) -> _Anchors:
         same = batch.pairs(same=True)
         if meaning == "in":
             own_lse = sweep(anchors, columns, same, **options).row_lse[0]
-            losses = _softplus(negatives.lse - own_lse.masked_fill(alone, 0)) + divisor.log()
+            losses = softplus(negatives.lse - own_lse.masked_fill(alone, 0)) + divisor.log()
         else:
             own_lse = mean
             term = Softplus(-request.scale, negatives.lse.masked_fill(nothing, 0))
@@ -327,10 +335,6 @@ def _base_temperature(value: float | Tensor | None, scale: float | Tensor, x: Te
     if abs(value) < 1e-8:
         raise ValueError(f"base_temperature {value} is too close to zero: its absolute value must be at least 1e-8")
     return value
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def _mean_over(losses: Tensor, share: Tensor, weight: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ from contrastive_kernels.functional.common import (
     row_factors,
     rows,
     scale_from,
+    softplus,
 )
 from contrastive_kernels.functional.totals import kept_counts
 from contrastive_kernels.select import row_select
@@ -98,7 +99,7 @@ def siglip_loss(
     ids = None if ids is None else checks.ids("ids", ids, x.shape[0], x)
     pairs = Pairs(ids, ids, cutoff_from(cutoff, cutoff_margin, similarity), exclude_diagonal=not negative_only)
     term, positive = Softplus(scale, bias), scale * similarity + bias
-    attraction = 0.0 if negative_only else torch.logaddexp(-positive, torch.zeros_like(positive))
+    attraction = 0.0 if negative_only else softplus(-positive)
     if reduction != "none" and not return_stats:
         factors = row_factors(x, weight, reduction)
         repulsion = weighted_total(x, y, pairs, term=term, weight=factors, backend=backend)

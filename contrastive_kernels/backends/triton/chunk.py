@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_kernels.backends.triton import grad, tiles
+from contrastive_kernels.backends.triton import grad, tiles, tune
 from contrastive_kernels.backends.triton.launch import Packed, Sweep
 from contrastive_kernels.backends.triton.tile import (
     load_columns,
@@ -105,16 +105,20 @@ def weights_bwd(
 ) -> dict[str, Tensor]:
     """Fill g (rows, M) with the weights of the rows from `first` on; returns their share of the other gradients."""
     x, y, (rows, m) = sweep.x, sweep.y, g.shape
-    blocks_n, blocks_m = triton.cdiv(rows, tile.rows), triton.cdiv(m, tile.columns)
-    shares = {name: x.new_empty((blocks_m, rows), dtype=torch.float32) for name in SHARES if name in wanted}
-    _weights_bwd_kernel[(blocks_n * blocks_m,)](
-        x, y, sweep.x_ids, sweep.y_ids, packed.rows, packed.columns, sweep.scale, sweep.term_scale, packed.unit,
-        g, *(shares.get(name) for name in SHARES),
-        first, first + rows, m, x.stride(0), y.stride(0), g.stride(0), packed.rows.shape[1], packed.columns.shape[1],
-        **sweep.scalars(), D=x.shape[1], **tile.blocks(x.shape[1]), GROUP=GROUP,
-        AS_COLUMNS=sweep.self_similarity, **sweep.flags(), **tile.options(),
-    )  # fmt: skip
-    return {name: share.sum(0) for name, share in shares.items()}
+
+    def launch(tile: tiles.Tile) -> dict[str, Tensor]:
+        blocks_n, blocks_m = triton.cdiv(rows, tile.rows), triton.cdiv(m, tile.columns)
+        shares = {name: x.new_empty((blocks_m, rows), dtype=torch.float32) for name in SHARES if name in wanted}
+        _weights_bwd_kernel[(blocks_n * blocks_m,)](
+            x, y, sweep.x_ids, sweep.y_ids, packed.rows, packed.columns, sweep.scale, sweep.term_scale, packed.unit,
+            g, *(shares.get(name) for name in SHARES),
+            first, first + rows, m, x.stride(0), y.stride(0), g.stride(0), packed.rows.shape[1],
+            packed.columns.shape[1], **sweep.scalars(), D=x.shape[1], **tile.blocks(x.shape[1]), GROUP=GROUP,
+            AS_COLUMNS=sweep.self_similarity, **sweep.flags(), **tile.options(),
+        )  # fmt: skip
+        return shares
+
+    return {name: share.sum(0) for name, share in tune.run(tile, x, launch).items()}
 
 
 def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_kernels.backends.triton import tiles
+from contrastive_kernels.backends.triton import tiles, tune
 from contrastive_kernels.backends.triton.launch import Packed, Sweep
 from contrastive_kernels.backends.triton.tile import (
     FLAG,
@@ -145,14 +145,18 @@ def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: se
         for name, shape in shapes.items()
         if name in wanted
     }
-    for factored in (False,) if packed.center is None else (True, False):
-        _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
-            x, y, x_ids, y_ids, packed.rows, packed.columns, packed.center, sweep.scale, sweep.term_scale, packed.unit,
-            outputs.get(owner), *(outputs.get(name) for name in SHARES),
-            n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
-            D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), FACTORED=factored,
-            **tile.options(),
-        )  # fmt: skip
+
+    def launch(tile: tiles.Tile) -> None:
+        for factored in (False,) if packed.center is None else (True, False):
+            _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
+                x, y, x_ids, y_ids, packed.rows, packed.columns, packed.center, sweep.scale, sweep.term_scale,
+                packed.unit, outputs.get(owner), *(outputs.get(name) for name in SHARES),
+                n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
+                D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), FACTORED=factored,
+                **tile.options(),
+            )  # fmt: skip
+
+    tune.run(tile, x, launch)
     return {name: output.sum() if name in SUMS else output for name, output in outputs.items()}
 
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_kernels.backends.triton import tiles
+from contrastive_kernels.backends.triton import tiles, tune
 from contrastive_kernels.backends.triton.launch import Sweep, processors
 from contrastive_kernels.backends.triton.tile import (
     LN2,
@@ -284,23 +284,29 @@ def safe_sums_fwd(sweep: Sweep, rows: bool, lse, term_sum, largest, flag: Tensor
     x, y, x_ids, y_ids = sweep.x, sweep.y, sweep.x_ids, sweep.y_ids
     if not rows:
         x, y, x_ids, y_ids = y, x, y_ids, x_ids
-    (n, d), m, tile = x.shape, y.shape[0], tiles.pick("safe_sums", x, sweep.heavy or largest is not None)
+    (n, d), m = x.shape, y.shape[0]
     flags = sweep.flags() | dict(Q=lse.shape[0], MAXIMUM=largest is not None)
     if not rows:
         flags |= dict(TERM="", BIASED=False, SHIFTED=False)
     del flags["COLUMNS"]
-    blocks, streamed = triton.cdiv(n, tile.rows), triton.cdiv(m, tile.columns)
-    splits = _splits(blocks, streamed, x)
-    partial = x.new_empty((splits, PARTIALS.value, n), dtype=torch.float32)
-    _safe_sums_fwd_kernel[(blocks, splits)](
-        x, y, x_ids, y_ids, sweep.scale, sweep.bias, sweep.cutoff, sweep.term_scale, sweep.term_offset, flag, partial,
-        n, m, x.stride(0), y.stride(0), **sweep.scalars(), D=d, **tile.blocks(d), AS_ROWS=rows, **flags,
-        **tile.options(),
-    )  # fmt: skip
-    _merge_fwd_kernel[(triton.cdiv(n, MERGE_ROWS),)](
-        partial, flag, lse, term_sum, largest, splits, n,
-        Q=flags["Q"], TERM=flags["TERM"], MAXIMUM=flags["MAXIMUM"], BN=MERGE_ROWS,
-    )  # fmt: skip
+
+    def launch(tile: tiles.Tile) -> None:
+        blocks, streamed = triton.cdiv(n, tile.rows), triton.cdiv(m, tile.columns)
+        splits = _splits(blocks, streamed, x)
+        partial = x.new_empty((splits, PARTIALS.value, n), dtype=torch.float32)
+        _safe_sums_fwd_kernel[(blocks, splits)](
+            x, y, x_ids, y_ids, sweep.scale, sweep.bias, sweep.cutoff, sweep.term_scale, sweep.term_offset, flag,
+            partial, n, m, x.stride(0), y.stride(0), **sweep.scalars(), D=d, **tile.blocks(d), AS_ROWS=rows, **flags,
+            **tile.options(),
+        )  # fmt: skip
+        _merge_fwd_kernel[(triton.cdiv(n, MERGE_ROWS),)](
+            partial, flag, lse, term_sum, largest, splits, n,
+            Q=flags["Q"], TERM=flags["TERM"], MAXIMUM=flags["MAXIMUM"], BN=MERGE_ROWS,
+        )  # fmt: skip
+
+    # Behind a flag that is down it has nothing to do.
+    tile = tiles.pick("safe_sums", x, sweep.heavy or largest is not None)
+    launch(tile) if flag is not None else tune.run(tile, x, launch)
 
 
 def fold_fwd(partial, total, terms, reach, *, first_block=0, block=0, accumulate=False, lse=None, flag=None) -> None:
@@ -315,33 +321,37 @@ def fold_fwd(partial, total, terms, reach, *, first_block=0, block=0, accumulate
 def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None) -> None:
     """Fill row_lse (N,) and col_lse (M,) with one exponential per pair, per unordered pair where they are symmetric."""
     x, y, (n, d), m, triangle = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0], sweep.symmetric
-    tile = tiles.pick("sums", x, sweep.x_ids is not None or sweep.cutoff is not None)
     flag = torch.zeros(1, dtype=torch.int32, device=x.device)
     reach = sweep.scale.abs() * sweep.largest_similarity() * math.log2(math.e)
-    blocks, row_blocks = triton.cdiv(m, tile.columns), triton.cdiv(n, tile.rows)
-    group = min(blocks, max(1, workspace_limit() // (4 * n)))
-    splits = _splits(group, row_blocks, x)
-    row_partial = x.new_empty((group, n), dtype=torch.float32)
-    col_partial = x.new_empty((splits, m), dtype=torch.float32)
-    total = x.new_empty(n, dtype=torch.float32)
-    flags = sweep.flags()
-    for first in range(0, blocks, group):
-        slots = min(group, blocks - first)
-        _sums_fwd_kernel[(slots, splits)](
-            x, y, sweep.x_ids, sweep.y_ids, sweep.scale, sweep.cutoff, reach, row_partial, col_partial,
-            first, n, m, x.stride(0), y.stride(0), D=d, **tile.blocks(d), TRIANGLE=triangle, PAIR_SUM=tile.pair_sum,
-            **{name: flags[name] for name in ("IDS", "SAME", "DIAGONAL", "CUT", "PRECISION")}, **tile.options(),
-        )  # fmt: skip
-        last = not triangle and first + slots == blocks
-        fold_fwd(
-            row_partial[:slots], total, m, reach, first_block=first, block=tile.columns if triangle else 0,
-            accumulate=first > 0, lse=row_lse if last else None, flag=flag,
-        )  # fmt: skip
-    if triangle:
-        # A symmetric matrix: the column sums above the diagonal are the row sums below it.
-        fold_fwd(col_partial, total, m, reach, accumulate=True, lse=row_lse, flag=flag)
-    else:
-        fold_fwd(col_partial, total, n, reach, lse=col_lse, flag=flag)
+
+    def launch(tile: tiles.Tile) -> None:
+        blocks, row_blocks = triton.cdiv(m, tile.columns), triton.cdiv(n, tile.rows)
+        group = min(blocks, max(1, workspace_limit() // (4 * n)))
+        splits = _splits(group, row_blocks, x)
+        row_partial = x.new_empty((group, n), dtype=torch.float32)
+        col_partial = x.new_empty((splits, m), dtype=torch.float32)
+        total = x.new_empty(n, dtype=torch.float32)
+        flags = sweep.flags()
+        for first in range(0, blocks, group):
+            slots = min(group, blocks - first)
+            _sums_fwd_kernel[(slots, splits)](
+                x, y, sweep.x_ids, sweep.y_ids, sweep.scale, sweep.cutoff, reach, row_partial, col_partial,
+                first, n, m, x.stride(0), y.stride(0), D=d, **tile.blocks(d), TRIANGLE=triangle, PAIR_SUM=tile.pair_sum,
+                **{name: flags[name] for name in ("IDS", "SAME", "DIAGONAL", "CUT", "PRECISION")}, **tile.options(),
+            )  # fmt: skip
+            last = not triangle and first + slots == blocks
+            fold_fwd(
+                row_partial[:slots], total, m, reach, first_block=first, block=tile.columns if triangle else 0,
+                accumulate=first > 0, lse=row_lse if last else None, flag=flag,
+            )  # fmt: skip
+        if triangle:
+            # A symmetric matrix: the column sums above the diagonal are the row sums below it.
+            fold_fwd(col_partial, total, m, reach, accumulate=True, lse=row_lse, flag=flag)
+        else:
+            fold_fwd(col_partial, total, n, reach, lse=col_lse, flag=flag)
+
+    heavy = sweep.x_ids is not None or sweep.cutoff is not None
+    tune.run(tiles.pick("sums", x, heavy), x, launch, square=triangle)
     safe_sums_fwd(sweep, True, row_lse[None], None, None, flag)
     if not triangle:
         safe_sums_fwd(sweep, False, col_lse[None], None, None, flag)
