@@ -60,8 +60,9 @@ std::tuple<at::Tensor, at::Tensor> unit_rows(const at::Tensor& x) {
 at::Tensor unit_rows_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& norm) {
   const auto type = wide(x);
   TORCH_CHECK_VALUE(grad.sizes() == x.sizes(), "grad ", grad.sizes(), " must have the shape of x, ", x.sizes());
-  TORCH_CHECK_VALUE(norm.scalar_type() == type && norm.numel() * x.size(-1) == x.numel(), "norm must have an entry of ", type,
-                    " for every row");
+  TORCH_CHECK_VALUE(norm.scalar_type() == type && norm.dim() == x.dim() && norm.size(-1) == 1 &&
+                        norm.sizes().slice(0, x.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
+                    "norm ", norm.sizes(), " must have an entry of ", type, " for every row of x ", x.sizes());
   const auto g = grad.to(type).contiguous(), rows = x.to(type).contiguous(), norms = norm.contiguous();
   const auto run = type == at::kDouble ? unit_rows_backward_as<double> : unit_rows_backward_as<float>;
   return run(g, rows, norms).to(x.scalar_type());
