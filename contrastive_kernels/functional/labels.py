@@ -60,6 +60,7 @@ def sup_con_loss(
     Args:
         features: ``(N, V, D)``, V views of each sample, or ``(N, D)``.
         labels: ``(N,)`` integers, -1 for a sample without label, which matches only its own views. None: no labels.
+            With labels and ``"out"`` the loss of an anchor with one positive is rounded to 1e-7 or so in float32.
         temperature: T, float or 0-dim tensor (differentiable); 0.1 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
         base_temperature: multiplies the loss by T / base_temperature; the official code has 0.07. None: factor 1.
@@ -284,7 +285,8 @@ def _towards_class(batch: _Batch, meaning: str, request: Request) -> _Anchors:
     alone, divisor = count == 0, count.clamp(min=1)
     mean = request.scale * batch.positive_sums() / divisor if meaning == "out" or request.return_stats else None
     if meaning == "out":
-        # Of two or more positives the loss is at least log 2: nothing cancels.
+        # Of two or more positives the loss is at least log 2: nothing cancels. Of a single one it does, which would take
+        # a sweep more to avoid.
         lse = sweep(anchors, columns, Pairs(exclude_diagonal=True), **options).row_lse[0]
         losses = lse - mean
         negatives = _detached_negatives(batch, request) if request.return_stats else None
