@@ -52,6 +52,8 @@ def argument_type(name: str, dtype: torch.dtype) -> str:
 def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict, options: dict) -> Binary:
     """Compile with `constants` (compile-time arguments, and None for absent pointers), sizes multiples of 16."""
     types = {p.name: "constexpr" if p.name in constants else argument_type(p.name, dtype) for p in kernel.params}
+    if types.get("y_tiles", "constexpr") != "constexpr":
+        types["y_tiles"] = f"tensordesc<{TYPES[dtype]}[{constants['BM']},{constants['BD']}]>"
     sizes = {name for name in types if name in ("N", "M") or "stride" in name}
     attributes = {
         (number,): [["tt.divisibility", 16]]

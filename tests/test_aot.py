@@ -85,6 +85,7 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
     # two log-sum-exps of a pair take one exponential, or in another program two
     factored = row.kernel == "grad" and not flags["BIASED"] and (flags["COLUMNS"] or flags["symmetric"]) and flags["Q"]
     constants |= dict(FACTORED=True) if factored and not twin else dict(FACTORED=False, center=None)
+    constants |= {} if row.takes_descriptors(d) else {"y_tiles": None}
     # a power of two for float16 only; the rows are compiled for bfloat16
     constants |= {"unit": None}
     return {name: value for name, value in constants.items() if name in kernel.arg_names}

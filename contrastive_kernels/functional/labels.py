@@ -285,8 +285,8 @@ def _towards_class(batch: _Batch, meaning: str, request: Request) -> _Anchors:
     alone, divisor = count == 0, count.clamp(min=1)
     mean = request.scale * batch.positive_sums() / divisor if meaning == "out" or request.return_stats else None
     if meaning == "out":
-        # Of two or more positives the loss is at least log 2: nothing cancels. Of a single one it does, which would take
-        # a sweep more to avoid.
+        # Of two or more positives the loss is at least log 2: nothing cancels. Of a single one it does; to avoid that
+        # would take a sweep more.
         lse = sweep(anchors, columns, Pairs(exclude_diagonal=True), **options).row_lse[0]
         losses = lse - mean
         negatives = _detached_negatives(batch, request) if request.return_stats else None

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles, tune
-from contrastive_kernels.backends.triton.launch import Packed, Sweep
+from contrastive_kernels.backends.triton.launch import Packed, Sweep, tiles_of
 from contrastive_kernels.backends.triton.tile import (
     FLAG,
     load_columns,
@@ -32,7 +32,7 @@ SUMS = ("scale", "term_scale", "total")
 
 @triton.jit
 def _grad_bwd_kernel(
-    x, y, x_ids, y_ids, row_stats, col_stats, center, scale, term_scale, unit,
+    x, y, y_tiles, x_ids, y_ids, row_stats, col_stats, center, scale, term_scale, unit,
     dx, d_scale, d_term_scale, d_bias, d_term_offset, total,
     N, M, stride_x, stride_y, stride_dx, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
@@ -45,6 +45,7 @@ def _grad_bwd_kernel(
 
     dx (N, D) needs D <= BD. Of the others every row of the owner leaves its share: d_bias is final where it acts as the
     sweep's columns, d_term_offset where it acts as its rows; d_scale, d_term_scale and total are to be added up.
+    y_tiles, if not None, is y as a descriptor of tiles, which then needs D <= BD.
     With a center this program or its twin computes everything: the FACTORED one unless the flag beside it is up.
     """
     centers = (0.0, 0.0)
@@ -79,7 +80,7 @@ def _grad_bwd_kernel(
     b_x = load_tile(x, o_n, o_d, N, stride_x, D)
     for i_m in range(0, M, BM):
         o_m = i_m + tl.arange(0, BM).to(tl.int64)
-        b_y = load_tile(y, o_m, o_d, M, stride_y, D)
+        b_y = y_tiles.load([i_m, 0]) if y_tiles is not None else load_tile(y, o_m, o_d, M, stride_y, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
         b_g, b_soft, b_prob, b_slope, b_value = tile_grad(
             b_s, own_rows, own_cols, own_id, i_n * BN, row_stats, col_stats, centers, y_ids, i_m, M,
@@ -149,8 +150,8 @@ def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: se
     def launch(tile: tiles.Tile) -> None:
         for factored in (False,) if packed.center is None else (True, False):
             _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
-                x, y, x_ids, y_ids, packed.rows, packed.columns, packed.center, sweep.scale, sweep.term_scale,
-                packed.unit, outputs.get(owner), *(outputs.get(name) for name in SHARES),
+                x, y, tiles_of(y, tile), x_ids, y_ids, packed.rows, packed.columns, packed.center, sweep.scale,
+                sweep.term_scale, packed.unit, outputs.get(owner), *(outputs.get(name) for name in SHARES),
                 n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
                 D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), FACTORED=factored,
                 **tile.options(),

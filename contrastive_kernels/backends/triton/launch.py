@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from contrastive_kernels.backends.triton import tiles
 from contrastive_kernels.backends.triton.tile import CENTER_SIZE, PACKED_ROWS, _center_bwd_kernel, _pack_bwd_kernel
@@ -201,6 +202,18 @@ def pack_bwd(n, lse, grad, grad_sum, offset, cutoff, bias, unit, center) -> Tens
         Q=lse.shape[0], BN=tiles.ALIGNMENT,
     )  # fmt: skip
     return packed
+
+
+def tiles_of(y: Tensor, tile: tiles.Tile) -> TensorDescriptor | None:
+    """y as a descriptor of (tile.columns, all of D) tiles, which the hardware loads and fills up with zeros.
+
+    None where it cannot, or where the tile takes part of D at a time.
+    """
+    d = y.shape[1]
+    aligned = y.data_ptr() % 16 == 0 and y.stride(0) * y.element_size() % 16 == 0
+    if not tile.takes_descriptors(d) or not aligned or not y.numel():
+        return None
+    return TensorDescriptor(y, [y.shape[0], d], [y.stride(0), 1], [tile.columns, tile.blocks(d)["BD"]])
 
 
 def processors(x: Tensor) -> int:
