@@ -31,7 +31,7 @@ def run(tile: Tile, x: Tensor, launch: Callable[[Tile], T], *, square: bool = Fa
     So it may be called any number of times. `square` tiles stay square.
     """
     if os.environ.get(ENVIRONMENT_VARIABLE) == "1":
-        key = (tile, x.dtype, x.shape[1], str(x.device))
+        key = (tile, square, x.dtype, x.shape[1], str(x.device))
         if key not in _fastest:
             _fastest[key] = _search(tile, x, launch, square)
         tile = _fastest[key]
