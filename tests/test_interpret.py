@@ -441,6 +441,17 @@ def test_sweep_center_of_what_is_no_number(value):
     assert launch.center_bwd(sweep, row_lse, col_lse)[2] == 1
 
 
+@pytest.mark.parametrize(
+    ("most", "d", "rows"),
+    [(4096, 768, 2816), (4096, 1024, 4096), (4096, 512, 4096), (100, 512, 256), (0, 512, 256), (700, 4096, 512)],
+)
+def test_chunk_rows(most, d, rows):
+    """On 132 processors: 22 x 6 tiles are one for each; more rows than the limit only where it is below one unit."""
+    from contrastive_kernels.backends.triton import chunk
+
+    assert chunk.chunk_rows(most, d, 132) == rows
+
+
 @pytest.mark.parametrize("name", ["columns", "self-ids", "softplus-alone", "band-columns"])
 @pytest.mark.parametrize("d", [24, 300])
 def test_autotune(name, d, monkeypatch, capsys):

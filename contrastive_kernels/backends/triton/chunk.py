@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import grad, tiles, tune
-from contrastive_kernels.backends.triton.launch import Packed, Sweep
+from contrastive_kernels.backends.triton.launch import Packed, Sweep, processors
 from contrastive_kernels.backends.triton.tile import (
     load_columns,
     load_ids,
@@ -28,6 +28,9 @@ from contrastive_kernels.workspace import workspace_limit
 
 # Row blocks that one column block is visited by before the next: the grouped order that keeps tiles in L2.
 GROUP = 8
+
+# The side of a library's tile of a product.
+PRODUCT_TILE = 128
 
 # What comes as a share per row and column block, in the order of the kernel's arguments.
 SHARES = ("scale", "term_scale", "term_offset", "total")
@@ -121,6 +124,22 @@ def weights_bwd(
     return {name: share.sum(0) for name, share in tune.run(tile, x, launch).items()}
 
 
+def chunk_rows(most: int, d: int, processors: int) -> int:
+    """How many rows a chunk has, about `most`: as many as keep all processors busy while dX = G Y is multiplied.
+
+    That product has the fewest tiles. Taken to be of 128 x 128, one for each processor at a time; untuned.
+    """
+    tiles_of_rows, tiles_across = triton.cdiv(tiles.ALIGNMENT, PRODUCT_TILE), triton.cdiv(d, PRODUCT_TILE)
+
+    def busy(units: int) -> float:
+        count = units * tiles_of_rows * tiles_across
+        return count / (triton.cdiv(count, processors) * processors)
+
+    # Half of the limit at least: smaller chunks are read and added to more often.
+    units = max(1, most // tiles.ALIGNMENT)
+    return tiles.ALIGNMENT * max(range((units + 1) // 2, units + 1), key=lambda u: (round(busy(u), 2), u))
+
+
 def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor]:
     """All wanted gradients, x or y among them."""
     x, y, (n, d), m = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0]
@@ -128,8 +147,8 @@ def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor
     tile = tiles.pick("weights", x, sweep.heavy or "total" in wanted)
     # The GEMMs want rows of whole 16-byte vectors.
     width = tiles.round_up(m, 8)
-    size = tiles.round_down(workspace_limit() // max(1, width * x.element_size()), tiles.ALIGNMENT)
-    buffer = x.new_empty((min(max(size, tiles.ALIGNMENT), n), width))
+    size = chunk_rows(workspace_limit() // max(1, width * x.element_size()), d, processors(x))
+    buffer = x.new_empty((min(size, n), width))
     size = max(1, buffer.shape[0])
     factor = packed.factor(sweep)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
