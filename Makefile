@@ -11,7 +11,7 @@ demo: .venv/built      ## compare time and memory on this machine, about three m
 	$(VENV) -m benchmarks --preset demo
 
 test: .venv/built      ## the whole suite, two files at a time; GPU tests skip themselves
-	$(VENV) -m pytest -n 2 --dist loadfile
+	$(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-peers: .venv/built .venv-peers/installed  ## against the published losses of other packages, in .venv-peers
 	$(PEERS) -m pytest -m peers tests/test_peers.py

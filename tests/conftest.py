@@ -26,3 +26,11 @@ def poison():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+# Few tests that take long; two workers share the rest evenly only if these come first.
+LONG = ("test_triton_processes.py", "test_aot.py", "test_memory.py", "test_compile.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

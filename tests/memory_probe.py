@@ -36,7 +36,7 @@ SELF_SIMILARITY = {
 }
 # Rows for a backend. The chunks of the slow one do not grow with N, so that it needs fewer to show a matrix; nor do the
 # tiles of the selection by rank, which is plain PyTorch whatever the backend.
-ROWS = {"cpp": 16384, "torch": 4096}
+ROWS = {"cpp": 16384, "torch": 3072}
 BY_RANK = {
     *("nnclr", "false_negative", "false_negative-attract", "easy_negative"),
     *("triplet-hardest", "triplet-hardest-euclidean"),
