@@ -334,8 +334,8 @@ def similarity_sum(
         x, y, x_ids, y_ids, cutoff, backend: as in `similarity_logsumexp`; the same pairs are left out.
         term: the function: `Band`, `Softplus`, `Square`, `Hinge`, `DistanceHinge`, `Student`, `Gaussian`, `Identity` or
             `Count`.
-        reduction: ``"none"``, or ``"sum"`` over the rows too: then one sweep computes the value and the gradients, in
-            three quarters of the time.
+        reduction: ``"none"``, or ``"sum"`` over the rows too: then one sweep computes the value and the gradients,
+            three matrix products instead of four.
 
     Returns:
         ``(N,)``, or 0-dim for ``"sum"``; float32 (float64 for float64 inputs), differentiable in x, y and the term's

@@ -15,9 +15,10 @@ _limit: int | None = None
 def set_workspace_limit(size: int | None) -> None:
     """Limit the scratch memory of one call, forward or backward, of every loss in this process.
 
-    A GPU uses it for partial sums and, where the gradient does not fit in registers, for a chunk of dL/dS: more is a
-    little faster. The backends of the CPU need 32 MB at most and take less if told to. The default is 512 MiB, or what
-    the environment variable ``CONTRASTIVE_KERNELS_WORKSPACE_MB`` says.
+    A GPU uses it for partial sums and, where the gradient does not fit in registers, for a chunk of dL/dS. The PyTorch
+    backend takes 32 MiB for its chunks or what the limit allows, the C++ backend keeps up to 4 MiB of similarities; its
+    tiles, about 1 MiB a thread, are not counted. The default is 512 MiB, or what the environment variable
+    ``CONTRASTIVE_KERNELS_WORKSPACE_MB`` says.
 
     Args:
         size: bytes, positive; None for the default again. What one tile needs is always taken.

@@ -34,13 +34,8 @@ SELF_SIMILARITY = {
     f"{name}_loss"
     for name in ("nt_xent", "sup_con", "debiased", "hard_negative", "decoupled", "false_negative", "t_simclr")
 }
-# Rows for a backend. The chunks of the slow one do not grow with N, so that it needs fewer to show a matrix; nor do the
-# tiles of the selection by rank, which is plain PyTorch whatever the backend.
+# Rows for a backend. The chunks of the slow one do not grow with N, so that it needs fewer to show a matrix.
 ROWS = {"cpp": 16384, "torch": 3072}
-BY_RANK = {
-    *("nnclr", "false_negative", "false_negative-attract", "easy_negative"),
-    *("triplet-hardest", "triplet-hardest-euclidean"),
-}
 
 
 def status(field: str) -> int:
@@ -79,6 +74,6 @@ if __name__ == "__main__":
     backend = sys.argv[1]
     rows, losses = (int(sys.argv[2]), sys.argv[3:]) if len(sys.argv) > 2 else (None, MEASURED)
     for name in losses:
-        size = rows or ROWS["torch" if name in BY_RANK else backend]
+        size = rows or ROWS[backend]
         measure(MEASURED[name], 512, 64, backend)  # thread pools, workspaces and code
         print(json.dumps({"case": name, "bytes": measure(MEASURED[name], size, 64, backend)}), flush=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from testing import device_of
 
 import contrastive_kernels as ck
 from contrastive_kernels import workspace
@@ -38,14 +39,12 @@ def test_an_environment_that_is_no_number(text, monkeypatch):
         ck.workspace_limit()
 
 
-def test_a_limit_of_nothing_takes_a_row_at_a_time(monkeypatch):
+def test_a_limit_of_nothing_takes_a_row_at_a_time():
     ck.set_workspace_limit(1)
     assert torch_backend._chunks(3, 100) == [slice(0, 1), slice(1, 2), slice(2, 3)]
 
 
 def test_results_do_not_depend_on_it(backend):
-    from testing import device_of
-
     x, y = torch.randn(2, 70, 24, device=device_of(backend)).unbind(0)
     results = []
     for size in (None, 1):
@@ -58,7 +57,7 @@ def test_results_do_not_depend_on_it(backend):
 
 
 def test_the_limit_bounds_the_chunks_of_plain_pytorch():
-    """Half of the rows' chunks at half the limit."""
+    """Half of the limit, half of the rows at a time."""
     ck.set_workspace_limit(torch_backend.ELEMENT_BYTES * 1000)
     assert torch_backend._chunks(100, 100)[0] == slice(0, 10)
     ck.set_workspace_limit(torch_backend.ELEMENT_BYTES * 500)
