@@ -14,6 +14,8 @@ from contrastive_kernels.backends import BACKENDS
 from contrastive_kernels.sweep import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
+    ROW_DOT_BACKWARD_SCHEMA,
+    ROW_DOT_SCHEMA,
     UNIT_ROWS_BACKWARD_SCHEMA,
     UNIT_ROWS_SCHEMA,
     VIEWS_SCHEMA,
@@ -27,7 +29,7 @@ _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
 def operator(backend: str, function: str) -> torch._ops.OpOverload:
-    """A backend's operator: `forward`, `backward`, `unit_rows`, `unit_rows_backward` or `views`."""
+    """A backend's operator: one of those below."""
     return getattr(getattr(torch.ops, _NAMESPACE), f"{backend}_{function}").default
 
 
@@ -84,6 +86,14 @@ def _fake_select(x, y, k, largest, x_ids, y_ids, exclude_diagonal):
     return x.new_empty(shape, dtype=compute_dtype(x)), x.new_empty(shape, dtype=torch.int64)
 
 
+def _fake_row_dot(x, y):
+    return x.new_empty(x.shape[:-1], dtype=compute_dtype(x))
+
+
+def _fake_row_dot_backward(grad, x, y, needs):
+    return tuple(x.new_empty(x.shape if need else (0,)) for need in needs)
+
+
 def _fake_views(views):
     return views.new_empty((views.shape[0], 2), dtype=torch.int64)
 
@@ -93,19 +103,28 @@ for _name, _backend in BACKENDS.items():
         if not hasattr(getattr(torch.ops, _NAMESPACE), "cpp_forward"):
             continue
     else:
-        for _function, _schema, _kernel in (
+        _functions = [
             ("forward", FORWARD_SCHEMA, _backend.forward),
             ("backward", BACKWARD_SCHEMA, _backend.backward),
             ("unit_rows", UNIT_ROWS_SCHEMA, _backend.unit_rows),
             ("unit_rows_backward", UNIT_ROWS_BACKWARD_SCHEMA, _backend.unit_rows_backward),
             ("views", VIEWS_SCHEMA, _backend.view_minimum),
-        ):
+        ]
+        if _name == "triton":
+            _functions += [
+                ("row_dot", ROW_DOT_SCHEMA, _backend.row_dot),
+                ("row_dot_backward", ROW_DOT_BACKWARD_SCHEMA, _backend.row_dot_backward),
+            ]
+        for _function, _schema, _kernel in _functions:
             _library.define(f"{_name}_{_function}{_schema}")
             _library.impl(f"{_name}_{_function}", _without_autocast(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_forward", _fake_forward(_backend), lib=_library)
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_backward", _fake_backward(_backend), lib=_library)
     if _name == "cpp":
         torch.library.register_fake(f"{_NAMESPACE}::cpp_select", _fake_select, lib=_library)
+    if _name == "triton":
+        torch.library.register_fake(f"{_NAMESPACE}::triton_row_dot", _fake_row_dot, lib=_library)
+        torch.library.register_fake(f"{_NAMESPACE}::triton_row_dot_backward", _fake_row_dot_backward, lib=_library)
     torch.library.register_fake(f"{_NAMESPACE}::{_name}_unit_rows", _fake_unit_rows, lib=_library)
     torch.library.register_fake(
         f"{_NAMESPACE}::{_name}_unit_rows_backward", lambda grad, x, norm: x.new_empty(x.shape), lib=_library

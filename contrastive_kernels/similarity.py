@@ -38,14 +38,19 @@ class _SweepFunction(torch.autograd.Function):
         row_lse, col_lse, _, row_max, col_max, scores = output
         ctx.mark_non_differentiable(row_max, col_max, scores)
         ctx.save_for_backward(row_lse, col_lse, *tensors, scores)
+        # no zeros for the statistics that nobody asked for
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [statistic.shape for statistic in output[:3]]
 
     @staticmethod
-    def backward(ctx, grad_row_lse, grad_col_lse, grad_row_sum, *_):
+    def backward(ctx, *grads):
         needs = [*(ctx.needs_input_grad[i] for i in _DIFFERENTIABLE), False]
         *tensors, scores = ctx.saved_tensors
-        arguments = (
-            grad_row_lse, grad_col_lse, grad_row_sum, *tensors, *ctx.description, needs, scores if ctx.kept else None
-        )  # fmt: skip
+        grads = [
+            tensors[0].new_zeros(shape) if grad is None else grad
+            for grad, shape in zip(grads[:3], ctx.shapes, strict=True)
+        ]
+        arguments = (*grads, *tensors, *ctx.description, needs, scores if ctx.kept else None)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grads = apply(_SweepBackward, *arguments, ctx.backend)
         else:
@@ -231,8 +236,32 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def row_dot(x: Tensor, y: Tensor) -> Tensor:
+class _RowDotFunction(torch.autograd.Function):
+    """`row_dot` by the operators of a backend that has them: a launch each way for four and for six."""
+
+    @staticmethod
+    def forward(x, y, backend):
+        return operator(backend, "row_dot")(x, y)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, y, ctx.backend = inputs
+        ctx.save_for_backward(x, y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x, y), needs = ctx.saved_tensors, ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            grads = [(grad.unsqueeze(-1) * other.to(grad.dtype)).to(x.dtype) for other in (y, x)]
+        else:
+            grads = operator(ctx.backend, "row_dot_backward")(grad, x, y, needs)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None
+
+
+def row_dot(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
     """``<x_i, y_i>`` over the last dimension, accumulated in the compute dtype whatever the dtype of the features."""
+    if x.shape == y.shape and x.dtype == y.dtype and choose_backend(x, backend) == "triton":
+        return apply(_RowDotFunction, x, y, "triton")
     dtype = compute_dtype(x)
     return (x.to(dtype) * y.to(dtype)).sum(-1)
 
@@ -312,7 +341,8 @@ def similarity_logsumexp(
         raise ValueError("columns=True takes neither y_bias nor cutoff; call twice with x and y exchanged")
     pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
     out = sweep(x, y, pairs, scale=scale, bias=y_bias, columns=columns, backend=backend)
-    return (out.row_lse[0], out.col_lse) if columns else out.row_lse[0]
+    row_lse = out.row_lse.squeeze(0)
+    return (row_lse, out.col_lse) if columns else row_lse
 
 
 def similarity_sum(

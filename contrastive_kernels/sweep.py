@@ -227,4 +227,6 @@ BACKWARD_SCHEMA = (
 )
 UNIT_ROWS_SCHEMA = "(Tensor x) -> (Tensor, Tensor)"  # x / max(|x|, NORM_EPSILON) over the last dimension; |x|, (..., 1)
 UNIT_ROWS_BACKWARD_SCHEMA = "(Tensor grad, Tensor x, Tensor norm) -> Tensor"  # 0 for a row below NORM_EPSILON
+ROW_DOT_SCHEMA = "(Tensor x, Tensor y) -> Tensor"  # <x_i, y_i> over the last dimension, in the compute dtype
+ROW_DOT_BACKWARD_SCHEMA = "(Tensor grad, Tensor x, Tensor y, bool[] needs) -> (Tensor, Tensor)"  # empty if not needed
 VIEWS_SCHEMA = "(Tensor views) -> Tensor"  # (N, V, D) -> (N, 2) int64: the least similar pair j < k, first on a tie

@@ -227,7 +227,7 @@ def test_record_is_of_these_cases():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_small_kernels(architecture):
-    """Those without a row: packing, adding up, merging, views."""
+    """Those without a row of the table."""
     for kernel, constants in (
         (tile._pack_bwd_kernel, dict(Q=2, BN=tiles.ALIGNMENT, unit=None)),
         (tile._center_bwd_kernel, dict(Q=2, COLUMNS=True, BN=launch.CENTER_ROWS)),
@@ -239,6 +239,9 @@ def test_small_kernels(architecture):
         (views._view_minimum_fwd_kernel, dict(D=128, BN=views.ROWS, BD=views.DEPTH)),
         (rows._unit_rows_fwd_kernel, dict(D=768, **rows.blocks(768))),
         (rows._unit_rows_bwd_kernel, dict(D=768, **rows.blocks(768))),
+        (rows._row_dot_fwd_kernel, dict(D=768, **rows.blocks(768))),
+        (rows._row_dot_bwd_kernel, dict(D=768, **rows.blocks(768))),
+        (sums._largest_norm_fwd_kernel, dict(D=768, **rows.blocks(768))),
     ):
         assert aot.compile_kernel(kernel, architecture, torch.bfloat16, constants, {}).spilled == 0
 

@@ -25,7 +25,7 @@ def run(*command: str, **environment: str) -> None:
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is interpreting already")
 def test_interpreter():
-    files = [str(HERE / name) for name in ("test_interpret.py", "test_unit_rows.py")]
+    files = [str(HERE / name) for name in ("test_interpret.py", "test_rows.py", "test_launches.py")]
     run("-m", "pytest", "-q", "-x", *files, TRITON_INTERPRET="1")
 
 

@@ -51,7 +51,7 @@ def swept(
     row_max, col_max = (out.row_max, out.col_max) if request.return_stats else (None, None)
     sums = kept_sums(x, y, pairs, request.backend) if request.label_smoothing else None
     counts = kept_counts(x, y, pairs, request.backend) if request.label_smoothing or band is not None else None
-    negatives = [Negatives(out.row_lse[0], row_max, sums, counts, None if band is None else out.row_sum)]
+    negatives = [Negatives(out.row_lse.squeeze(0), row_max, sums, counts, None if band is None else out.row_sum)]
     if both_directions:
         back = pairs._replace(x_ids=pairs.y_ids, y_ids=pairs.x_ids)
         if columns:
@@ -110,6 +110,11 @@ class Positives(NamedTuple):
         return cls(logit, logit, logit, 1)
 
 
+def _stacked(vectors: list[Tensor]) -> Tensor:
+    """torch.stack, without a copy of a single one."""
+    return torch.stack(vectors) if len(vectors) > 1 else vectors[0][None]
+
+
 def candidate_loss(
     directions: list[Negatives], positives: Positives, request: Request, *, weight: Tensor | None, reduction: str
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
@@ -119,7 +124,7 @@ def candidate_loss(
     target would cancel to 0. An anchor without any candidate in its denominator contributes 0.
     """
     target, own = positives.target, positives.lse
-    negative_lse = torch.stack([negatives.lse for negatives in directions])
+    negative_lse = _stacked([negatives.lse for negatives in directions])
     if own is None:
         nothing = negative_lse == -torch.inf
         losses = negative_lse.masked_fill(nothing, 0) - target
@@ -127,13 +132,13 @@ def candidate_loss(
         losses = softplus(negative_lse - own)
         losses = losses if own is target else losses + (own - target)
     if request.label_smoothing:
-        sums = positives.total + request.scale * torch.stack([negatives.similarity_sum for negatives in directions])
-        counts = positives.count + torch.stack([negatives.count for negatives in directions])
+        sums = positives.total + request.scale * _stacked([negatives.similarity_sum for negatives in directions])
+        counts = positives.count + _stacked([negatives.count for negatives in directions])
         losses = losses + request.label_smoothing * (target - sums / counts.clamp(min=1))
     if own is None:
         # not a constant: a NaN target stays one
         losses = torch.where(nothing, 0 * target, losses)
-    loss = reduce(losses if len(directions) == 2 else losses[0], weight, reduction)
+    loss = reduce(losses if len(directions) == 2 else losses.squeeze(0), weight, reduction)
     if request.polarization is not None:
         loss = polarized(loss, directions[0].band_sum, directions[0].count, request.polarization, reduction)
     if not request.return_stats:

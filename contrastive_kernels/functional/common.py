@@ -46,9 +46,12 @@ class _UnitRows(torch.autograd.Function):
         _, norm = output
         ctx.mark_non_differentiable(norm)
         ctx.save_for_backward(x, norm)
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        if grad is None:
+            return None, None
         x, norm = ctx.saved_tensors
         if torch.is_grad_enabled():
             # The norm that was saved has no graph for a second derivative.
@@ -57,9 +60,9 @@ class _UnitRows(torch.autograd.Function):
         return operator(ctx.backend, "unit_rows_backward")(grad, x, norm), None
 
 
-def rows(x: Tensor, normalize: bool) -> Tensor:
+def rows(x: Tensor, normalize: bool, backend: str | None = None) -> Tensor:
     """The rows that enter the similarities: of unit norm if asked for, in the dtype of x or of autocast."""
-    return autocast(apply(_UnitRows, x, choose_backend(x))[0] if normalize else x)
+    return autocast(apply(_UnitRows, x, choose_backend(x, backend))[0] if normalize else x)
 
 
 def poison(x: Tensor) -> Tensor:

@@ -46,12 +46,12 @@ def uniformity_loss(
     checks.features("z", z)
     _check_rows("z", z)
     t = checks.scalar("t", t, z)
-    z, n = rows(z, normalize), z.shape[0]
+    z, n = rows(z, normalize, backend), z.shape[0]
     z = _centred(z.to(compute_dtype(z)))
-    squares = row_dot(z, z)
+    squares = row_dot(z, z, backend)
     options = dict(scale=2 * t, bias=-t * squares, backend=backend)
     with wide_products(z):
-        row_lse = sweep(z, None, Pairs(exclude_diagonal=True), **options).row_lse[0]
+        row_lse = sweep(z, None, Pairs(exclude_diagonal=True), **options).row_lse.squeeze(0)
     # A value near 0 is the difference of two logarithms of N^2.
     rows_of_all = (row_lse - t * squares).to(statistic_dtype(z))
     return (rows_of_all.logsumexp(0) - math.log(n * (n - 1))).to(z.dtype)
@@ -107,12 +107,12 @@ def t_simclr_loss(
         if not isinstance(value, Tensor) and not value > 0:
             raise ValueError(f"{name} {value} must be positive")
     kappa, exponent, n = temperature * df, (df + 1) / 2, z0.shape[0]
-    z = torch.cat([rows(z0, normalize), rows(z1, normalize)])
+    z = torch.cat([rows(z0, normalize, backend), rows(z1, normalize, backend)])
     z = _centred(z.to(compute_dtype(z)))
     attraction = torch.log1p((z[:n] - z[n:]).square().sum(1) / kappa).mean()
 
     # |a|^2 + |b|^2 - 2 <a, b> is linear in the product of (a, 1) and (b, -|b|^2 / 2), with an offset per row.
-    squares = row_dot(z, z)
+    squares = row_dot(z, z, backend)
     x, y = torch.cat([z, torch.ones_like(z[:, :1])], 1), torch.cat([z, -squares[:, None] / 2], 1)
     kernel = Student(exponent, -2 / kappa, squares / kappa)
     with wide_products(x):

@@ -111,7 +111,7 @@ def sup_con_loss(
     scale = scale_from(temperature, logit_scale, features, default=0.1)
     base_temperature = _base_temperature(base_temperature, scale, features)
 
-    views = rows(features.transpose(0, 1), normalize)
+    views = rows(features.transpose(0, 1), normalize, backend)
     by_instance = labels is None or same_label == "negative"
     ids = torch.arange(n, device=views.device) if by_instance else _class_ids(labels)
     request = Request(scale, return_stats=return_stats, backend=backend)
@@ -193,9 +193,9 @@ def label_pull_loss(
     labels = checks.ids("labels", labels, z.shape[0], z)
     scale = scale_from(temperature, logit_scale, z, default=0.1)
 
-    z, embeddings = rows(z, normalize), rows(label_embeddings, normalize)
+    z, embeddings = rows(z, normalize, backend), rows(label_embeddings, normalize, backend)
     classes = embeddings.shape[0]
-    similarity = row_dot(z, embeddings[labels.clamp(0, classes - 1)])
+    similarity = row_dot(z, embeddings[labels.clamp(0, classes - 1)], backend)
     if form == "pull":
         losses = 1 - similarity
     else:
@@ -287,7 +287,7 @@ def _towards_class(batch: _Batch, meaning: str, request: Request) -> _Anchors:
     if meaning == "out":
         # Of two or more positives the loss is at least log 2: nothing cancels. Of a single one it does; to avoid that
         # would take a sweep more.
-        lse = sweep(anchors, columns, Pairs(exclude_diagonal=True), **options).row_lse[0]
+        lse = sweep(anchors, columns, Pairs(exclude_diagonal=True), **options).row_lse.squeeze(0)
         losses = lse - mean
         negatives = _detached_negatives(batch, request) if request.return_stats else None
     else:
@@ -295,7 +295,7 @@ def _towards_class(batch: _Batch, meaning: str, request: Request) -> _Anchors:
         nothing = negatives.lse == -torch.inf
         same = batch.pairs(same=True)
         if meaning == "in":
-            own_lse = sweep(anchors, columns, same, **options).row_lse[0]
+            own_lse = sweep(anchors, columns, same, **options).row_lse.squeeze(0)
             losses = softplus(negatives.lse - own_lse.masked_fill(alone, 0)) + divisor.log()
         else:
             own_lse = mean

@@ -115,11 +115,11 @@ def spectral_contrastive_loss(
     checks.number("mu", mu)
     if not mu > 0:
         raise ValueError(f"mu {mu} must be positive: the loss is divided by it")
-    x, y = rows(z0, normalize), rows(z1, normalize)
+    x, y = rows(z0, normalize, backend), rows(z1, normalize, backend)
     if project:
         x, y = _in_ball(x, math.sqrt(mu)), _in_ball(y, math.sqrt(mu))
     n, d = x.shape
-    own, columns = row_dot(x, y), n if include_diagonal else max(n - 1, 1)
+    own, columns = row_dot(x, y, backend), n if include_diagonal else max(n - 1, 1)
     # Of one row no pair is left, which the moments know up to rounding only.
     if (method == "gram" and n > 1) or (method == "auto" and n > d):
         with wide_products(x):

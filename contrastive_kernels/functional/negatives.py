@@ -162,7 +162,7 @@ def hard_negative_loss(
     _check_correction(tau_plus, beta)
     scale = scale_from(temperature, logit_scale, z0, default=0.5)
     request = Request(scale, 0.0, polarization, return_stats, backend)
-    z, similarity, pairs = two_views(z0, z1, normalize, ids, cutoff, cutoff_margin)
+    z, similarity, pairs = two_views(z0, z1, normalize, ids, cutoff, cutoff_margin, backend)
     positive = scale * similarity
     if estimator == "easy":
         negatives = swept(z, None, pairs, request)[0]
@@ -195,12 +195,13 @@ def two_views(
     ids: Tensor | None,
     cutoff: float | Tensor | None,
     cutoff_margin: float | Tensor | None,
+    backend: str | None,
 ) -> TwoViews:
     """The anchors and negatives that NT-Xent has, from checked views; thresholds per sample or per anchor."""
     n = z0.shape[0]
     ids = torch.arange(n, device=z0.device) if ids is None else checks.ids("ids", ids, n, z0)
-    views = rows(torch.stack([z0, z1]), normalize)
-    similarity = row_dot(*views).repeat(2)
+    views = rows(torch.stack([z0, z1]), normalize, backend)
+    similarity = row_dot(*views, backend=backend).repeat(2)
     cutoff, cutoff_margin = (per_view(value, n, 2) for value in (cutoff, cutoff_margin))
     pairs = Pairs(ids.repeat(2), cutoff=cutoff_from(cutoff, cutoff_margin, similarity))
     return TwoViews(views.flatten(0, 1), similarity, pairs)

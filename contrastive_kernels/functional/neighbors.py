@@ -97,7 +97,7 @@ def nnclr_loss(
     scale = scale_from(temperature, logit_scale, predictions, default=0.1)
     request = Request(scale, label_smoothing, None, return_stats, backend)
     ids = None if ids is None else checks.ids("ids", ids, z.shape[0], z)
-    z, predictions, support = (rows(x, normalize) for x in (z.detach(), predictions, support.detach()))
+    z, predictions, support = (rows(x, normalize, backend) for x in (z.detach(), predictions, support.detach()))
     # an infinite similarity is a nearest neighbour like others
     infinite = 0.0 if normalize else poison(z) + poison(support)
     both = z.dim() == 3
@@ -105,7 +105,7 @@ def nnclr_loss(
     directions, similarities = [], []
     for projection, prediction in zip(z, predictions, strict=True):
         nearest = _nearest(projection, support)
-        similarities.append(row_dot(nearest, prediction) + infinite)
+        similarities.append(row_dot(nearest, prediction, backend) + infinite)
         pairs = Pairs(ids, ids, cutoff_from(cutoff, cutoff_margin, similarities[-1]), exclude_diagonal=ids is None)
         directions += swept(nearest, prediction, pairs, request)
     positives = Positives.single(scale * (torch.stack(similarities) if both else similarities[0]))
@@ -204,7 +204,7 @@ def false_negative_loss(
     if threshold is not None:
         threshold = checks.per_row("threshold", threshold, views.flatten(0, 1)).detach()
 
-    views = rows(views, normalize)
+    views = rows(views, normalize, backend)
     z, similarities = views.flatten(0, 1), other_views(views)
     logits = scale * similarities
     own = logits.logsumexp(1) if v > 2 else logits[:, 0]
@@ -307,7 +307,7 @@ def easy_negative_loss(
     if negative_keys is not None:
         checks.features("negative_keys", negative_keys)
         checks.alike("query", query, "negative_keys", negative_keys, rows=False)
-    inputs = [None if x is None else rows(x, normalize) for x in (query, positive_key, negative_keys)]
+    inputs = [None if x is None else rows(x, normalize, backend) for x in (query, positive_key, negative_keys)]
     candidates, in_batch = (inputs[1], True) if negative_keys is None else (inputs[2], False)
     row_ids, column_ids = _candidate_ids(query, candidates, query_ids, key_ids, in_batch)
     values, _ = row_select(

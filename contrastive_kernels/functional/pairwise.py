@@ -94,8 +94,8 @@ def siglip_loss(
             raise ValueError(f"{name} refers to the positive pairs, and with negative_only=True there are none")
     scale = scale_from(temperature, logit_scale, image_features)
     bias = 0.0 if logit_bias is None else checks.scalar("logit_bias", logit_bias, image_features)
-    x, y = rows(image_features, normalize), rows(text_features, normalize)
-    similarity = row_dot(x, y)
+    x, y = rows(image_features, normalize, backend), rows(text_features, normalize, backend)
+    similarity = row_dot(x, y, backend)
     ids = None if ids is None else checks.ids("ids", ids, x.shape[0], x)
     pairs = Pairs(ids, ids, cutoff_from(cutoff, cutoff_margin, similarity), exclude_diagonal=not negative_only)
     term, positive = Softplus(scale, bias), scale * similarity + bias
@@ -109,7 +109,7 @@ def siglip_loss(
     loss = reduce(out.row_sum + attraction, weight, reduction)
     if not return_stats:
         return loss
-    negative_lse, negative_max = (v + _detached(bias) for v in (out.row_lse[0], out.row_max))
+    negative_lse, negative_max = (v + _detached(bias) for v in (out.row_lse.squeeze(0), out.row_max))
     return loss, statistics(positive, torch.logaddexp(negative_lse, positive), negative_max)
 
 
@@ -170,7 +170,7 @@ def triplet_margin_loss(
     checks.choice("metric", metric, ("similarity", "euclidean"))
     margin = checks.scalar("margin", margin, anchor)
     choose_backend(anchor, backend)  # the hardest take none, but a name that does not exist is an error there too
-    x, y = rows(anchor, normalize), rows(positive, normalize)
+    x, y = rows(anchor, normalize, backend), rows(positive, normalize, backend)
     ids = None if ids is None else checks.ids("ids", ids, x.shape[0], x)
     euclidean = metric == "euclidean"
     if mining == "all":
@@ -191,7 +191,7 @@ def _all_hinges(
     reduction: str, backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The weighted sum over all negatives ("none": each anchor's), and how many hinges a mean has to count."""
-    similarity, pairs = row_dot(x, y), Pairs(ids, ids, exclude_diagonal=True)
+    similarity, pairs = row_dot(x, y, backend), Pairs(ids, ids, exclude_diagonal=True)
     term = DistanceHinge(margin + _distance(similarity)) if euclidean else Hinge(margin - similarity)
     if reduction == "none":
         return reduce(sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum, weight, reduction), None

@@ -89,7 +89,7 @@ def distance_polarization(
     checks.choice("reduction", reduction, ("mean", "sum", "row", "none"))
     band = Band(lower, upper)
     pairs = Pairs(None if ids is None else checks.ids("ids", ids, z.shape[0], z), exclude_diagonal=True)
-    z = rows(z, normalize)
+    z = rows(z, normalize, backend)
     # an infinite similarity is outside the band
     infinite = 0.0 if normalize else poison(z)
     if reduction == "none":

@@ -121,9 +121,9 @@ def info_nce_loss(
         raise ValueError("symmetric=True exchanges queries and in-batch keys; it needs in_batch_negatives=True")
 
     request = Request(scale, label_smoothing, polarization, return_stats, backend)
-    query, positive_key = rows(query, normalize), rows(positive_key, normalize)
-    negative_keys = None if negative_keys is None else rows(negative_keys, normalize)
-    positive_similarity = row_dot(query, positive_key)
+    query, positive_key = rows(query, normalize, backend), rows(positive_key, normalize, backend)
+    negative_keys = None if negative_keys is None else rows(negative_keys, normalize, backend)
+    positive_similarity = row_dot(query, positive_key, backend)
     cutoff = cutoff_from(cutoff, cutoff_margin, positive_similarity)
     query_ids, batch_ids, negative_ids = _split_ids(query, query_ids, key_ids, negative_keys, in_batch)
 
@@ -226,9 +226,9 @@ def nt_xent_loss(
     )  # fmt: skip
     scale = scale_from(temperature, logit_scale, views, default=0.5)
     request = Request(scale, label_smoothing, polarization, return_stats, backend)
-    views = rows(views, normalize)
+    views = rows(views, normalize, backend)
     if v == 2:
-        similarity = row_dot(*views).repeat(2)
+        similarity = row_dot(*views, backend=backend).repeat(2)
         positives = Positives.single(scale * similarity)
     else:
         similarities = other_views(views)
@@ -307,8 +307,8 @@ def clip_loss(
     scale = scale_from(temperature, logit_scale, image_features)
     bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, image_features)
     request = Request(scale, label_smoothing, None, return_stats, backend)
-    x, y = rows(image_features, normalize), rows(text_features, normalize)
-    positive_similarity = row_dot(x, y)
+    x, y = rows(image_features, normalize, backend), rows(text_features, normalize, backend)
+    positive_similarity = row_dot(x, y, backend)
     ids = None if ids is None else checks.ids("ids", ids, x.shape[0], x)
     pairs = Pairs(ids, ids, cutoff_from(cutoff, cutoff_margin, positive_similarity), exclude_diagonal=ids is None)
     directions = swept(x, y, pairs, request, both_directions=True)

@@ -94,7 +94,7 @@ def decoupled_loss(
         checks.vector("positive_weight", positive_weight, z0, "z0")
     scale = scale_from(temperature, logit_scale, z0, default=0.1)
     request = Request(scale, label_smoothing, None, return_stats, backend)
-    z, similarity, pairs = two_views(z0, z1, normalize, ids, cutoff, cutoff_margin)
+    z, similarity, pairs = two_views(z0, z1, normalize, ids, cutoff, cutoff_margin, backend)
     positive = scale * similarity
     target = positive
     if positive_weight is not None:
@@ -172,7 +172,7 @@ def quick_thoughts_loss(
     context = _context(n, context_size, ids, first.device)
     pairs = Pairs(ids, ids, exclude_diagonal=ids is None)
     request = Request(scale, label_smoothing, polarization if normalize else None, False, backend)
-    x, y = rows(first, normalize), rows(second, normalize)
+    x, y = rows(first, normalize, backend), rows(second, normalize, backend)
     similarity = _neighbours(x, y, context_size)
     target = scale * (similarity.sum(1) / context.valid.sum(1))
     swept_negatives = swept(x, y, pairs, request)[0]
@@ -186,7 +186,7 @@ def quick_thoughts_loss(
     if polarization is None:
         return loss
     if not normalize:
-        x, y = rows(first, True), rows(second, True)
+        x, y = rows(first, True, backend), rows(second, True, backend)
         request = replace(request, label_smoothing=0.0, polarization=polarization)
         swept_negatives, similarity = swept(x, y, pairs, request)[0], _neighbours(x, y, context_size)
     negatives = _without(swept_negatives, listed(similarity, ~context.kept, request))

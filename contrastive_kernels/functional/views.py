@@ -89,7 +89,7 @@ def arcl_loss(
     checks.choice("denominator", denominator, DENOMINATORS)
     scale = scale_from(temperature, logit_scale, views, default=0.5)
     request = Request(scale, label_smoothing, None, return_stats, backend)
-    views = rows(views, normalize)
+    views = rows(views, normalize, backend)
     aligned = min_view_similarity(views, reduce=positive, backend=backend)[0]
     first, second = views[:, 0], views[:, 1]
     ids = None if ids is None else checks.ids("ids", ids, views.shape[0], views)
@@ -100,7 +100,7 @@ def arcl_loss(
 
     target = scale * aligned
     if denominator == "two_view":
-        own = scale * row_dot(first, second)
+        own = scale * row_dot(first, second, backend)
         positives = Positives(target, own, own, 1)
     elif denominator == "one_view":
         positives = Positives(target, None, torch.zeros_like(target), 0)
@@ -179,13 +179,13 @@ def moco_arcl_loss(
     check_options(query, reduction=reduction, weight=weight, label_smoothing=label_smoothing)
     scale = scale_from(temperature, logit_scale, query, default=0.07)
     request = Request(scale, label_smoothing, None, return_stats, backend)
-    query, keys, queue = (rows(x, normalize) for x in (query, keys.detach(), queue.detach()))
+    query, keys, queue = (rows(x, normalize, backend) for x in (query, keys.detach(), queue.detach()))
     if pairs == "all":
         distinct = [(j, k) for j, k in product(range(query.shape[1]), range(keys.shape[1])) if j != k]
-        similarities = torch.stack([row_dot(query[:, j], keys[:, k]) for j, k in distinct], 1)
+        similarities = torch.stack([row_dot(query[:, j], keys[:, k], backend) for j, k in distinct], 1)
         query = query[:, 0]
     else:
-        similarities = torch.stack([row_dot(query, key) for key in keys.unbind(1)], 1)
+        similarities = torch.stack([row_dot(query, key, backend) for key in keys.unbind(1)], 1)
     if positive == "min":
         aligned = similarities.gather(1, similarities.argmin(1, keepdim=True)).squeeze(1)
     else:

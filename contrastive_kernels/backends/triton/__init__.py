@@ -1,8 +1,8 @@
 """The sweep in Triton, on GPUs, and in Triton's interpreter on the CPU.
 
 Importing this module imports no Triton and asks no driver. `sums` is the forward, `grad` and `chunk` the backward,
-`rows` the normalisation, `views` the view minimum; `tile` is what the sweep's kernels share on the device, `launch` on
-the host, `tiles` the tile table.
+`rows` the normalisation and the positives, `views` the view minimum; `tile` is what the sweep's kernels share on the
+device, `launch` on the host, `tiles` the tile table.
 """
 
 from __future__ import annotations
@@ -101,6 +101,22 @@ def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
 
     with torch.cuda.device_of(x):
         return rows.unit_rows_bwd(grad, x, norm)
+
+
+def row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """``<x_i, y_i>`` over the last dimension, in float32."""
+    from contrastive_kernels.backends.triton import rows
+
+    with torch.cuda.device_of(x):
+        return rows.row_dot_fwd(x, y)
+
+
+def row_dot_backward(grad: Tensor, x: Tensor, y: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """The gradients of x and y; empty where `needs` says so."""
+    from contrastive_kernels.backends.triton import rows
+
+    with torch.cuda.device_of(x):
+        return rows.row_dot_bwd(grad, x, y, needs)
 
 
 def view_minimum(views: Tensor) -> Tensor:

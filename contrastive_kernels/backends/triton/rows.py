@@ -1,4 +1,4 @@
-"""Rows of unit norm and their gradient: each one pass over the features."""
+"""What is done row by row, each in one launch: rows of unit norm, the products of paired rows, and their gradients."""
 
 from __future__ import annotations
 
@@ -59,6 +59,39 @@ def _unit_rows_bwd_kernel(
         tl.store(dx + o_n[:, None] * D + (i_d + o_d)[None, :], b_dx.to(dx.dtype.element_ty), mask=m_x)
 
 
+@triton.jit
+def _row_dot_fwd_kernel(x, y, dot, N, stride_x, stride_y, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """dot (N,): <x_n, y_n>."""
+    o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    m_n = o_n < N
+    b_dot = tl.zeros([BN], tl.float32)
+    for i_d in range(0, D, BD):
+        m_x = m_n[:, None] & (i_d + o_d < D)[None, :]
+        b_x = tl.load(x + o_n[:, None] * stride_x + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_y = tl.load(y + o_n[:, None] * stride_y + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+        b_dot += tl.sum(b_x * b_y, 1)
+    tl.store(dot + o_n, b_dot, mask=m_n)
+
+
+@triton.jit
+def _row_dot_bwd_kernel(
+    grad, x, y, dx, dy, N, stride_x, stride_y, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """dx and dy (N, D) from the gradient of the products; None is not computed."""
+    o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    m_n = o_n < N
+    b_grad = tl.load(grad + o_n, mask=m_n, other=0.0)[:, None]
+    for i_d in range(0, D, BD):
+        m_x = m_n[:, None] & (i_d + o_d < D)[None, :]
+        p_out = o_n[:, None] * D + (i_d + o_d)[None, :]
+        if dx is not None:
+            b_y = tl.load(y + o_n[:, None] * stride_y + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+            tl.store(dx + p_out, (b_grad * b_y).to(dx.dtype.element_ty), mask=m_x)
+        if dy is not None:
+            b_x = tl.load(x + o_n[:, None] * stride_x + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
+            tl.store(dy + p_out, (b_grad * b_x).to(dy.dtype.element_ty), mask=m_x)
+
+
 def blocks(d: int) -> dict[str, int]:
     """The block sizes as compile-time arguments."""
     depth = min(DEPTH, max(16, 1 << (d - 1).bit_length()))
@@ -71,10 +104,15 @@ def _matrix(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def _statistic(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Of every row of x, in float32; 0 where rows have no entries."""
+    return x.new_empty(shape, dtype=torch.float32) if x.numel() else x.new_zeros(shape, dtype=torch.float32)
+
+
 def unit_rows_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
     """(..., D) -> (..., D), (..., 1)."""
     unit = torch.empty_like(x, memory_format=torch.contiguous_format)
-    norm = x.new_zeros((*x.shape[:-1], 1), dtype=torch.float32)
+    norm = _statistic(x, (*x.shape[:-1], 1))
     if x.numel():
         rows, tile = _matrix(x), blocks(x.shape[-1])
         n, d = rows.shape
@@ -92,3 +130,28 @@ def unit_rows_bwd(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
             grad, rows, norm.contiguous(), dx, n, grad.stride(0), rows.stride(0), D=d, **tile
         )
     return dx
+
+
+def row_dot_fwd(x: Tensor, y: Tensor) -> Tensor:
+    """(..., D), (..., D) -> (...)."""
+    dot = _statistic(x, x.shape[:-1])
+    if x.numel():
+        rows, others, tile = _matrix(x), _matrix(y), blocks(x.shape[-1])
+        n, d = rows.shape
+        _row_dot_fwd_kernel[(triton.cdiv(n, tile["BN"]),)](
+            rows, others, dot, n, rows.stride(0), others.stride(0), D=d, **tile
+        )
+    return dot
+
+
+def row_dot_bwd(grad: Tensor, x: Tensor, y: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
+    """The gradients of x and y, empty where not needed."""
+    dx, dy = (torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0) for need in needs)
+    if x.numel() and any(needs):
+        rows, others, tile = _matrix(x), _matrix(y), blocks(x.shape[-1])
+        n, d = rows.shape
+        _row_dot_bwd_kernel[(triton.cdiv(n, tile["BN"]),)](
+            grad.contiguous(), rows, others, dx if needs[0] else None, dy if needs[1] else None, n, rows.stride(0),
+            others.stride(0), D=d, **tile,
+        )  # fmt: skip
+    return dx, dy

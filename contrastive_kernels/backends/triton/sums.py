@@ -1,7 +1,7 @@
 """The forward sweep: log-sum-exps of rows and columns, sums of a term, maxima.
 
 Two ways. Where one exponential serves a row and a column, `_sums_fwd_kernel` shifts all logits by one constant: none is
-beyond reach = |scale| * max ||x|| * max ||y||, and up to 2^TOP no sum overflows. Small terms, which a shift to 1 would
+beyond |scale| * max ||x|| * max ||y||, and up to 2^TOP no sum overflows. Small terms, which a shift to 1 would
 lose, are kept by that headroom unless the largest logit of a row is far below 0 at a very low temperature. The kernel
 that adds up the partial sums raises a flag on the device where that might be. `_safe_sums_fwd_kernel` keeps a running
 maximum instead and does everything; behind the other it returns at once while the flag is down. Nothing is read back to
@@ -10,8 +10,6 @@ the host.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles, tune
 from contrastive_kernels.backends.triton.launch import Sweep, processors
+from contrastive_kernels.backends.triton.rows import blocks as row_blocks
 from contrastive_kernels.backends.triton.tile import (
     LN2,
     LOG2E,
@@ -51,20 +50,33 @@ MERGE_ROWS = 128
 
 
 @triton.jit
-def fixed_shift(reach):
-    """The shift for logits within +-reach: none while these are safe as they are, which is also the most accurate."""
-    return tl.maximum(tl.load(reach) - TOP, 0.0)
+def reach_and_shift(scale, largest_x, largest_y):
+    """A bound of |logit|, and the shift for it: none while logits are safe as they are, which is most accurate too."""
+    b_x, b_y = tl.load(largest_x).to(tl.float32, bitcast=True), tl.load(largest_y).to(tl.float32, bitcast=True)
+    b_reach = tl.abs(tl.load(scale)) * LOG2E * tl.sqrt(b_x) * tl.sqrt(b_y)
+    return b_reach, tl.maximum(b_reach - TOP, 0.0)
+
+
+@triton.jit
+def _largest_norm_fwd_kernel(x, largest_bits, N, stride, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """Raise largest_bits, 0 before, to those of max ||x_n||^2: from 0 on floats are ordered as these, NaN above all."""
+    o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
+    b_square = tl.zeros([BN], tl.float32)
+    for i_d in range(0, D, BD):
+        b_x = load_tile(x, o_n, i_d + o_d, N, stride, D).to(tl.float32)
+        b_square += tl.sum(b_x * b_x, 1)
+    tl.atomic_max(largest_bits, tl.max(b_square.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
 
 
 @triton.jit
 def _sums_fwd_kernel(
-    x, y, x_ids, y_ids, scale, cutoff, reach, row_partial, col_partial,
+    x, y, x_ids, y_ids, scale, cutoff, largest_x, largest_y, row_partial, col_partial,
     first_block, N, M, stride_x, stride_y,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, TRIANGLE: tl.constexpr,
     PAIR_SUM: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of exp2(logit - fixed_shift): a block of columns stays, every `splits`-th block of rows passes by.
+    """Sums of exp2(logit - shift): a block of columns stays, every `splits`-th block of rows passes by.
 
     row_partial (slots, N) has a row per column block from first_block on, col_partial (splits, M). TRIANGLE, for
     symmetric pairs and BN = BM: only row blocks up to the diagonal, where the row sums are complete by themselves.
@@ -77,7 +89,8 @@ def _sums_fwd_kernel(
         blocks = first_block + i_slot.to(tl.int32) + 1
     i_m = first_block + i_slot
     o_m, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, BD)
-    b_scale, b_shift = tl.load(scale) * LOG2E, fixed_shift(reach)
+    b_scale = tl.load(scale) * LOG2E
+    _, b_shift = reach_and_shift(scale, largest_x, largest_y)
     b_y = load_tile(y, o_m, o_d, M, stride_y, D)
     col_id = load_ids(y_ids, o_m, M, 1, IDS)
     # Adding rows r and r + 8 first halves the accumulator where a thread holds both.
@@ -108,7 +121,7 @@ def _sums_fwd_kernel(
 
 @triton.jit
 def _fold_fwd_kernel(
-    partial, total, lse, flag, reach, slots, first_block, N, terms,
+    partial, total, lse, flag, scale, largest_x, largest_y, slots, first_block, N, terms,
     BLOCK: tl.constexpr, TRIANGLE: tl.constexpr, ACCUMULATE: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
     """total (+)= partial (slots, N) summed in a fixed order; with lse, finish: its value, and the flag if in doubt.
@@ -129,10 +142,10 @@ def _fold_fwd_kernel(
     if lse is None:
         tl.store(total + o_n, b_total, mask=m_n)
     else:
-        b_shift = fixed_shift(reach)
+        b_reach, b_shift = reach_and_shift(scale, largest_x, largest_y)
         # Exponentials below 2^-126 are flushed. Where that of -reach would be, the sum has to be 2^20 times what
         # `terms` of them can amount to. An empty sum is then in doubt too.
-        b_floor = tl.where(tl.load(reach) + b_shift <= 126.0, 0.0, terms * 2.0**-106)
+        b_floor = tl.where(b_reach + b_shift <= 126.0, 0.0, terms * 2.0**-106)
         m_sure = (b_total >= b_floor) & (b_total < float("inf"))
         if tl.max((m_n & (m_sure == 0)).to(tl.int32), 0) > 0:
             tl.store(flag, 1)
@@ -146,6 +159,12 @@ def running_lse(b_max, b_sum, b_u):
     b_shift = tl.where(b_new == OUT, 0.0, b_new)
     b_sum = b_sum * tl.exp2(b_max - b_shift) + tl.sum(tl.exp2(b_u - b_shift[:, None]), 1)
     return b_new, b_sum
+
+
+@triton.jit
+def finished_lse(b_max, b_sum):
+    """The natural log-sum-exp of a maximum and a sum, -inf of none."""
+    return tl.where(b_max == OUT, OUT, (b_max + tl.log2(b_sum)) * LN2)
 
 
 @triton.jit
@@ -163,7 +182,7 @@ def admit(
 
 @triton.jit
 def _safe_sums_fwd_kernel(
-    x, y, x_ids, y_ids, scale, bias, cutoff, term_scale, term_offset, flag, partial,
+    x, y, x_ids, y_ids, scale, bias, cutoff, term_scale, term_offset, flag, lse, partial,
     N, M, stride_x, stride_y, exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, AS_ROWS: tl.constexpr,
     Q: tl.constexpr, TERM: tl.constexpr, MAXIMUM: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr,
@@ -171,8 +190,8 @@ def _safe_sums_fwd_kernel(
 ):  # fmt: skip
     """One block of the owner x against every `splits`-th block of y, into partial (splits, PARTIALS, N).
 
-    The owner acts as the sweep's rows or as its columns; bias and term go with the rows. A flag that is down, and it
-    leaves its outputs to the other kernel.
+    The owner acts as the sweep's rows or as its columns; bias and term go with the rows. With a flag, and one split, it
+    writes lse (N,) itself, and leaves that to the other kernel while the flag is down.
     """
     if flag is not None:  # noqa: SIM102 (a compile-time and a run-time condition)
         if tl.load(flag) == 0:
@@ -219,28 +238,28 @@ def _safe_sums_fwd_kernel(
             b_term += tl.sum(b_p, 1)
 
     m_n = o_n < N
-    p_partial = partial + i_split.to(tl.int64) * PARTIALS * N + o_n
-    if Q > 0:
-        tl.store(p_partial + MAX_0 * N, b_max_0, mask=m_n)
-        tl.store(p_partial + SUM_0 * N, b_sum_0, mask=m_n)
-    if Q > 1:
-        tl.store(p_partial + MAX_1 * N, b_max_1, mask=m_n)
-        tl.store(p_partial + SUM_1 * N, b_sum_1, mask=m_n)
-    if TERM != "":
-        tl.store(p_partial + TERM_SUM * N, b_term, mask=m_n)
-    if MAXIMUM:
-        tl.store(p_partial + LARGEST * N, b_largest, mask=m_n)
+    if flag is not None:
+        tl.store(lse + o_n, finished_lse(b_max_0, b_sum_0), mask=m_n)
+    else:
+        p_partial = partial + i_split.to(tl.int64) * PARTIALS * N + o_n
+        if Q > 0:
+            tl.store(p_partial + MAX_0 * N, b_max_0, mask=m_n)
+            tl.store(p_partial + SUM_0 * N, b_sum_0, mask=m_n)
+        if Q > 1:
+            tl.store(p_partial + MAX_1 * N, b_max_1, mask=m_n)
+            tl.store(p_partial + SUM_1 * N, b_sum_1, mask=m_n)
+        if TERM != "":
+            tl.store(p_partial + TERM_SUM * N, b_term, mask=m_n)
+        if MAXIMUM:
+            tl.store(p_partial + LARGEST * N, b_largest, mask=m_n)
 
 
 @triton.jit
 def _merge_fwd_kernel(
-    partial, flag, lse, term_sum, largest, splits, N,
+    partial, lse, term_sum, largest, splits, N,
     Q: tl.constexpr, TERM: tl.constexpr, MAXIMUM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The partial results of `_safe_sums_fwd_kernel`, in a fixed order, into lse (Q, N), term_sum and largest (N,)."""
-    if flag is not None:  # noqa: SIM102 (a compile-time and a run-time condition)
-        if tl.load(flag) == 0:
-            return
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
     for q in tl.static_range(Q):
@@ -254,7 +273,7 @@ def _merge_fwd_kernel(
             b_sum = b_sum * tl.exp2(b_max - b_shift) + b_part_sum * tl.exp2(b_part - b_shift)
             b_max = b_new
             p_partial += PARTIALS * N
-        tl.store(lse + q * N + o_n, tl.where(b_max == OUT, OUT, (b_max + tl.log2(b_sum)) * LN2), mask=m_n)
+        tl.store(lse + q * N + o_n, finished_lse(b_max, b_sum), mask=m_n)
     if TERM != "" or MAXIMUM:
         b_term, b_largest = tl.zeros([BN], tl.float32), tl.full([BN], OUT, tl.float32)
         p_partial = partial + o_n
@@ -279,7 +298,7 @@ def _splits(blocks: int, streamed: int, x: Tensor) -> int:
 def safe_sums_fwd(sweep: Sweep, rows: bool, lse, term_sum, largest, flag: Tensor | None = None) -> None:
     """Fill lse (Q, n), term_sum and largest of the sweep's rows, or of its columns; None or Q = 0 where not wanted.
 
-    With a flag, only if that is up.
+    With a flag, only if that is up: then lse, Q = 1, is all there is.
     """
     x, y, x_ids, y_ids = sweep.x, sweep.y, sweep.x_ids, sweep.y_ids
     if not rows:
@@ -292,28 +311,39 @@ def safe_sums_fwd(sweep: Sweep, rows: bool, lse, term_sum, largest, flag: Tensor
 
     def launch(tile: tiles.Tile) -> None:
         blocks, streamed = triton.cdiv(n, tile.rows), triton.cdiv(m, tile.columns)
-        splits = _splits(blocks, streamed, x)
-        partial = x.new_empty((splits, PARTIALS.value, n), dtype=torch.float32)
+        splits = _splits(blocks, streamed, x) if flag is None else 1
+        partial = x.new_empty((splits, PARTIALS.value, n), dtype=torch.float32) if flag is None else None
         _safe_sums_fwd_kernel[(blocks, splits)](
             x, y, x_ids, y_ids, sweep.scale, sweep.bias, sweep.cutoff, sweep.term_scale, sweep.term_offset, flag,
-            partial, n, m, x.stride(0), y.stride(0), **sweep.scalars(), D=d, **tile.blocks(d), AS_ROWS=rows, **flags,
-            **tile.options(),
+            lse, partial, n, m, x.stride(0), y.stride(0), **sweep.scalars(), D=d, **tile.blocks(d), AS_ROWS=rows,
+            **flags, **tile.options(),
         )  # fmt: skip
-        _merge_fwd_kernel[(triton.cdiv(n, MERGE_ROWS),)](
-            partial, flag, lse, term_sum, largest, splits, n,
-            Q=flags["Q"], TERM=flags["TERM"], MAXIMUM=flags["MAXIMUM"], BN=MERGE_ROWS,
-        )  # fmt: skip
+        if flag is None:
+            _merge_fwd_kernel[(triton.cdiv(n, MERGE_ROWS),)](
+                partial, lse, term_sum, largest, splits, n,
+                Q=flags["Q"], TERM=flags["TERM"], MAXIMUM=flags["MAXIMUM"], BN=MERGE_ROWS,
+            )  # fmt: skip
 
     # Behind a flag that is down it has nothing to do.
     tile = tiles.pick("safe_sums", x, sweep.heavy or largest is not None)
     launch(tile) if flag is not None else tune.run(tile, x, launch)
 
 
-def fold_fwd(partial, total, terms, reach, *, first_block=0, block=0, accumulate=False, lse=None, flag=None) -> None:
+def largest_norm_fwd(x: Tensor, largest: Tensor) -> None:
+    """See the kernel."""
+    tile = row_blocks(x.shape[1])
+    _largest_norm_fwd_kernel[(triton.cdiv(x.shape[0], tile["BN"]),)](
+        x, largest, x.shape[0], x.stride(0), D=x.shape[1], **tile
+    )
+
+
+def fold_fwd(
+    partial, total, terms, reach, *, first_block=0, block=0, accumulate=False, lse=None, flag=None
+) -> None:  # fmt: skip
     """Add partial (slots, N) to total, or with lse finish it; a block makes slots triangular, see the kernel."""
     slots, n = partial.shape
     _fold_fwd_kernel[(triton.cdiv(n, FOLD_ROWS),)](
-        partial, total, lse, flag, reach, slots, first_block, n, float(terms),
+        partial, total, lse, flag, *reach, slots, first_block, n, float(terms),
         BLOCK=block, TRIANGLE=block > 0, ACCUMULATE=accumulate, BN=FOLD_ROWS, BS=FOLD_SLOTS,
     )  # fmt: skip
 
@@ -321,8 +351,13 @@ def fold_fwd(partial, total, terms, reach, *, first_block=0, block=0, accumulate
 def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None) -> None:
     """Fill row_lse (N,) and col_lse (M,) with one exponential per pair, per unordered pair where they are symmetric."""
     x, y, (n, d), m, triangle = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0], sweep.symmetric
-    flag = torch.zeros(1, dtype=torch.int32, device=x.device)
-    reach = sweep.scale.abs() * sweep.largest_similarity() * math.log2(math.e)
+    # the flag and the bits of the largest squared norms
+    state = torch.zeros(3, dtype=torch.int32, device=x.device)
+    flag, largest = state[:1], (state[1:], state[1:] if sweep.self_similarity else state[2:])
+    largest_norm_fwd(x, largest[0])
+    if not sweep.self_similarity:
+        largest_norm_fwd(y, largest[1])
+    reach = (sweep.scale, *largest)
 
     def launch(tile: tiles.Tile) -> None:
         blocks, row_blocks = triton.cdiv(m, tile.columns), triton.cdiv(n, tile.rows)
@@ -335,7 +370,7 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None) -> None:
         for first in range(0, blocks, group):
             slots = min(group, blocks - first)
             _sums_fwd_kernel[(slots, splits)](
-                x, y, sweep.x_ids, sweep.y_ids, sweep.scale, sweep.cutoff, reach, row_partial, col_partial,
+                x, y, sweep.x_ids, sweep.y_ids, sweep.scale, sweep.cutoff, *largest, row_partial, col_partial,
                 first, n, m, x.stride(0), y.stride(0), D=d, **tile.blocks(d), TRIANGLE=triangle, PAIR_SUM=tile.pair_sum,
                 **{name: flags[name] for name in ("IDS", "SAME", "DIAGONAL", "CUT", "PRECISION")}, **tile.options(),
             )  # fmt: skip

@@ -1,14 +1,15 @@
-"""Rows of unit norm: the operators of every backend, and the function that the losses call."""
+"""Rows of unit norm and products of paired rows: the operators, and the functions that the losses call."""
 
 import math
 import os
 
 import pytest
 import torch
-from testing import HALF, assert_matches, device_of, dtype_id, supports
+from testing import HALF, assert_matches, backends, device_of, dtype_id, supports
 
 from contrastive_kernels.functional.common import rows
 from contrastive_kernels.operators import operator
+from contrastive_kernels.similarity import row_dot
 
 SHAPES = [(1, 1), (7, 3), (65, 24), (130, 200), (3, 1500), (4, 5, 33), (0, 8), (3, 0)]
 
@@ -85,3 +86,67 @@ def test_opcheck(dtype, backend):
     torch.library.opcheck(operator(backend, "unit_rows"), (x,))
     _, norm = operator(backend, "unit_rows")(x)
     torch.library.opcheck(operator(backend, "unit_rows_backward"), (x, x, norm))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+def test_products_against_float64(shape, dtype, needs, backend, poison):
+    if not supports(backend, dtype):
+        pytest.skip(f"{backend} does not take {dtype}")
+    x, y = (
+        torch.randn(shape, dtype=torch.float64, device=device_of(backend)).to(dtype).requires_grad_(need)
+        for need in needs
+    )
+    out = row_dot(x, y, backend)
+    grad = torch.randn(shape[:-1], dtype=out.dtype, device=x.device)
+    grads = torch.autograd.grad(out, [v for v, need in zip((x, y), needs, strict=True) if need], grad)
+    exact = (x.detach().double() * y.detach().double()).sum(-1)
+    assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_matches(out, exact, out.dtype, "products")
+    for g, other in zip(grads, [v for v, need in zip((y, x), needs, strict=True) if need], strict=True):
+        assert g.dtype == dtype
+        assert_matches(g, grad.double().unsqueeze(-1) * other.detach().double(), dtype, "gradient")
+
+
+def test_products_of_any_layout(backend, poison):
+    device = device_of(backend)
+    x, y = torch.randn(24, 33, device=device).T.requires_grad_(), torch.randn(66, 48, device=device)[::2, ::2]
+    out = row_dot(x, y, backend)
+    (dx,) = torch.autograd.grad(out, x, torch.ones(1, device=device).expand(33))
+    torch.testing.assert_close(out, (x.detach() * y).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, y.contiguous())
+
+
+def test_products_with_nan_and_infinity(backend, poison):
+    x = torch.ones(4, 24, device=device_of(backend))
+    x[1, 3], x[2, 4] = math.nan, math.inf
+    out = row_dot(x, torch.ones_like(x), backend)
+    assert out[1].isnan()
+    assert out[2].isposinf()
+    assert out[::3].isfinite().all()
+
+
+def test_second_derivatives_of_products(backend):
+    """Those of plain PyTorch, whatever made the first."""
+    x, y = torch.randn(2, 5, 7, device=device_of(backend)).unbind(0)
+
+    def penalty(x, y, product):
+        (dx,) = torch.autograd.grad(product(x, y).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), (x, y))
+
+    x, y = x.requires_grad_(), y.requires_grad_()
+    ours, dense = (
+        penalty(x, y, product) for product in (lambda x, y: row_dot(x, y, backend), lambda x, y: (x * y).sum(-1))
+    )
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_opcheck_of_products():
+    x = torch.randn(4, 5, 8)
+    if "triton" not in backends():
+        pytest.skip("no TRITON_INTERPRET=1 and no GPU")
+    x = x.to(device_of("triton"))
+    torch.library.opcheck(operator("triton", "row_dot"), (x, x))
+    torch.library.opcheck(operator("triton", "row_dot_backward"), (x[..., 0].contiguous(), x, x, [True, False]))
