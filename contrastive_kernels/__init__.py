@@ -63,7 +63,12 @@ from contrastive_kernels.modules import (
 from contrastive_kernels.select import row_select
 from contrastive_kernels.similarity import min_view_similarity, similarity_logsumexp, similarity_sum
 from contrastive_kernels.sweep import Band, Count, DistanceHinge, Gaussian, Hinge, Identity, Softplus, Square, Student
-from contrastive_kernels.workspace import set_workspace_limit, workspace_limit
+from contrastive_kernels.workspace import (
+    saved_scores_limit,
+    set_saved_scores_limit,
+    set_workspace_limit,
+    workspace_limit,
+)
 
 __version__ = "0.1.0"
 
@@ -128,6 +133,8 @@ __all__ = [
     "nt_xent_loss",
     "quick_thoughts_loss",
     "row_select",
+    "saved_scores_limit",
+    "set_saved_scores_limit",
     "set_workspace_limit",
     "siglip_loss",
     "similarity_logsumexp",

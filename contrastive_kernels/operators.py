@@ -56,7 +56,8 @@ def _fake_forward(backend: ModuleType):
             (n if maximum else 0,),
             (m if columns and maximum else 0,),
         )
-        scores = x.new_empty((n, m) if keep and backend.keeps_scores else (0,), dtype=compute_dtype(x))
+        score_dtype = backend.score_dtype(x, y)
+        scores = x.new_empty((n, m) if keep and score_dtype else (0,), dtype=score_dtype or compute_dtype(x))
         return *(x.new_empty(shape, dtype=dtype) for shape in shapes), scores
 
     return fake

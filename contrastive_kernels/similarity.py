@@ -13,12 +13,9 @@ from contrastive_kernels.backends import BACKENDS, choose_backend
 from contrastive_kernels.backends import torch as torch_backend
 from contrastive_kernels.operators import operator
 from contrastive_kernels.sweep import ALL_PAIRS, Pairs, Statistics, Term, compute_dtype
-from contrastive_kernels.workspace import workspace_limit
+from contrastive_kernels.workspace import saved_scores_limit, workspace_limit
 
 __all__ = ["min_view_similarity", "row_dot", "similarity_logsumexp", "similarity_sum", "sweep"]
-
-
-KEPT_SCORES_BYTES = 4 << 20
 
 
 class _SweepFunction(torch.autograd.Function):
@@ -120,19 +117,20 @@ def sweep(
     """
     *arguments, backend = _arguments(x, y, pairs, scale, bias, exponents, columns, term, backend)
     x, y, scale = arguments[:3]
-    # Few scores are kept for the backward: there a fourth product takes longer than to read them. Not of x with itself,
-    # where half of them serve and the visited half depends on the number of threads.
-    keep = (
-        BACKENDS[backend].keeps_scores
-        and y is not None
-        and torch.is_grad_enabled()
-        and (x.requires_grad or y.requires_grad)
-        and x.shape[0] * y.shape[0] * scale.dtype.itemsize <= min(KEPT_SCORES_BYTES, workspace_limit())
-    )
+    keep = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad)) and _fit(x, y, backend)
     statistics = apply(_SweepFunction, *arguments, maximum, keep, backend)
     asked_for = (bool(exponents), columns, term is not None, maximum, maximum and columns, False)
     dtype = scale.dtype
     return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
+
+
+def _fit(x: Tensor, y: Tensor | None, backend: str) -> bool:
+    """Whether the similarities may be saved for the backward."""
+    dtype, limit = BACKENDS[backend].score_dtype(x, y), saved_scores_limit()
+    if limit is None:
+        limit = min(BACKENDS[backend].SAVED_SCORES_BYTES, workspace_limit())
+    m = (x if y is None else y).shape[0]
+    return dtype is not None and 0 < x.shape[0] * m * dtype.itemsize <= limit
 
 
 def _arguments(x, y, pairs, scale, bias, exponents, columns, term, backend) -> tuple:

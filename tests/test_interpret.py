@@ -216,9 +216,9 @@ def alone(case: Case) -> bool:
     return case.term != "" and not case.exponents and not case.columns
 
 
-def check(case: Case, tensors: tuple, gradient_scale: float = 1.0) -> tuple:
+def check(case: Case, tensors: tuple, gradient_scale: float = 1.0, keep: bool = False) -> tuple:
     """Statistics and all gradients against float64 on the same, rounded inputs; returns ours."""
-    statistics = backend.forward(*tensors, *description(case), case.maximum)
+    *statistics, scores = backend.forward(*tensors, *description(case), case.maximum, keep)
     wide = double(tensors)
     leaves = {name: wide[k].requires_grad_() for name, k in zip(NEEDS, POSITIONS, strict=True) if wide[k] is not None}
     exact = dense(case, *wide)
@@ -233,8 +233,9 @@ def check(case: Case, tensors: tuple, gradient_scale: float = 1.0) -> tuple:
     for t, g in zip(exact, incoming, strict=False):
         objective = objective + (torch.where(t.isfinite(), t, 0.0) * g.double()).sum()
     wanted = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    needs = [*(name in leaves for name in NEEDS), alone(case)]
     *gradients, total = backend.backward(
-        *incoming, *statistics[:2], *tensors, *description(case), [*(name in leaves for name in NEEDS), alone(case)]
+        *incoming, *statistics[:2], *tensors, *description(case), needs, scores if keep else None
     )
     assert total.numel() == alone(case)
     if alone(case):
@@ -257,6 +258,43 @@ def check(case: Case, tensors: tuple, gradient_scale: float = 1.0) -> tuple:
 @pytest.mark.parametrize("name", CASES)
 def test_sweep(name, grid):
     check(CASES[name], inputs(CASES[name], *grid))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"N{g[0]}-M{g[1]}-D{g[2]}-{str(g[3])[6:]}")
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.exponents or case.columns])
+def test_sweep_with_saved_scores(name, grid):
+    """A backward that reads the similarities and makes none."""
+    check(CASES[name], inputs(CASES[name], *grid), keep=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("self_similarity", [False, True])
+def test_saved_scores(self_similarity, dtype):
+    """Within 2^-16 of the product of the norms, whatever norms other rows have; float32 as they are."""
+    case = Case(self_similarity=self_similarity)
+    x, y, *rest = inputs(case, 40, 70, 24, dtype)
+    x[3], x[7] = 0, 100 * x[7]
+    scores = backend.forward(x, y, *rest, *description(case), False, True)[-1]
+    exact = x.double() @ (x if y is None else y).double().T
+    norms = x.double().norm(dim=1)[:, None] * (x if y is None else y).double().norm(dim=1)
+    if dtype == torch.float32:
+        torch.testing.assert_close(scores.double(), exact, rtol=0, atol=1e-3)
+    else:
+        assert scores.dtype == torch.int16
+        assert ((scores.double() / 32700 * norms - exact).abs() <= 0.501 / 32700 * norms + 1e-12).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_saved_scores_of_a_row_that_is_not_finite(value):
+    case = Case(columns=True)
+    tensors = inputs(case, 20, 35, 24, torch.float16)
+    tensors[0][3, 5] = value
+    *statistics, scores = backend.forward(*tensors, *description(case), False, True)
+    incoming = [torch.ones_like(t) for t in statistics[:3]]
+    needs = [True, True, False, False, False, False, False]
+    d_x, d_y, *_ = backend.backward(*incoming, *statistics[:2], *tensors, *description(case), needs, scores)
+    assert d_x[3].isnan().all()
+    assert d_y.isnan().any(1).all()
 
 
 # One of everything; below, at and above a tile edge; a D of less than a dot's depth, odd, and of several depth steps.

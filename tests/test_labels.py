@@ -414,7 +414,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("case", case_params(CASES))
 def test_nothing_is_quadratic_in_the_batch(case, monkeypatch):
     """Neither the similarities nor a matrix of labels, forward and backward."""
-    monkeypatch.setattr("contrastive_kernels.similarity.KEPT_SCORES_BYTES", 0)
+    monkeypatch.setenv("CONTRASTIVE_KERNELS_SAVED_SCORES_MB", "0")
     shape = (400, 1, 8)
     features = {k: v.requires_grad_() for k, v in case.features(shape, torch.float32).items()}
     labels = some_labels(400)

@@ -12,10 +12,16 @@ from memory_probe import MEASURED, ROWS
 from testing import CASES, backends, case_params, device_of
 
 import contrastive_kernels as ck
-from contrastive_kernels import similarity
 from contrastive_kernels.backends import BACKENDS
 
 LIMIT = 64 * 2**20
+
+
+@pytest.fixture
+def saved_scores():
+    """Sets the limit for one test."""
+    yield ck.set_saved_scores_limit
+    ck.set_saved_scores_limit(None)
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +84,21 @@ def bytes_saved(case, n, backend) -> int:
 
 
 @pytest.mark.parametrize("case", case_params(CASES))
-def test_saved_bytes_are_linear_in_the_rows(case, backend, monkeypatch):
+def test_saved_bytes_are_linear_in_the_rows(case, backend, saved_scores):
     """A few copies of the features (normalised, concatenated) and vectors; twice the rows, twice the bytes."""
-    monkeypatch.setattr(similarity, "KEPT_SCORES_BYTES", 0)
+    saved_scores(0)
     small, large = (bytes_saved(case, n, backend) for n in (256, 512))
     assert large <= 2.1 * small
     features = sum(4 * v.numel() for v in case.features((512, 512, 32)).values())
     assert large <= 5 * features
 
 
-def test_scores_are_kept_up_to_a_limit(backend, monkeypatch):
-    """A backend may keep few similarities for its backward, and no more than that."""
-    assert similarity.KEPT_SCORES_BYTES <= 4 * 2**20
-    monkeypatch.setattr(similarity, "KEPT_SCORES_BYTES", 4 * 256 * 256)
+def test_scores_are_saved_up_to_a_limit(backend, saved_scores):
+    """Few of them unasked, and never more than what was allowed."""
+    assert BACKENDS[backend].SAVED_SCORES_BYTES <= 4 * 2**20
+    saved_scores(4 * 256 * 256)
     at_the_limit, beyond = (bytes_saved(CASES["clip"], n, backend) for n in (256, 257))
-    if BACKENDS[backend].keeps_scores:
+    features = torch.empty(1, 1, device=device_of(backend))
+    if BACKENDS[backend].score_dtype(features, features):
         assert at_the_limit >= 4 * 256 * 256
     assert beyond < 2 * 4 * 257 * 32 * 2

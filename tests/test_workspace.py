@@ -1,42 +1,61 @@
-"""The limit of scratch memory: where it comes from, and that results do not depend on it."""
+"""The limits of scratch memory and of saved scores: where they come from, and that results do not depend on them."""
 
 import pytest
 import torch
-from testing import device_of
+from testing import device_of, supports
 
 import contrastive_kernels as ck
-from contrastive_kernels import workspace
 from contrastive_kernels.backends import torch as torch_backend
+
+WORKSPACE = (ck.set_workspace_limit, ck.workspace_limit, "CONTRASTIVE_KERNELS_WORKSPACE_MB", 512 << 20)
+SAVED_SCORES = (ck.set_saved_scores_limit, ck.saved_scores_limit, "CONTRASTIVE_KERNELS_SAVED_SCORES_MB", None)
+LIMITS = pytest.mark.parametrize(
+    ("set_limit", "limit", "variable", "default"), [WORKSPACE, SAVED_SCORES], ids=["workspace", "saved_scores"]
+)
 
 
 @pytest.fixture(autouse=True)
 def default_afterwards(monkeypatch):
-    monkeypatch.delenv(workspace.ENVIRONMENT_VARIABLE, raising=False)
+    for set_limit, _, variable, _ in (WORKSPACE, SAVED_SCORES):
+        monkeypatch.delenv(variable, raising=False)
+        set_limit(None)
     yield
-    ck.set_workspace_limit(None)
+    for set_limit, *_ in (WORKSPACE, SAVED_SCORES):
+        set_limit(None)
 
 
-def test_the_function_wins_over_the_environment_over_the_default(monkeypatch):
-    assert ck.workspace_limit() == 512 << 20
-    monkeypatch.setenv(workspace.ENVIRONMENT_VARIABLE, "64")
-    assert ck.workspace_limit() == 64 << 20
-    ck.set_workspace_limit(1000)
-    assert ck.workspace_limit() == 1000
-    ck.set_workspace_limit(None)
-    assert ck.workspace_limit() == 64 << 20
+@LIMITS
+def test_the_function_wins_over_the_environment_over_the_default(set_limit, limit, variable, default, monkeypatch):
+    assert limit() == default
+    monkeypatch.setenv(variable, "64")
+    assert limit() == 64 << 20
+    set_limit(1000)
+    assert limit() == 1000
+    set_limit(None)
+    assert limit() == 64 << 20
 
 
-@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
-def test_a_size_that_is_none(size, error):
+@LIMITS
+@pytest.mark.parametrize(("size", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_a_size_that_is_none(set_limit, limit, variable, default, size, error):
     with pytest.raises(error, match="size"):
-        ck.set_workspace_limit(size)
+        set_limit(size)
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "much", "nan", "inf"])
-def test_an_environment_that_is_no_number(text, monkeypatch):
-    monkeypatch.setenv(workspace.ENVIRONMENT_VARIABLE, text)
-    with pytest.raises(ValueError, match=workspace.ENVIRONMENT_VARIABLE):
-        ck.workspace_limit()
+def test_nothing():
+    """No workspace is no size; no saved scores are."""
+    with pytest.raises(ValueError, match="size"):
+        ck.set_workspace_limit(0)
+    ck.set_saved_scores_limit(0)
+    assert ck.saved_scores_limit() == 0
+
+
+@LIMITS
+@pytest.mark.parametrize("text", ["-3", "much", "nan", "inf"])
+def test_an_environment_that_is_no_number(set_limit, limit, variable, default, text, monkeypatch):
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(ValueError, match=variable):
+        limit()
 
 
 def test_a_limit_of_nothing_takes_a_row_at_a_time():
@@ -62,3 +81,22 @@ def test_the_limit_bounds_the_chunks_of_plain_pytorch():
     assert torch_backend._chunks(100, 100)[0] == slice(0, 10)
     ck.set_workspace_limit(torch_backend.ELEMENT_BYTES * 500)
     assert torch_backend._chunks(100, 100)[0] == slice(0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", ["clip", "info_nce", "nt_xent"])
+def test_gradients_do_not_depend_on_saved_scores(loss, dtype, backend):
+    """Up to the 2^-16 that half precision saves them with."""
+    if not supports(backend, dtype):
+        pytest.skip(f"{backend} does not take {dtype}")
+    x, y = torch.randn(2, 70, 40, device=device_of(backend)).to(dtype).unbind(0)
+    gradients = []
+    for size in (0, 1 << 20):
+        ck.set_saved_scores_limit(size)
+        leaves = [v.clone().requires_grad_() for v in (x, y)]
+        options = dict(normalize=True) if loss == "clip" else {}
+        getattr(ck, f"{loss}_loss")(*leaves, temperature=0.05, backend=backend, **options).backward()
+        gradients.append([leaf.grad.float() for leaf in leaves])
+    for a, b in zip(*gradients, strict=True):
+        tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance * float(a.abs().max()))

@@ -1,8 +1,8 @@
 """The backends in order of preference, and the choice between them.
 
-A backend is a module with ``name``, ``keeps_scores``, ``not_supported_reasons(x) -> list[str]``, ``statistic_dtype(x)``
-and the functions ``forward``, ``backward``, ``unit_rows``, ``unit_rows_backward`` and ``view_minimum``, whose schemas
-and meaning `contrastive_kernels.sweep` gives.
+A backend is a module with ``name``, ``SAVED_SCORES_BYTES``, ``not_supported_reasons(x) -> list[str]``,
+``statistic_dtype(x)``, ``score_dtype(x, y)`` and the functions ``forward``, ``backward``, ``unit_rows``,
+``unit_rows_backward`` and ``view_minimum``, whose schemas and meaning `contrastive_kernels.sweep` gives.
 """
 
 from __future__ import annotations

@@ -7,8 +7,11 @@ import importlib
 import torch
 from torch import Tensor
 
+from contrastive_kernels.sweep import compute_dtype
+
 name = "cpp"
-keeps_scores = True
+# Few scores are saved unasked: a fourth product takes longer than to read them.
+SAVED_SCORES_BYTES = 4 << 20
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,6 +35,11 @@ def not_supported_reasons(x: Tensor) -> list[str]:
 def statistic_dtype(x: Tensor) -> torch.dtype:
     """float64: sums of exponentials are carried in it, and the backward subtracts them from logits of magnitude 100."""
     return torch.float64
+
+
+def score_dtype(x: Tensor, y: Tensor | None) -> torch.dtype | None:
+    """In what the similarities are saved; None of x with itself, where the visited half depends on the threads."""
+    return None if y is None else compute_dtype(x)
 
 
 def forward(*arguments):

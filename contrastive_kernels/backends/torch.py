@@ -16,7 +16,7 @@ from contrastive_kernels.sweep import NORM_EPSILON, Statistics, compute_dtype
 from contrastive_kernels.workspace import workspace_limit
 
 name = "torch"
-keeps_scores = False
+SAVED_SCORES_BYTES = 0
 
 # Elements of one chunk's score tile, and how many bytes there are to each: up to eight such tiles live at a time.
 CHUNK_ELEMENTS = 1 << 20
@@ -34,6 +34,10 @@ def not_supported_reasons(x: Tensor) -> list[str]:
 def statistic_dtype(x: Tensor) -> torch.dtype:
     """float64 where the device has it: the backward subtracts the statistics from logits of magnitude 1/temperature."""
     return torch.float64 if x.device.type in ("cpu", "cuda", "meta") else compute_dtype(x)
+
+
+def score_dtype(x: Tensor, y: Tensor | None) -> None:
+    """Saves no scores."""
 
 
 def _chunks(n: int, m: int) -> list[slice]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 name = "triton"
-keeps_scores = False
+SAVED_SCORES_BYTES = 0
 installed = importlib.util.find_spec("triton") is not None
 
 
@@ -42,20 +42,26 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
     return torch.float32
 
 
+def score_dtype(x: Tensor, y: Tensor | None) -> torch.dtype:
+    """In what the similarities are saved; see `tile.fixed_point`."""
+    return torch.float32 if x.dtype == torch.float32 else torch.int16
+
+
 def forward(
     x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
     exclude_diagonal, maximum, keep=False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The statistics of `contrastive_kernels.sweep`."""
     from contrastive_kernels.backends.triton import sums
-    from contrastive_kernels.backends.triton.launch import Sweep
+    from contrastive_kernels.backends.triton.launch import Scores, Sweep
 
     sweep = Sweep.of(
         x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
         exclude_diagonal,
     )  # fmt: skip
     with torch.cuda.device_of(x):
-        return *sums.forward(sweep, maximum), scale.new_empty(0)
+        values = x.new_empty((len(sweep.x), len(sweep.y)) if keep else (0,), dtype=score_dtype(x, y))
+        return *sums.forward(sweep, maximum, Scores.of(sweep, values) if keep else None), values
 
 
 def backward(
@@ -64,7 +70,7 @@ def backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of x, y, scale, bias, term_scale and term_offset, and the total; empty where `needs` says so."""
     from contrastive_kernels.backends.triton import chunk, grad
-    from contrastive_kernels.backends.triton.launch import Packed, Sweep
+    from contrastive_kernels.backends.triton.launch import Packed, Scores, Sweep
 
     sweep = Sweep.of(
         x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants, same,
@@ -82,8 +88,9 @@ def backward(
         # Where S stays in registers an exponential costs as much as a product; before a chunk is written it is hidden.
         both_roles = sweep.columns or (sweep.self_similarity and sweep.bias is None)
         centered = in_registers and len(sweep.exponents) > 0 and both_roles
+        saved = None if scores is None else Scores.of(sweep, scores)
         packed = Packed.of(sweep, grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, centered)
-        gradients = (grad if in_registers else chunk).backward(sweep, packed, wanted)
+        gradients = (grad if in_registers else chunk).backward(sweep, packed, wanted, saved)
     return tuple(gradients.get(name, scale.new_empty(0)) for name in names)
 
 

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import grad, tiles, tune
-from contrastive_kernels.backends.triton.launch import Packed, Sweep, processors
+from contrastive_kernels.backends.triton.launch import Packed, Scores, Sweep, processors
 from contrastive_kernels.backends.triton.tile import (
     load_columns,
     load_ids,
     load_rows,
+    load_scores,
     load_tile,
     similarity,
     term_base,
@@ -38,9 +39,9 @@ SHARES = ("scale", "term_scale", "term_offset", "total")
 
 @triton.jit
 def _weights_bwd_kernel(
-    x, y, x_ids, y_ids, row_stats, col_stats, scale, term_scale, unit,
+    x, y, x_ids, y_ids, scores, x_unit, y_unit, row_stats, col_stats, scale, term_scale, unit,
     g, d_scale, d_term_scale, d_term_offset, total,
-    first, last, M, stride_x, stride_y, stride_g, row_stride, col_stride,
+    first, last, M, stride_x, stride_y, stride_n, stride_m, stride_g, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
     AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
@@ -60,8 +61,11 @@ def _weights_bwd_kernel(
     b_scale, b_term_scale = tl.load(scale), 1.0
     if term_scale is not None:
         b_term_scale = tl.load(term_scale)
-    b_x, b_y = load_tile(x, o_n, o_d, last, stride_x, D), load_tile(y, o_m, o_d, M, stride_y, D)
-    b_s = similarity(x, y, b_x, b_y, o_n, o_m, last, M, stride_x, stride_y, D, BD, PRECISION)
+    if scores is not None:
+        b_s = load_scores(scores, x_unit, y_unit, o_n, o_m, last, M, stride_n, stride_m)
+    else:
+        b_x, b_y = load_tile(x, o_n, o_d, last, stride_x, D), load_tile(y, o_m, o_d, M, stride_y, D)
+        b_s = similarity(x, y, b_x, b_y, o_n, o_m, last, M, stride_x, stride_y, D, BD, PRECISION)
     b_g, b_soft, _, b_slope, b_value = tile_grad(
         b_s,
         load_rows(row_stats, o_n, row_stride, (0.0, 0.0), 0, Q, TERM, SHIFTED, CUT, False),
@@ -104,18 +108,19 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def weights_bwd(
-    sweep: Sweep, packed: Packed, g: Tensor, first: int, wanted: set[str], tile: tiles.Tile
+    sweep: Sweep, packed: Packed, scores: Scores | None, g: Tensor, first: int, wanted: set[str], tile: tiles.Tile
 ) -> dict[str, Tensor]:
     """Fill g (rows, M) with the weights of the rows from `first` on; returns their share of the other gradients."""
     x, y, (rows, m) = sweep.x, sweep.y, g.shape
+    saved, strides = Scores.arguments(scores, True)
 
     def launch(tile: tiles.Tile) -> dict[str, Tensor]:
         blocks_n, blocks_m = triton.cdiv(rows, tile.rows), triton.cdiv(m, tile.columns)
         shares = {name: x.new_empty((blocks_m, rows), dtype=torch.float32) for name in SHARES if name in wanted}
         _weights_bwd_kernel[(blocks_n * blocks_m,)](
-            x, y, sweep.x_ids, sweep.y_ids, packed.rows, packed.columns, sweep.scale, sweep.term_scale, packed.unit,
-            g, *(shares.get(name) for name in SHARES),
-            first, first + rows, m, x.stride(0), y.stride(0), g.stride(0), packed.rows.shape[1],
+            x, y, sweep.x_ids, sweep.y_ids, *saved, packed.rows, packed.columns, sweep.scale, sweep.term_scale,
+            packed.unit, g, *(shares.get(name) for name in SHARES),
+            first, first + rows, m, x.stride(0), y.stride(0), *strides, g.stride(0), packed.rows.shape[1],
             packed.columns.shape[1], **sweep.scalars(), D=x.shape[1], **tile.blocks(x.shape[1]), GROUP=GROUP,
             AS_COLUMNS=sweep.self_similarity, **sweep.flags(), **tile.options(),
         )  # fmt: skip
@@ -140,10 +145,10 @@ def chunk_rows(most: int, d: int, processors: int) -> int:
     return tiles.ALIGNMENT * max(range((units + 1) // 2, units + 1), key=lambda u: (round(busy(u), 2), u))
 
 
-def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor]:
+def backward(sweep: Sweep, packed: Packed, wanted: set[str], scores: Scores | None) -> dict[str, Tensor]:
     """All wanted gradients, x or y among them."""
     x, y, (n, d), m = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0]
-    gradients = grad.grad_bwd(sweep, packed, False, True, {"bias"}) if "bias" in wanted else {}
+    gradients = grad.grad_bwd(sweep, packed, False, True, {"bias"}, scores) if "bias" in wanted else {}
     tile = tiles.pick("weights", x, sweep.heavy or "total" in wanted)
     # The GEMMs want rows of whole 16-byte vectors.
     width = tiles.round_up(m, 8)
@@ -157,7 +162,7 @@ def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor
     for first in range(0, n, size):
         rows = slice(first, min(first + size, n))
         g = buffer[: rows.stop - first, :m]
-        parts.append(weights_bwd(sweep, packed, g, first, wanted, tile))
+        parts.append(weights_bwd(sweep, packed, scores, g, first, wanted, tile))
         if "x" in wanted:
             torch.mul(_matmul(g, y), factor, out=dx[rows])
         if "y" in wanted:

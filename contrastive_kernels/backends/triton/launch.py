@@ -14,6 +14,9 @@ from contrastive_kernels.backends.triton.tile import CENTER_SIZE, PACKED_ROWS, _
 # Elements that the one program of `_center_bwd_kernel` reads at a time.
 CENTER_ROWS = 1024
 
+# Of 16 bits, what 1 has in them; a little less than there is, for similarities that rounding has made larger.
+STEPS = 32700.0
+
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
@@ -128,6 +131,40 @@ def _largest_slope(sweep: Sweep) -> Tensor | float:
         return 2 * v
     t = sweep.constants[0]
     return 2 * abs(t) * torch.exp(2 * abs(t) * v - 2 * t)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The similarities of a sweep, saved for its backward, and the units of its rows and columns, see `fixed_point`."""
+
+    values: Tensor  # (N, M): int16, or float32 without units
+    x_unit: Tensor | None = None
+    y_unit: Tensor | None = None
+
+    @classmethod
+    def of(cls, sweep: Sweep, values: Tensor) -> Scores:
+        """Values that are or will be those of the sweep."""
+        if values.dtype == torch.float32:
+            return cls(values)
+        x_norm, y_norm = (
+            torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).nan_to_num(torch.nan, torch.nan)
+            for rows in (sweep.x, sweep.y)
+        )
+        return cls(values, x_norm / STEPS, y_norm)
+
+    def inverses(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of the units; 0 for rows of zeros, and for those with infinities, whose units are NaN."""
+        if self.x_unit is None:
+            return None, None
+        return tuple(torch.where(unit > 0, 1 / unit, 0.0) for unit in (self.x_unit, self.y_unit))
+
+    @staticmethod
+    def arguments(scores: Scores | None, rows: bool) -> tuple[tuple, tuple[int, int]]:
+        """What a kernel takes whose owner is the sweep's rows, or its columns: values with units, and strides."""
+        if scores is None:
+            return (None, None, None), (0, 0)
+        units, strides = (scores.x_unit, scores.y_unit), scores.values.stride()
+        return ((scores.values, *units), strides) if rows else ((scores.values, *units[::-1]), strides[::-1])
 
 
 @dataclass(frozen=True, eq=False)

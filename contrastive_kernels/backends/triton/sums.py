@@ -16,18 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles, tune
-from contrastive_kernels.backends.triton.launch import Sweep, processors
+from contrastive_kernels.backends.triton.launch import Scores, Sweep, processors
 from contrastive_kernels.backends.triton.rows import blocks as row_blocks
 from contrastive_kernels.backends.triton.tile import (
     LN2,
     LOG2E,
     OUT,
     exclude,
+    fixed_point,
     load_ids,
     load_tile,
     load_vector,
     phi,
     similarity,
+    store_matrix,
     term_base,
 )  # fmt: skip
 from contrastive_kernels.workspace import workspace_limit
@@ -70,7 +72,7 @@ def _largest_norm_fwd_kernel(x, largest_bits, N, stride, D: tl.constexpr, BN: tl
 
 @triton.jit
 def _sums_fwd_kernel(
-    x, y, x_ids, y_ids, scale, cutoff, largest_x, largest_y, row_partial, col_partial,
+    x, y, x_ids, y_ids, scale, cutoff, largest_x, largest_y, scores, x_inverse, y_inverse, row_partial, col_partial,
     first_block, N, M, stride_x, stride_y,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, TRIANGLE: tl.constexpr,
     PAIR_SUM: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
@@ -99,6 +101,12 @@ def _sums_fwd_kernel(
         o_n = i_n * BN + tl.arange(0, BN).to(tl.int64)
         b_x = load_tile(x, o_n, o_d, N, stride_x, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
+        if scores is not None:
+            b_v = fixed_point(b_s, x_inverse, y_inverse, o_n, o_m, N, M)
+            store_matrix(scores, b_v, o_n, o_m, N, M)
+            if TRIANGLE:  # noqa: SIM102 (a compile-time and a run-time condition)
+                if i_n != i_m:
+                    store_matrix(scores, tl.trans(b_v), o_m, o_n, M, N)
         row_id = load_ids(x_ids, o_n, N, 0, IDS)
         b_cutoff = load_vector(cutoff, o_n, N, 0) if CUT else 0.0
         b_u = b_s * b_scale - b_shift
@@ -182,7 +190,7 @@ def admit(
 
 @triton.jit
 def _safe_sums_fwd_kernel(
-    x, y, x_ids, y_ids, scale, bias, cutoff, term_scale, term_offset, flag, lse, partial,
+    x, y, x_ids, y_ids, scale, bias, cutoff, term_scale, term_offset, scores, x_inverse, y_inverse, flag, lse, partial,
     N, M, stride_x, stride_y, exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, AS_ROWS: tl.constexpr,
     Q: tl.constexpr, TERM: tl.constexpr, MAXIMUM: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr,
@@ -213,6 +221,8 @@ def _safe_sums_fwd_kernel(
         o_m = i_m + tl.arange(0, BM).to(tl.int64)
         b_y = load_tile(y, o_m, o_d, M, stride_y, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
+        if scores is not None:
+            store_matrix(scores, fixed_point(b_s, x_inverse, y_inverse, o_n, o_m, N, M), o_n, o_m, N, M)
         str_id = load_ids(y_ids, o_m, M, 1, IDS)
         b_cutoff = load_vector(cutoff, o_m, M, 1) if CUT and not AS_ROWS else own_cutoff
         b_bias = load_vector(bias, o_m, M, 1) * LOG2E if BIASED else 0.0
@@ -295,10 +305,12 @@ def _splits(blocks: int, streamed: int, x: Tensor) -> int:
     return max(1, min(streamed, triton.cdiv(2 * processors(x), max(1, blocks))))
 
 
-def safe_sums_fwd(sweep: Sweep, rows: bool, lse, term_sum, largest, flag: Tensor | None = None) -> None:
+def safe_sums_fwd(
+    sweep: Sweep, rows: bool, lse, term_sum, largest, *, scores: Scores | None = None, flag: Tensor | None = None
+) -> None:
     """Fill lse (Q, n), term_sum and largest of the sweep's rows, or of its columns; None or Q = 0 where not wanted.
 
-    With a flag, only if that is up: then lse, Q = 1, is all there is.
+    And the scores, of rows. With a flag, only if that is up: then lse, Q = 1, is all there is.
     """
     x, y, x_ids, y_ids = sweep.x, sweep.y, sweep.x_ids, sweep.y_ids
     if not rows:
@@ -308,14 +320,15 @@ def safe_sums_fwd(sweep: Sweep, rows: bool, lse, term_sum, largest, flag: Tensor
     if not rows:
         flags |= dict(TERM="", BIASED=False, SHIFTED=False)
     del flags["COLUMNS"]
+    saved = (None, None, None) if scores is None else (scores.values, *scores.inverses())
 
     def launch(tile: tiles.Tile) -> None:
         blocks, streamed = triton.cdiv(n, tile.rows), triton.cdiv(m, tile.columns)
         splits = _splits(blocks, streamed, x) if flag is None else 1
         partial = x.new_empty((splits, PARTIALS.value, n), dtype=torch.float32) if flag is None else None
         _safe_sums_fwd_kernel[(blocks, splits)](
-            x, y, x_ids, y_ids, sweep.scale, sweep.bias, sweep.cutoff, sweep.term_scale, sweep.term_offset, flag,
-            lse, partial, n, m, x.stride(0), y.stride(0), **sweep.scalars(), D=d, **tile.blocks(d), AS_ROWS=rows,
+            x, y, x_ids, y_ids, sweep.scale, sweep.bias, sweep.cutoff, sweep.term_scale, sweep.term_offset, *saved,
+            flag, lse, partial, n, m, x.stride(0), y.stride(0), **sweep.scalars(), D=d, **tile.blocks(d), AS_ROWS=rows,
             **flags, **tile.options(),
         )  # fmt: skip
         if flag is None:
@@ -348,8 +361,8 @@ def fold_fwd(
     )  # fmt: skip
 
 
-def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None) -> None:
-    """Fill row_lse (N,) and col_lse (M,) with one exponential per pair, per unordered pair where they are symmetric."""
+def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None, scores: Scores | None) -> None:
+    """Fill row_lse (N,), col_lse (M,) and the scores: one exponential per pair, or unordered pair of symmetric ones."""
     x, y, (n, d), m, triangle = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0], sweep.symmetric
     # the flag and the bits of the largest squared norms
     state = torch.zeros(3, dtype=torch.int32, device=x.device)
@@ -358,6 +371,7 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None) -> None:
     if not sweep.self_similarity:
         largest_norm_fwd(y, largest[1])
     reach = (sweep.scale, *largest)
+    saved = (None, None, None) if scores is None else (scores.values, *scores.inverses())
 
     def launch(tile: tiles.Tile) -> None:
         blocks, row_blocks = triton.cdiv(m, tile.columns), triton.cdiv(n, tile.rows)
@@ -370,7 +384,8 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None) -> None:
         for first in range(0, blocks, group):
             slots = min(group, blocks - first)
             _sums_fwd_kernel[(slots, splits)](
-                x, y, sweep.x_ids, sweep.y_ids, sweep.scale, sweep.cutoff, *largest, row_partial, col_partial,
+                x, y, sweep.x_ids, sweep.y_ids, sweep.scale, sweep.cutoff, *largest, *saved, row_partial,
+                col_partial,
                 first, n, m, x.stride(0), y.stride(0), D=d, **tile.blocks(d), TRIANGLE=triangle, PAIR_SUM=tile.pair_sum,
                 **{name: flags[name] for name in ("IDS", "SAME", "DIAGONAL", "CUT", "PRECISION")}, **tile.options(),
             )  # fmt: skip
@@ -387,15 +402,15 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None) -> None:
 
     heavy = sweep.x_ids is not None or sweep.cutoff is not None
     tune.run(tiles.pick("sums", x, heavy), x, launch, square=triangle)
-    safe_sums_fwd(sweep, True, row_lse[None], None, None, flag)
+    safe_sums_fwd(sweep, True, row_lse[None], None, None, flag=flag)
     if not triangle:
-        safe_sums_fwd(sweep, False, col_lse[None], None, None, flag)
+        safe_sums_fwd(sweep, False, col_lse[None], None, None, flag=flag)
     elif sweep.columns:
         col_lse.copy_(row_lse)
 
 
-def forward(sweep: Sweep, maximum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The statistics of `contrastive_kernels.sweep`."""
+def forward(sweep: Sweep, maximum: bool, scores: Scores | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The statistics of `contrastive_kernels.sweep`, but for the scores, which are filled."""
     x, n, m = sweep.x, sweep.x.shape[0], sweep.y.shape[0]
 
     def empty(*shape: int) -> Tensor:
@@ -406,10 +421,11 @@ def forward(sweep: Sweep, maximum: bool) -> tuple[Tensor, Tensor, Tensor, Tensor
     row_max, col_max = empty(n if maximum else 0), empty(m if sweep.columns and maximum else 0)
     both = sweep.columns or sweep.symmetric
     if both and sweep.exponents == (1.0,) and sweep.bias is None and not (sweep.term or maximum) and n and m:
-        sums_fwd(sweep, row_lse[0], col_lse)
+        sums_fwd(sweep, row_lse[0], col_lse, scores)
     else:
-        if sweep.exponents or sweep.term or maximum:
-            safe_sums_fwd(sweep, True, row_lse, row_sum if sweep.term else None, row_max if maximum else None)
+        if sweep.exponents or sweep.term or maximum or scores:
+            term_sum, largest = row_sum if sweep.term else None, row_max if maximum else None
+            safe_sums_fwd(sweep, True, row_lse, term_sum, largest, scores=scores)
         if sweep.columns:
             safe_sums_fwd(sweep, False, col_lse[None], None, col_max if maximum else None)
     return row_lse, col_lse, row_sum, row_max, col_max
