@@ -80,11 +80,12 @@ def workspace_limit() -> int:
 def set_saved_scores_limit(size: int | None) -> None:
     """Let every sweep whose N x M similarities take at most `size` bytes save them for its backward.
 
-    One of four matrix products less for memory that grows with N x M: for those with memory to spare. A pair takes 2
-    bytes on a GPU, where float16 and bfloat16 features have their similarities saved as 16-bit fractions of the product
-    of the two norms, 4 bytes for float32 features and on a CPU (C++ backend, not of x with itself; 8 for float64). The
-    PyTorch backend saves none. The default is what the environment variable ``CONTRASTIVE_KERNELS_SAVED_SCORES_MB``
-    says, or else 4 MiB on a CPU, where that is faster, and nothing on a GPU.
+    One of four matrix products less, for memory that grows with N x M: for those with memory to spare. A GPU takes 2
+    bytes for a pair of float16 or bfloat16 features, whose similarities are saved as 16-bit fractions of the product of
+    the two norms (above 256 dimensions: up to there the product is cheaper than the memory), and 4 bytes for one of
+    float32 features; so does the C++ backend (8 for float64; not of x with itself). The PyTorch backend saves none.
+    The default is what the environment variable ``CONTRASTIVE_KERNELS_SAVED_SCORES_MB`` says, or else 4 MiB on a CPU,
+    where that is faster, and nothing on a GPU.
 
     Args:
         size: bytes, 0 for never; None for the default again.

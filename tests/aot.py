@@ -40,6 +40,9 @@ def argument_type(name: str, dtype: torch.dtype) -> str:
         return f"*{TYPES[dtype]}"
     if name in ("x_ids", "y_ids", "pairs"):
         return "*i64"
+    if name == "scores":
+        # those of half precision
+        return "*i16"
     if name == "flag" or name.startswith("largest_"):
         return "*i32"
     if name.startswith(("exponent_", "constant_")) or name == "terms":

@@ -24,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     from contrastive_kernels.backends.triton import chunk, grad, launch, rows, sums, tile, tiles, views
 
 PLAIN = dict(Q=1, COLUMNS=False, TERM="", BIASED=False, SHIFTED=False)
-PLAIN |= dict(IDS=False, SAME=False, DIAGONAL=False, CUT=False, symmetric=False)
+PLAIN |= dict(IDS=False, SAME=False, DIAGONAL=False, CUT=False, symmetric=False, SAVED=False)
 # The epilogues that the losses ask for, those light and heavy on registers apart.
 LIGHT = {
     "clip": dict(COLUMNS=True, DIAGONAL=True),
@@ -86,6 +86,8 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
     factored = row.kernel == "grad" and not flags["BIASED"] and (flags["COLUMNS"] or flags["symmetric"]) and flags["Q"]
     constants |= dict(FACTORED=bool(factored and not twin)) | ({} if factored else {"center": None})
     constants |= {} if row.takes_descriptors(d) else {"y_tiles": None}
+    if not flags["SAVED"] and row.kernel not in ("saved_sums", "saved_weights"):
+        constants |= dict.fromkeys(("scores", "x_inverse", "y_inverse", "x_unit", "y_unit"))
     # a power of two for float16 only; the rows are compiled for bfloat16
     constants |= {"unit": None}
     return {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -94,8 +96,9 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
 def variants(row, epilogues: dict) -> list:
     """(name, kernel, compile-time arguments) of the launches that use a row."""
     kernel = {
-        "sums": sums._sums_fwd_kernel, "safe_sums": sums._safe_sums_fwd_kernel,
-        "grad": grad._grad_bwd_kernel, "total": grad._grad_bwd_kernel, "weights": chunk._weights_bwd_kernel,
+        "sums": sums._sums_fwd_kernel, "saved_sums": sums._sums_fwd_kernel, "safe_sums": sums._safe_sums_fwd_kernel,
+        "grad": grad._grad_bwd_kernel, "total": grad._grad_bwd_kernel,
+        "weights": chunk._weights_bwd_kernel, "saved_weights": chunk._weights_bwd_kernel,
     }[row.kernel]  # fmt: skip
     found = []
     for name, flags in epilogues.items():
@@ -132,12 +135,17 @@ def cases() -> list:
             # The most demanding of them; all where tuning begins.
             demanding = "hard_negative-band" if row.heavy else "nt_xent"
             epilogues = {demanding: epilogues[demanding]}
-        if row.kernel not in ("sums", "total") and takes_heavy(row):
+        if row.kernel not in ("sums", "saved_sums", "total") and takes_heavy(row):
             epilogues = epilogues | {"hard_negative-band": HEAVY["hard_negative-band"]}
         if row.kernel == "weights" and row.size == 2 and takes_heavy(row):
             epilogues = epilogues | {"siglip": TOTALS["siglip"]}
         if row.architecture == 90 and row.kernel == "grad" and row.size == 2 and row.limit == 128:
             epilogues = epilogues | OTHERS
+        elif row.kernel == "saved_sums":
+            epilogues = {"clip-ids": OTHERS["clip-ids"]}
+        if row.kernel == "safe_sums" and row.size == 2 and row.architecture == 90:
+            # similarities saved for the backward
+            epilogues = epilogues | {f"{name}-saved": flags | dict(SAVED=True) for name, flags in epilogues.items()}
         found += [(row, *variant) for variant in variants(row, epilogues)]
     return found
 
@@ -150,7 +158,7 @@ def case_id(case) -> str:
 def planned_exponentials(case) -> int:
     """How many a pair takes: one for each log-sum-exp and role, or for each exponent, and what the term has."""
     row, _, _, constants = case
-    if row.kernel == "sums":
+    if row.kernel in ("sums", "saved_sums"):
         return 1
     term = dict(softplus=1, gaussian=1, student=2 if row.kernel == "total" else 1).get(constants["TERM"], 0)
     exponents = constants["Q"]
@@ -194,7 +202,7 @@ def test_binary(binaries, case):
     assert binary.spilled == 0, binary
     assert binary.shared <= aot.SHARED[row.architecture], binary
     assert binary.tensor_memory <= 512, binary
-    assert binary.matrix_instructions > 0, binary
+    assert (binary.matrix_instructions > 0) == (row.kernel != "saved_weights"), binary
     assert not binary.warnings, binary
 
     threads = 64 * row.warps if row.architecture == "gfx942" else 32 * row.warps

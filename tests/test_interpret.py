@@ -272,7 +272,7 @@ def test_sweep_with_saved_scores(name, grid):
 def test_saved_scores(self_similarity, dtype):
     """Within 2^-16 of the product of the norms, whatever norms other rows have; float32 as they are."""
     case = Case(self_similarity=self_similarity)
-    x, y, *rest = inputs(case, 40, 70, 24, dtype)
+    x, y, *rest = inputs(case, 40, 70, 300, dtype)
     x[3], x[7] = 0, 100 * x[7]
     scores = backend.forward(x, y, *rest, *description(case), False, True)[-1]
     exact = x.double() @ (x if y is None else y).double().T
@@ -287,7 +287,7 @@ def test_saved_scores(self_similarity, dtype):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_saved_scores_of_a_row_that_is_not_finite(value):
     case = Case(columns=True)
-    tensors = inputs(case, 20, 35, 24, torch.float16)
+    tensors = inputs(case, 20, 35, 300, torch.float16)
     tensors[0][3, 5] = value
     *statistics, scores = backend.forward(*tensors, *description(case), False, True)
     incoming = [torch.ones_like(t) for t in statistics[:3]]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 name = "triton"
 SAVED_SCORES_BYTES = 0
+# The largest D whose gradients any row of the tile table holds in registers.
+REGISTER_DEPTH = 256
 installed = importlib.util.find_spec("triton") is not None
 
 
@@ -42,9 +44,11 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
     return torch.float32
 
 
-def score_dtype(x: Tensor, y: Tensor | None) -> torch.dtype:
-    """In what the similarities are saved; see `tile.fixed_point`."""
-    return torch.float32 if x.dtype == torch.float32 else torch.int16
+def score_dtype(x: Tensor, y: Tensor | None) -> torch.dtype | None:
+    """In what the similarities are saved, see `tile.store_scores`; None where gradients in registers make it slower."""
+    if x.dtype == torch.float32:
+        return torch.float32
+    return torch.int16 if x.shape[1] > REGISTER_DEPTH else None
 
 
 def forward(
@@ -60,7 +64,9 @@ def forward(
         exclude_diagonal,
     )  # fmt: skip
     with torch.cuda.device_of(x):
-        values = x.new_empty((len(sweep.x), len(sweep.y)) if keep else (0,), dtype=score_dtype(x, y))
+        dtype = score_dtype(x, y)
+        keep = keep and dtype is not None
+        values = x.new_empty((len(sweep.x), len(sweep.y)) if keep else (0,), dtype=dtype or torch.float32)
         return *sums.forward(sweep, maximum, Scores.of(sweep, values) if keep else None), values
 
 
@@ -84,13 +90,17 @@ def backward(
             # E_ij is in row i's and in column i's statistic alike: one exponential for both.
             grad_row_lse = grad_row_lse + grad_col_lse
             sweep = dataclasses.replace(sweep, columns=False)
-        in_registers = grad.tile_for(sweep, wanted) is not None or not wanted & {"x", "y"}
+        product = bool(wanted & {"x", "y"})
+        in_registers = not product or (scores is None and grad.tile_for(sweep, wanted) is not None)
         # Where S stays in registers an exponential costs as much as a product; before a chunk is written it is hidden.
         both_roles = sweep.columns or (sweep.self_similarity and sweep.bias is None)
         centered = in_registers and len(sweep.exponents) > 0 and both_roles
-        saved = None if scores is None else Scores.of(sweep, scores)
         packed = Packed.of(sweep, grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, centered)
-        gradients = (grad if in_registers else chunk).backward(sweep, packed, wanted, saved)
+        if in_registers:
+            gradients = grad.backward(sweep, packed, wanted)
+        else:
+            saved = None if scores is None else Scores.of(sweep, scores)
+            gradients = chunk.backward(sweep, packed, wanted, saved)
     return tuple(gradients.get(name, scale.new_empty(0)) for name in names)
 
 

@@ -1,4 +1,4 @@
-"""The backward sweep through chunks of G, for D beyond what `grad` holds in registers.
+"""The backward sweep through chunks of G, for D beyond what `grad` holds in registers, and for saved scores.
 
 A chunk of rows of G = dL/dS is written once, in the dtype of the features, by a GEMM whose epilogue is that of every
 kernel; the library's GEMMs make dX = G Y and dY += G^T X of it, accumulating in float32. For x against itself the
@@ -41,7 +41,7 @@ SHARES = ("scale", "term_scale", "term_offset", "total")
 def _weights_bwd_kernel(
     x, y, x_ids, y_ids, scores, x_unit, y_unit, row_stats, col_stats, scale, term_scale, unit,
     g, d_scale, d_term_scale, d_term_offset, total,
-    first, last, M, stride_x, stride_y, stride_n, stride_m, stride_g, row_stride, col_stride,
+    first, last, M, stride_x, stride_y, stride_g, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
     AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
@@ -62,7 +62,7 @@ def _weights_bwd_kernel(
     if term_scale is not None:
         b_term_scale = tl.load(term_scale)
     if scores is not None:
-        b_s = load_scores(scores, x_unit, y_unit, o_n, o_m, last, M, stride_n, stride_m)
+        b_s = load_scores(scores, x_unit, y_unit, o_n, o_m, last, M)
     else:
         b_x, b_y = load_tile(x, o_n, o_d, last, stride_x, D), load_tile(y, o_m, o_d, M, stride_y, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, last, M, stride_x, stride_y, D, BD, PRECISION)
@@ -112,7 +112,7 @@ def weights_bwd(
 ) -> dict[str, Tensor]:
     """Fill g (rows, M) with the weights of the rows from `first` on; returns their share of the other gradients."""
     x, y, (rows, m) = sweep.x, sweep.y, g.shape
-    saved, strides = Scores.arguments(scores, True)
+    saved = (None, None, None) if scores is None else (scores.values, scores.x_unit, scores.y_unit)
 
     def launch(tile: tiles.Tile) -> dict[str, Tensor]:
         blocks_n, blocks_m = triton.cdiv(rows, tile.rows), triton.cdiv(m, tile.columns)
@@ -120,7 +120,7 @@ def weights_bwd(
         _weights_bwd_kernel[(blocks_n * blocks_m,)](
             x, y, sweep.x_ids, sweep.y_ids, *saved, packed.rows, packed.columns, sweep.scale, sweep.term_scale,
             packed.unit, g, *(shares.get(name) for name in SHARES),
-            first, first + rows, m, x.stride(0), y.stride(0), *strides, g.stride(0), packed.rows.shape[1],
+            first, first + rows, m, x.stride(0), y.stride(0), g.stride(0), packed.rows.shape[1],
             packed.columns.shape[1], **sweep.scalars(), D=x.shape[1], **tile.blocks(x.shape[1]), GROUP=GROUP,
             AS_COLUMNS=sweep.self_similarity, **sweep.flags(), **tile.options(),
         )  # fmt: skip
@@ -148,8 +148,8 @@ def chunk_rows(most: int, d: int, processors: int) -> int:
 def backward(sweep: Sweep, packed: Packed, wanted: set[str], scores: Scores | None) -> dict[str, Tensor]:
     """All wanted gradients, x or y among them."""
     x, y, (n, d), m = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0]
-    gradients = grad.grad_bwd(sweep, packed, False, True, {"bias"}, scores) if "bias" in wanted else {}
-    tile = tiles.pick("weights", x, sweep.heavy or "total" in wanted)
+    gradients = grad.grad_bwd(sweep, packed, False, True, {"bias"}) if "bias" in wanted else {}
+    tile = tiles.pick("weights" if scores is None else "saved_weights", x, sweep.heavy or "total" in wanted)
     # The GEMMs want rows of whole 16-byte vectors.
     width = tiles.round_up(m, 8)
     size = chunk_rows(workspace_limit() // max(1, width * x.element_size()), d, processors(x))

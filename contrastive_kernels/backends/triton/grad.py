@@ -12,13 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles, tune
-from contrastive_kernels.backends.triton.launch import Packed, Scores, Sweep, tiles_of
+from contrastive_kernels.backends.triton.launch import Packed, Sweep, tiles_of
 from contrastive_kernels.backends.triton.tile import (
     FLAG,
     load_columns,
     load_ids,
     load_rows,
-    load_scores,
     load_tile,
     similarity,
     term_base,
@@ -33,9 +32,9 @@ SUMS = ("scale", "term_scale", "total")
 
 @triton.jit
 def _grad_bwd_kernel(
-    x, y, y_tiles, x_ids, y_ids, scores, x_unit, y_unit, row_stats, col_stats, center, scale, term_scale, unit,
+    x, y, y_tiles, x_ids, y_ids, row_stats, col_stats, center, scale, term_scale, unit,
     dx, d_scale, d_term_scale, d_bias, d_term_offset, total,
-    N, M, stride_x, stride_y, stride_n, stride_m, stride_dx, row_stride, col_stride,
+    N, M, stride_x, stride_y, stride_dx, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
     AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
@@ -82,10 +81,7 @@ def _grad_bwd_kernel(
     for i_m in range(0, M, BM):
         o_m = i_m + tl.arange(0, BM).to(tl.int64)
         b_y = y_tiles.load([i_m, 0]) if y_tiles is not None else load_tile(y, o_m, o_d, M, stride_y, D)
-        if scores is not None:
-            b_s = load_scores(scores, x_unit, y_unit, o_n, o_m, N, M, stride_n, stride_m)
-        else:
-            b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
+        b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
         b_g, b_soft, b_prob, b_slope, b_value = tile_grad(
             b_s, own_rows, own_cols, own_id, i_n * BN, row_stats, col_stats, centers, y_ids, i_m, M,
             row_stride, col_stride, b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
@@ -137,9 +133,7 @@ def tile_for(sweep: Sweep, wanted: set[str]) -> tiles.Tile | None:
     return tiles.pick("total" if "total" in wanted else "grad", sweep.x, sweep.heavy)
 
 
-def grad_bwd(
-    sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: set[str], scores: Scores | None = None
-) -> dict[str, Tensor]:
+def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: set[str]) -> dict[str, Tensor]:
     """The wanted gradients with x acting as rows, y as columns or x as both; "x" or "y" is that of the owner."""
     x, y, x_ids, y_ids = sweep.x, sweep.y, sweep.x_ids, sweep.y_ids
     if not rows:
@@ -153,33 +147,31 @@ def grad_bwd(
         if name in wanted
     }
 
-    saved, strides = Scores.arguments(scores, rows)
-
     def launch(tile: tiles.Tile) -> None:
         for factored in (False,) if packed.center is None else (True, False):
             _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
-                x, y, tiles_of(y, tile), x_ids, y_ids, *saved, packed.rows, packed.columns, packed.center, sweep.scale,
+                x, y, tiles_of(y, tile), x_ids, y_ids, packed.rows, packed.columns, packed.center, sweep.scale,
                 sweep.term_scale, packed.unit, outputs.get(owner), *(outputs.get(name) for name in SHARES),
-                n, m, x.stride(0), y.stride(0), *strides, d, packed.rows.shape[1], packed.columns.shape[1],
-                **sweep.scalars(), D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(),
-                FACTORED=factored, **tile.options(),
+                n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
+                D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), FACTORED=factored,
+                **tile.options(),
             )  # fmt: skip
 
     tune.run(tile, x, launch)
     return {name: output.sum() if name in SUMS else output for name, output in outputs.items()}
 
 
-def backward(sweep: Sweep, packed: Packed, wanted: set[str], scores: Scores | None) -> dict[str, Tensor]:
+def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor]:
     """All wanted gradients, by the fewest launches."""
     if sweep.self_similarity:
         # Without a product or a bias every pair is met in the role of rows already.
-        return grad_bwd(sweep, packed, True, bool(wanted & {"x", "bias"}), wanted, scores)
+        return grad_bwd(sweep, packed, True, bool(wanted & {"x", "bias"}), wanted)
     of_rows, of_columns = wanted & {"x", "term_offset"}, wanted & {"y", "bias"}
     scalars = wanted - of_rows - of_columns
     gradients = {}
     if of_rows or not of_columns:
-        gradients |= grad_bwd(sweep, packed, True, False, of_rows | scalars, scores)
+        gradients |= grad_bwd(sweep, packed, True, False, of_rows | scalars)
         scalars = set()
     if of_columns:
-        gradients |= grad_bwd(sweep, packed, False, True, of_columns | scalars, scores)
+        gradients |= grad_bwd(sweep, packed, False, True, of_columns | scalars)
     return gradients

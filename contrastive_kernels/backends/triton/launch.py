@@ -135,7 +135,7 @@ def _largest_slope(sweep: Sweep) -> Tensor | float:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The similarities of a sweep, saved for its backward, and the units of its rows and columns, see `fixed_point`."""
+    """The similarities of a sweep, saved for its backward, and their units by row and column, see `store_scores`."""
 
     values: Tensor  # (N, M): int16, or float32 without units
     x_unit: Tensor | None = None
@@ -153,18 +153,10 @@ class Scores:
         return cls(values, x_norm / STEPS, y_norm)
 
     def inverses(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of the units; 0 for rows of zeros, and for those with infinities, whose units are NaN."""
+        """Of the units; 0 for rows of zeros, and for those that are not finite, whose units are NaN."""
         if self.x_unit is None:
             return None, None
         return tuple(torch.where(unit > 0, 1 / unit, 0.0) for unit in (self.x_unit, self.y_unit))
-
-    @staticmethod
-    def arguments(scores: Scores | None, rows: bool) -> tuple[tuple, tuple[int, int]]:
-        """What a kernel takes whose owner is the sweep's rows, or its columns: values with units, and strides."""
-        if scores is None:
-            return (None, None, None), (0, 0)
-        units, strides = (scores.x_unit, scores.y_unit), scores.values.stride()
-        return ((scores.values, *units), strides) if rows else ((scores.values, *units[::-1]), strides[::-1])
 
 
 @dataclass(frozen=True, eq=False)

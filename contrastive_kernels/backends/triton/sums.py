@@ -23,13 +23,12 @@ from contrastive_kernels.backends.triton.tile import (
     LOG2E,
     OUT,
     exclude,
-    fixed_point,
     load_ids,
     load_tile,
     load_vector,
     phi,
     similarity,
-    store_matrix,
+    store_scores,
     term_base,
 )  # fmt: skip
 from contrastive_kernels.workspace import workspace_limit
@@ -102,11 +101,7 @@ def _sums_fwd_kernel(
         b_x = load_tile(x, o_n, o_d, N, stride_x, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
         if scores is not None:
-            b_v = fixed_point(b_s, x_inverse, y_inverse, o_n, o_m, N, M)
-            store_matrix(scores, b_v, o_n, o_m, N, M)
-            if TRIANGLE:  # noqa: SIM102 (a compile-time and a run-time condition)
-                if i_n != i_m:
-                    store_matrix(scores, tl.trans(b_v), o_m, o_n, M, N)
+            store_scores(scores, b_s, x_inverse, y_inverse, o_n, o_m, N, M)
         row_id = load_ids(x_ids, o_n, N, 0, IDS)
         b_cutoff = load_vector(cutoff, o_n, N, 0) if CUT else 0.0
         b_u = b_s * b_scale - b_shift
@@ -222,7 +217,7 @@ def _safe_sums_fwd_kernel(
         b_y = load_tile(y, o_m, o_d, M, stride_y, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
         if scores is not None:
-            store_matrix(scores, fixed_point(b_s, x_inverse, y_inverse, o_n, o_m, N, M), o_n, o_m, N, M)
+            store_scores(scores, b_s, x_inverse, y_inverse, o_n, o_m, N, M)
         str_id = load_ids(y_ids, o_m, M, 1, IDS)
         b_cutoff = load_vector(cutoff, o_m, M, 1) if CUT and not AS_ROWS else own_cutoff
         b_bias = load_vector(bias, o_m, M, 1) * LOG2E if BIASED else 0.0
@@ -363,7 +358,9 @@ def fold_fwd(
 
 def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None, scores: Scores | None) -> None:
     """Fill row_lse (N,), col_lse (M,) and the scores: one exponential per pair, or unordered pair of symmetric ones."""
-    x, y, (n, d), m, triangle = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0], sweep.symmetric
+    x, y, (n, d), m = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0]
+    # saved are all pairs
+    triangle = sweep.symmetric and scores is None
     # the flag and the bits of the largest squared norms
     state = torch.zeros(3, dtype=torch.int32, device=x.device)
     flag, largest = state[:1], (state[1:], state[1:] if sweep.self_similarity else state[2:])
@@ -401,7 +398,8 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None, scores: Scor
             fold_fwd(col_partial, total, n, reach, lse=col_lse, flag=flag)
 
     heavy = sweep.x_ids is not None or sweep.cutoff is not None
-    tune.run(tiles.pick("sums", x, heavy), x, launch, square=triangle)
+    kernel = "sums" if scores is None else "saved_sums"
+    tune.run(tiles.pick(kernel, x, heavy), x, launch, square=triangle)
     safe_sums_fwd(sweep, True, row_lse[None], None, None, flag=flag)
     if not triangle:
         safe_sums_fwd(sweep, False, col_lse[None], None, None, flag=flag)
@@ -419,7 +417,7 @@ def forward(sweep: Sweep, maximum: bool, scores: Scores | None) -> tuple[Tensor,
     row_lse, col_lse = empty(len(sweep.exponents), n), empty(m if sweep.columns else 0)
     row_sum = empty(n if sweep.term else 0)
     row_max, col_max = empty(n if maximum else 0), empty(m if sweep.columns and maximum else 0)
-    both = sweep.columns or sweep.symmetric
+    both = sweep.columns or (sweep.symmetric and scores is None)
     if both and sweep.exponents == (1.0,) and sweep.bias is None and not (sweep.term or maximum) and n and m:
         sums_fwd(sweep, row_lse[0], col_lse, scores)
     else:

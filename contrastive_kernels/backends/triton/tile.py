@@ -71,8 +71,8 @@ def similarity(
 
 
 @triton.jit
-def fixed_point(b_s, x_inverse, y_inverse, o_n, o_m, N, M):
-    """Similarities as they are saved for the backward: times the inverses of both units, rounded to 16 bits.
+def store_scores(scores, b_s, x_inverse, y_inverse, o_n, o_m, N, M):
+    """Save a tile of similarities for the backward: times the inverses of both units, rounded to 16 bits.
 
     A similarity is at most the product of its rows' norms, so that the error is 2^-16 of that, whatever the range of
     the others. Without inverses they stay float32.
@@ -82,20 +82,14 @@ def fixed_point(b_s, x_inverse, y_inverse, o_n, o_m, N, M):
         b_v = b_s * load_vector(x_inverse, o_n, N, 0) * load_vector(y_inverse, o_m, M, 1)
         # adding 1.5 * 2^23 leaves the nearest integer in the low bits
         b_v = (b_v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int16)
-    return b_v
+    tl.store(scores + o_n[:, None] * M + o_m[None, :], b_v, mask=(o_n < N)[:, None] & (o_m < M)[None, :])
 
 
 @triton.jit
-def store_matrix(p, b_v, o_n, o_m, N, M):
-    """A tile of an (N, M) matrix."""
-    tl.store(p + o_n[:, None] * M + o_m[None, :], b_v, mask=(o_n < N)[:, None] & (o_m < M)[None, :])
-
-
-@triton.jit
-def load_scores(scores, x_unit, y_unit, o_n, o_m, N, M, stride_n, stride_m):
-    """Similarities as `fixed_point` left them, 0 outside."""
+def load_scores(scores, x_unit, y_unit, o_n, o_m, N, M):
+    """Similarities as `store_scores` left them, 0 outside."""
     m_s = (o_n < N)[:, None] & (o_m < M)[None, :]
-    b_s = tl.load(scores + o_n[:, None] * stride_n + o_m[None, :] * stride_m, mask=m_s, other=0).to(tl.float32)
+    b_s = tl.load(scores + o_n[:, None] * M + o_m[None, :], mask=m_s, other=0).to(tl.float32)
     if x_unit is not None:
         b_s = b_s * load_vector(x_unit, o_n, N, 0) * load_vector(y_unit, o_m, M, 1)
     return b_s

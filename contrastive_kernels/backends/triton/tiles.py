@@ -114,6 +114,19 @@ TABLE = (
     Tile("weights", 100, 2, False, ANY, 64, 64, 64, 8, 3, "80 registers; at 128 x 64 ptxas stops at 128 and spills"),
     Tile("weights", "gfx942", 2, True, ANY, 128, 64, 64, 8, 2, _CLAMPED),
     Tile("weights", "gfx942", 2, False, ANY, 128, 128, 64, 8, 2, "32 of 64 KB"),
+    # Scores to be saved, in registers beside the column accumulator and 64-bit ids. Read again there is no product:
+    # small tiles, so that many loads are under way.
+    Tile("saved_sums", 80, 2, False, ANY, 64, 64, 64, 8, 3, _CLAMPED),
+    Tile("saved_sums", 80, 4, False, ANY, 64, 32, 32, 8, 2, _CLAMPED),
+    *(Tile("saved_sums", name, 2, False, ANY, 128, 64, 64, 8, 3, _CLAMPED) for name in (90, 100)),
+    Tile("saved_sums", "gfx942", 2, False, ANY, 128, 64, 64, 8, 2, "24 of 64 KB"),
+    *(Tile("saved_sums", name, 4, False, ANY, 64, 64, 32, 4, 2, _CLAMPED) for name in (90, 100, "gfx942")),
+    *(Tile("saved_sums", "other", size, False, ANY, 64, 32, 32, 4, 2, "untuned: what fits anywhere")
+      for size in (2, 4)),
+    *(Tile("saved_weights", name, size, False, ANY, 64, 64, 64, 8, 2, "untuned: 16 pairs a thread")
+      for name in (80, 90, 100, "gfx942", "other") for size in (2, 4)),
+    *(Tile(kernel, "interpreter", size, False, ANY, 32, 32, 256, 1, 1, "tests")
+      for kernel in ("saved_sums", "saved_weights") for size in (2, 4)),
     # float32: three TF32 products hold three times the operands; with dX beside them every epilogue but the lightest
     # spills, so there is no "grad".
     Tile("sums", 80, 4, False, ANY, 64, 64, 32, 8, 2, _CLAMPED),
