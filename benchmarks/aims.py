@@ -12,7 +12,7 @@ DIMS = (128, 256, 512, 1024)
 PAIR = ("clip", "nt_xent")
 AIM_N, LARGE_N, MILLION = 32768, 65536, 2**20
 SMALL_SIZES = (256, 512, 1024, 2048)
-SMALL_PROVIDERS = ("ours", "graph", "eager", "compile")
+SMALL_PROVIDERS = ("ours", "graph", "ours-torch", "eager", "compile")
 BASELINES = ("eager", "autocast", "compile", "linear_cross_entropy")
 # How much slower at most ours may be within 128 MB of scratch memory.
 LIMITED_SLOWDOWN = 1.15

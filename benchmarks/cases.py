@@ -282,16 +282,18 @@ DENSE, DENSE_COPIES = ("eager", "autocast", "compile"), 4
 PROVIDERS = ("ours", "ours-torch", *DENSE, "linear_cross_entropy")
 # Ours with a limit of the scratch memory of a call, in bytes.
 LIMITED = {"ours-128MB": 128 * 10**6, "ours-512MB": 512 * 10**6}
-ALL_PROVIDERS = (*PROVIDERS, "graph", *LIMITED, *peers.PEERS)
+# Ours with all similarities saved for the backward.
+SAVED = "ours-saved"
+ALL_PROVIDERS = (*PROVIDERS, "graph", *LIMITED, SAVED, *peers.PEERS)
 
 
 def provider_function(provider: str, case: Case, device: torch.device) -> LossFunction:
     """The callable that computes ``case`` the way of ``provider``; raises `Unavailable` with the reason.
 
-    Call it, and its backward, inside `workspace_of`.
+    Call it, and its backward, inside `memory_of`.
     """
     loss = LOSSES[case.loss]
-    if provider == "ours" or provider in LIMITED:
+    if provider in ("ours", SAVED, *LIMITED):
         return loss.ours
     if provider == "ours-torch":
         if "backend" not in inspect.signature(loss.ours).parameters:
@@ -328,19 +330,15 @@ def _graphed(function: LossFunction, case: Case, device: torch.device) -> LossFu
 
 
 @contextmanager
-def workspace_of(provider: str) -> Iterator[None]:
-    """The provider's limit of scratch memory, if it has one, for as long as this lasts."""
-    if provider not in LIMITED:
-        yield
-        return
-    set_limit = getattr(ck, "set_workspace_limit", None)
-    if set_limit is None:
-        raise Unavailable("not available: contrastive_kernels has no set_workspace_limit")
-    set_limit(LIMITED[provider])
+def memory_of(provider: str) -> Iterator[None]:
+    """The provider's limits of scratch memory and of saved scores, if it has any, for as long as this lasts."""
+    ck.set_workspace_limit(LIMITED.get(provider))
+    ck.set_saved_scores_limit(2**62 if provider == SAVED else None)
     try:
         yield
     finally:
-        set_limit(None)
+        ck.set_workspace_limit(None)
+        ck.set_saved_scores_limit(None)
 
 
 # How far off a provider may be at the size of the check: three times as far as eager in the same dtype, plus this. It
@@ -372,7 +370,7 @@ def _errors(provider: str, case: Case, device: torch.device) -> dict[str, float]
         for name, value in inputs.items()
     }
     exact = _value_and_gradients(LOSSES[case.loss].eager, exact_inputs)
-    with workspace_of(provider):
+    with memory_of(provider):
         found = _value_and_gradients(provider_function(provider, case, device), inputs)
     return {name: ((found[name].double() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
 

@@ -26,14 +26,14 @@ from rich.console import Console
 
 from . import aims, peers, plot, report
 from .aims import AIM_N, BASELINES, DIMS, LARGE_N, MILLION, PAIR, SMALL_PROVIDERS, SMALL_SIZES
-from .cases import Case, Unavailable
+from .cases import SAVED, Case, Unavailable
 from .measure import kernel_launches
 from .run import Grid, Settings, environment, make_step, measure
 
 BF16 = (torch.bfloat16,)
 OTHERS = (*BASELINES, *peers.importable())
 GRIDS = {
-    **{f"d{d}": [Grid(PAIR, [AIM_N], [d], BF16, ["ours", *OTHERS])] for d in DIMS},
+    **{f"d{d}": [Grid(PAIR, [AIM_N], [d], BF16, ["ours", *([SAVED] if d > 256 else []), *OTHERS])] for d in DIMS},
     "large": [
         Grid(["siglip"], [LARGE_N], [768], BF16, ["ours", "ours-512MB", "compile", *peers.importable()]),
         Grid(PAIR, [LARGE_N], DIMS, BF16, ["ours", "ours-128MB", "compile"]),

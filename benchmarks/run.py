@@ -27,8 +27,8 @@ from .cases import (
     check,
     dtype_name,
     gradients,
+    memory_of,
     provider_function,
-    workspace_of,
 )
 from .measure import Spread, Step, matmul_step, peak_extra_mib, time_interleaved
 
@@ -213,11 +213,11 @@ def make_step(provider: str, case: Case, inputs: Inputs, device: torch.device) -
     function = provider_function(provider, case, device)
 
     def forward() -> Tensor:
-        with workspace_of(provider):
+        with memory_of(provider):
             return function(**inputs)
 
     def backward(loss: Tensor) -> Inputs:
-        with workspace_of(provider):
+        with memory_of(provider):
             return gradients(loss, inputs)
 
     return Step(forward, backward)

@@ -129,10 +129,20 @@ def test_workspace_limit_holds_in_both_halves(monkeypatch):
         assert limits[-1] is None
 
 
-def test_workspace_limit_that_cannot_be_set(monkeypatch):
-    monkeypatch.delattr(ck, "set_workspace_limit", raising=False)
-    with pytest.raises(cases.Unavailable, match="not available"):
-        cases.check("ours-128MB", cases.Case("clip", 64, 8, torch.float32), CPU)
+def test_saved_scores_are_those_of_one_provider():
+    """Without limit for that one, the default for others."""
+    case, kept = cases.Case("clip", 64, 8, torch.float32), {}
+    for provider in ("ours", "ours-saved"):
+        sizes = []
+        with (
+            cases.memory_of(provider),
+            torch.autograd.graph.saved_tensors_hooks(lambda x, to=sizes: to.append(x.numel()), lambda x: x),
+        ):
+            assert ck.saved_scores_limit() == (2**62 if provider == "ours-saved" else None)
+            cases.provider_function(provider, case, CPU)(**case.inputs(CPU))
+        kept[provider] = sizes
+    assert ck.saved_scores_limit() is None
+    assert max(kept["ours-saved"]) == 64 * 64
 
 
 def test_graph_takes_the_inputs_in_order(monkeypatch):
