@@ -57,7 +57,7 @@ def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict,
     types = {p.name: "constexpr" if p.name in constants else argument_type(p.name, dtype) for p in kernel.params}
     if types.get("y_tiles", "constexpr") != "constexpr":
         types["y_tiles"] = f"tensordesc<{TYPES[dtype]}[{constants['BM']},{constants['BD']}]>"
-    sizes = {name for name in types if name in ("N", "M") or "stride" in name}
+    sizes = {name for name in types if name in ("N", "M") or name.startswith("first") or "stride" in name}
     attributes = {
         (number,): [["tt.divisibility", 16]]
         for number, (name, type_) in enumerate(types.items())

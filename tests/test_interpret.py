@@ -218,7 +218,7 @@ def alone(case: Case) -> bool:
 
 def check(case: Case, tensors: tuple, gradient_scale: float = 1.0, keep: bool = False) -> tuple:
     """Statistics and all gradients against float64 on the same, rounded inputs; returns ours."""
-    *statistics, scores = backend.forward(*tensors, *description(case), case.maximum, keep)
+    statistics = backend.forward(*tensors, *description(case), case.maximum, keep)
     wide = double(tensors)
     leaves = {name: wide[k].requires_grad_() for name, k in zip(NEEDS, POSITIONS, strict=True) if wide[k] is not None}
     exact = dense(case, *wide)
@@ -235,7 +235,7 @@ def check(case: Case, tensors: tuple, gradient_scale: float = 1.0, keep: bool = 
     wanted = torch.autograd.grad(objective, list(leaves.values()), allow_unused=True, materialize_grads=True)
     needs = [*(name in leaves for name in NEEDS), alone(case)]
     *gradients, total = backend.backward(
-        *incoming, *statistics[:2], *tensors, *description(case), needs, scores if keep else None
+        *incoming, *statistics[:2], *tensors, *description(case), needs, statistics[5] if keep else None
     )
     assert total.numel() == alone(case)
     if alone(case):
@@ -424,8 +424,9 @@ def test_sweep_bitwise(name, d):
     assert all(torch.equal(a, b) for a, b in zip(again, (*statistics, *gradients), strict=True))
 
 
-@pytest.mark.parametrize("name", ["columns", "self-ids", "self-softplus"])
-def test_sweep_small_workspace(name, monkeypatch):
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", ["columns", "self-ids", "self-softplus", "self-same", "self-student-ids", "self-bias"])
+def test_sweep_small_workspace(name, keep, monkeypatch):
     """Partial sums and weights in several portions, the last one ragged."""
     from contrastive_kernels.backends.triton import chunk, sums, tiles
 
@@ -433,7 +434,7 @@ def test_sweep_small_workspace(name, monkeypatch):
     monkeypatch.setattr(sums, "workspace_limit", lambda: 4 * n)
     monkeypatch.setattr(chunk, "workspace_limit", lambda: 1)
     monkeypatch.setattr(tiles, "ALIGNMENT", 32 if INTERPRETING else tiles.ALIGNMENT)
-    check(CASES[name], inputs(CASES[name], n, 40, 257, torch.float32))
+    check(CASES[name], inputs(CASES[name], n, 40, 257, torch.float32), keep=keep)
 
 
 @pytest.mark.parametrize("name", ["columns", "columns-ids-cutoff", "self-ids", "self-exponents-ids", "band-columns"])

@@ -2,7 +2,8 @@
 
 A chunk of rows of G = dL/dS is written once, in the dtype of the features, by a GEMM whose epilogue is that of every
 kernel; the library's GEMMs make dX = G Y and dY += G^T X of it, accumulating in float32. For x against itself the
-chunk holds G + G^T and its product is the finished dX.
+chunk holds W = G + G^T: its product is the finished dX, or, as W is symmetric, a chunk begins at its own first column
+and serves the rows below it too.
 """
 
 from __future__ import annotations
@@ -41,22 +42,24 @@ SHARES = ("scale", "term_scale", "term_offset", "total")
 def _weights_bwd_kernel(
     x, y, x_ids, y_ids, scores, x_unit, y_unit, row_stats, col_stats, scale, term_scale, unit,
     g, d_scale, d_term_scale, d_term_offset, total,
-    first, last, M, stride_x, stride_y, stride_g, row_stride, col_stride,
+    first, last, first_column, M, stride_x, stride_y, stride_g, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
     AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
     BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr,
     CUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the weights of rows first to last, x acting as the sweep's rows and, AS_COLUMNS, as its columns too.
+    """One tile of the weights of rows first to last and columns from first_column on, x acting as the sweep's rows and,
+    AS_COLUMNS, as its columns too.
 
     d_scale, d_term_scale, d_term_offset and total are (column blocks, rows of the chunk): shares to be added up.
     """
-    blocks_n, blocks_m = tl.cdiv(last - first, BN), tl.cdiv(M, BM)
+    blocks_n, blocks_m = tl.cdiv(last - first, BN), tl.cdiv(M - first_column, BM)
     i_tile = tl.program_id(0)
     i_n, i_m = tl.swizzle2d(i_tile // blocks_m, i_tile % blocks_m, blocks_n, blocks_m, GROUP)
     o_g = i_n.to(tl.int64) * BN + tl.arange(0, BN)
-    o_n, o_m, o_d = first + o_g, i_m.to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, BD)
+    column = first_column + i_m.to(tl.int64) * BM
+    o_n, o_m, o_d = first + o_g, column + tl.arange(0, BM), tl.arange(0, BD)
     m_n = o_n < last
     b_scale, b_term_scale = tl.load(scale), 1.0
     if term_scale is not None:
@@ -71,7 +74,7 @@ def _weights_bwd_kernel(
         load_rows(row_stats, o_n, row_stride, (0.0, 0.0), 0, Q, TERM, SHIFTED, CUT, False),
         load_columns(col_stats, o_n, col_stride, (0.0, 0.0), 0, COLUMNS, BIASED, False) if AS_COLUMNS else None,
         load_ids(x_ids, o_n, last, 0, IDS),
-        first + i_n * BN, row_stats, col_stats, (0.0, 0.0), y_ids, i_m * BM, M, row_stride, col_stride,
+        first + i_n * BN, row_stats, col_stats, (0.0, 0.0), y_ids, column, M, row_stride, col_stride,
         b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
         True, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, False,
     )  # fmt: skip
@@ -108,19 +111,23 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def weights_bwd(
-    sweep: Sweep, packed: Packed, scores: Scores | None, g: Tensor, first: int, wanted: set[str], tile: tiles.Tile
-) -> dict[str, Tensor]:
-    """Fill g (rows, M) with the weights of the rows from `first` on; returns their share of the other gradients."""
+    sweep: Sweep, packed: Packed, scores: Scores | None, g: Tensor, first: int, first_column: int, wanted: set[str],
+    tile: tiles.Tile,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Fill g (rows, M), from a column on, with the weights of the rows from `first` on.
+
+    Returns their share of the other gradients.
+    """
     x, y, (rows, m) = sweep.x, sweep.y, g.shape
     saved = (None, None, None) if scores is None else (scores.values, scores.x_unit, scores.y_unit)
 
     def launch(tile: tiles.Tile) -> dict[str, Tensor]:
-        blocks_n, blocks_m = triton.cdiv(rows, tile.rows), triton.cdiv(m, tile.columns)
+        blocks_n, blocks_m = triton.cdiv(rows, tile.rows), triton.cdiv(m - first_column, tile.columns)
         shares = {name: x.new_empty((blocks_m, rows), dtype=torch.float32) for name in SHARES if name in wanted}
         _weights_bwd_kernel[(blocks_n * blocks_m,)](
             x, y, sweep.x_ids, sweep.y_ids, *saved, packed.rows, packed.columns, sweep.scale, sweep.term_scale,
             packed.unit, g, *(shares.get(name) for name in SHARES),
-            first, first + rows, m, x.stride(0), y.stride(0), g.stride(0), packed.rows.shape[1],
+            first, first + rows, first_column, m, x.stride(0), y.stride(0), g.stride(0), packed.rows.shape[1],
             packed.columns.shape[1], **sweep.scalars(), D=x.shape[1], **tile.blocks(x.shape[1]), GROUP=GROUP,
             AS_COLUMNS=sweep.self_similarity, **sweep.flags(), **tile.options(),
         )  # fmt: skip
@@ -145,6 +152,15 @@ def chunk_rows(most: int, d: int, processors: int) -> int:
     return tiles.ALIGNMENT * max(range((units + 1) // 2, units + 1), key=lambda u: (round(busy(u), 2), u))
 
 
+def _is_triangle(sweep: Sweep, wanted: set[str]) -> bool:
+    """Whether half of the weights will do.
+
+    Not where shares are those of the part as rows alone, unless x * dX tells them: see ROW_DOT of `grad`.
+    """
+    told = not (sweep.soft and sweep.term) and sweep.term != "distance_hinge"
+    return sweep.self_similarity and not wanted & {"term_offset", "total"} and (told or wanted <= {"x", "bias"})
+
+
 def backward(sweep: Sweep, packed: Packed, wanted: set[str], scores: Scores | None) -> dict[str, Tensor]:
     """All wanted gradients, x or y among them."""
     x, y, (n, d), m = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0]
@@ -155,23 +171,32 @@ def backward(sweep: Sweep, packed: Packed, wanted: set[str], scores: Scores | No
     size = chunk_rows(workspace_limit() // max(1, width * x.element_size()), d, processors(x))
     buffer = x.new_empty((min(size, n), width))
     size = max(1, buffer.shape[0])
-    factor = packed.factor(sweep)
+    triangle = _is_triangle(sweep, wanted)
+    shares = set() if triangle else wanted
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dy = y.new_zeros(y.shape if "y" in wanted else (0, d), dtype=torch.float32)
-    parts = []
+    sums = y.new_zeros((m, d) if triangle or "y" in wanted else (0, d), dtype=torch.float32)
+    factor, parts = packed.factor(sweep), []
     for first in range(0, n, size):
-        rows = slice(first, min(first + size, n))
-        g = buffer[: rows.stop - first, :m]
-        parts.append(weights_bwd(sweep, packed, scores, g, first, wanted, tile))
-        if "x" in wanted:
+        last = min(first + size, n)
+        rows, g = slice(first, last), buffer[: last - first, :m]
+        parts.append(weights_bwd(sweep, packed, scores, g, first, first if triangle else 0, shares, tile))
+        if triangle:
+            _add_matmul(sums[rows], g[:, first:], x[first:])
+            _add_matmul(sums[last:], g[:, last:].t(), x[rows])
+        elif "x" in wanted:
             torch.mul(_matmul(g, y), factor, out=dx[rows])
         if "y" in wanted:
-            _add_matmul(dy, g.t(), x[rows])
-    for name in wanted.intersection(SHARES):
+            _add_matmul(sums, g.t(), x[rows])
+    for name in shares.intersection(SHARES):
         rows = torch.cat([part[name] for part in parts])
         gradients[name] = rows if name == "term_offset" else rows.sum()
+    if triangle:
+        torch.mul(sums, factor, out=dx)
+        for name in wanted & {"scale", "term_scale"}:
+            # every pair has been met twice
+            gradients[name] = 0.5 * (sums * x).sum() / (1.0 if packed.unit is None else packed.unit)
     if "x" in wanted:
         gradients["x"] = dx
     if "y" in wanted:
-        gradients["y"] = torch.mul(dy, factor, out=torch.empty_like(y, memory_format=torch.contiguous_format))
+        gradients["y"] = torch.mul(sums, factor, out=torch.empty_like(y, memory_format=torch.contiguous_format))
     return gradients
