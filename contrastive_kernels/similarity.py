@@ -258,7 +258,9 @@ class _RowDotFunction(torch.autograd.Function):
 
 def row_dot(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
     """``<x_i, y_i>`` over the last dimension, accumulated in the compute dtype whatever the dtype of the features."""
-    if x.shape == y.shape and x.dtype == y.dtype and choose_backend(x, backend) == "triton":
+    # on a CPU nobody has to be asked
+    elsewhere = not x.is_cpu or backend == "triton"
+    if elsewhere and x.shape == y.shape and x.dtype == y.dtype and choose_backend(x, backend) == "triton":
         return apply(_RowDotFunction, x, y, "triton")
     dtype = compute_dtype(x)
     return (x.to(dtype) * y.to(dtype)).sum(-1)
