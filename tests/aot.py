@@ -31,6 +31,7 @@ class Binary:
     tensor_memory: int
     matrix_instructions: int
     exponentials: int  # instructions for 2^x: as written, whatever loop they are in
+    warps: int  # of a program, those added by specialization among them
     warnings: tuple[str, ...]  # ptxas C75xx: serialized matrix instructions
 
 
@@ -55,8 +56,13 @@ def argument_type(name: str, dtype: torch.dtype) -> str:
 def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict, options: dict) -> Binary:
     """Compile with `constants` (compile-time arguments, and None for absent pointers), sizes multiples of 16."""
     types = {p.name: "constexpr" if p.name in constants else argument_type(p.name, dtype) for p in kernel.params}
-    if types.get("y_tiles", "constexpr") != "constexpr":
-        types["y_tiles"] = f"tensordesc<{TYPES[dtype]}[{constants['BM']},{constants['BD']}]>"
+    for name in ("x_tiles", "y_tiles"):
+        if types.get(name, "constexpr") != "constexpr":
+            types[name] = f"tensordesc<{TYPES[dtype]}[{constants['BM']},{constants['BD']}]>"
+    if types.get("x_tiles", "constexpr") != "constexpr":  # a specialized loop: blocks of vectors are descriptors too
+        for name in ("x_ids", "y_ids", "row_stats", "col_stats"):
+            if types[name] != "constexpr":
+                types[name] = f"tensordesc<{types[name].removeprefix('*')}[{constants['BM']}]>"
     sizes = {name for name in types if name in ("N", "M") or name.startswith("first") or "stride" in name}
     attributes = {
         (number,): [["tt.divisibility", 16]]
@@ -86,6 +92,7 @@ def _read_nvidia(compiled, arch: int) -> Binary:
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,
         matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[arch], assembly)),
         exponentials=len(re.findall(r"\bMUFU\.EX2\b", assembly)),
+        warps=compiled.metadata.num_warps,
         warnings=tuple(sorted(set(re.findall(r"C75\d+", log)))),
     )
 
@@ -103,6 +110,7 @@ def _read_amd(compiled, arch: str) -> Binary:
         tensor_memory=0,
         matrix_instructions=len(re.findall(MATRIX_INSTRUCTION[arch], assembly)),
         exponentials=len(re.findall(r"\bv_exp_f32", assembly)),
+        warps=compiled.metadata.num_warps,
         warnings=(),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -55,6 +55,17 @@ OTHERS = {
     # Not identity and count, whose weights do not depend on S: the one product left is serialized. Slow, not wrong.
     **{term: dict(Q=0, TERM=term, IDS=True) for term in ("square", "hinge", "gaussian")},
 }
+# What a specialized loop takes, and how many warps there are then.
+SPECIALIZED = {
+    "clip": LIGHT["clip"],
+    "nt_xent": LIGHT["nt_xent"],
+    "clip-ids": OTHERS["clip-ids"],
+    "rows": {},
+    "same": OTHERS["same"],
+    "softplus": dict(Q=0, TERM="softplus"),
+    "student": dict(Q=0, TERM="student", IDS=True, DIAGONAL=True, symmetric=True),
+}
+SPECIALIZED_WARPS = 12
 ARCHITECTURES = (80, 90, 100, "gfx942")
 EVERYTHING = "CONTRASTIVE_KERNELS_AOT_ALL"  # set: all epilogues on all architectures
 RECORDING = "CONTRASTIVE_KERNELS_AOT_RECORD"  # set: write what was found as the new record
@@ -88,6 +99,7 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
     constants |= {} if row.takes_descriptors(d) else {"y_tiles": None}
     if not flags["SAVED"] and row.kernel not in ("saved_sums", "saved_weights"):
         constants |= dict.fromkeys(("scores", "x_inverse", "y_inverse", "x_unit", "y_unit"))
+    constants |= {} if row.specialized else {"x_tiles": None}
     # a power of two for float16 only; the rows are compiled for bfloat16
     constants |= {"unit": None}
     return {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -147,6 +159,15 @@ def cases() -> list:
             # similarities saved for the backward
             epilogues = epilogues | {f"{name}-saved": flags | dict(SAVED=True) for name, flags in epilogues.items()}
         found += [(row, *variant) for variant in variants(row, epilogues)]
+    for architecture, d in ((90, 64), (90, 128), (100, 128)):
+        row = replace(tiles.find("grad", architecture, 2, d, False), limit=d).specialize()
+        demanding = SPECIALIZED if (architecture, d) == (90, 128) else LIGHT.keys() & SPECIALIZED.keys()
+        epilogues = {name: flags for name, flags in SPECIALIZED.items() if name in demanding}
+        found += [
+            (row, f"{name}-specialized", *rest)
+            for name, *rest in variants(row, epilogues)
+            if "twin" not in name  # takes the usual tile
+        ]
     return found
 
 
@@ -204,6 +225,7 @@ def test_binary(binaries, case):
     assert binary.tensor_memory <= 512, binary
     assert (binary.matrix_instructions > 0) == (row.kernel != "saved_weights"), binary
     assert not binary.warnings, binary
+    assert binary.warps == (SPECIALIZED_WARPS if row.specialized else row.warps), binary
 
     threads = 64 * row.warps if row.architecture == "gfx942" else 32 * row.warps
     planned = planned_exponentials(case) * row.rows * row.columns // threads

@@ -36,6 +36,20 @@ if not INTERPRETING:
     GRIDS += [(260, 131, 128, torch.bfloat16), (130, 300, 256, torch.bfloat16), (129, 257, 520, torch.bfloat16)]
 
 
+@pytest.fixture
+def specialized(monkeypatch):
+    """A table that prefers specialized tiles; a list of those that are launched, several times each."""
+    from contrastive_kernels.backends.triton import grad, launch, tiles
+
+    seen = []
+    rows = [row for row in tiles.TABLE if row.kernel == "grad" and not row.heavy and row.takes_descriptors(128)]
+    monkeypatch.setattr(tiles, "TABLE", tiles.TABLE + tuple(row.specialize() for row in rows))
+    monkeypatch.setattr(grad, "blocks_of", lambda v, tile: seen.append(tile) or launch.blocks_of(v, tile))
+    tiles.find.cache_clear()
+    yield seen
+    tiles.find.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def poison():
     """Uninitialised floating memory is filled with NaN; only warned of are the library's GEMMs."""
@@ -297,6 +311,38 @@ def test_saved_scores_of_a_row_that_is_not_finite(value):
     assert d_y.isnan().any(1).all()
 
 
+SPECIALIZABLE = (
+    "rows", "columns", "columns-alone", "columns-ids", "columns-negative_scale", "columns-zero_scale", "self",
+    "self-columns", "self-ids", "self-same", "self-diagonal", "columns-diagonal", "ids-diagonal", "same-columns",
+    "softplus-alone",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "m", "d"),
+    [(name, *grid) for name in SPECIALIZABLE for grid in ((256, 200, 64), (256, 128, 128), (128, 384, 96))]
+    + [("columns", 200, 256, 64)],
+)
+def test_sweep_specialized(name, n, m, d, specialized):
+    """Loops over whole tiles with everything from descriptors; the owner may be ragged, and then has its own turn."""
+    case = CASES[name]
+    dtype = (torch.float32 if d == 64 else torch.float16) if INTERPRETING else torch.bfloat16
+    check(case, inputs(case, n, m, d, dtype))
+    assert specialized
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "m", "d"),
+    [("columns", 130, 127, 64), ("self", 130, 130, 64), ("columns", 128, 128, 20), ("columns", 128, 128, 256),
+     ("bias", 130, 128, 64), ("cutoff", 130, 128, 64), ("exponents", 130, 128, 64)],
+)  # fmt: skip
+def test_sweep_not_specialized(name, n, m, d, specialized):
+    """Ragged loops, rows that no descriptor takes, large D and heavy epilogues take the usual tile."""
+    dtype = torch.float16 if INTERPRETING else torch.bfloat16
+    check(CASES[name], inputs(CASES[name], n, m, d, dtype))
+    assert not specialized
+
+
 # One of everything; below, at and above a tile edge; a D of less than a dot's depth, odd, and of several depth steps.
 @pytest.mark.parametrize("shape", [(1, 1, 1), (31, 33, 3), (64, 32, 17), (2, 65, 520)], ids=str)
 @pytest.mark.parametrize("name", ["columns", "self-ids", "exponents-bias"])
@@ -439,19 +485,23 @@ def test_sweep_small_workspace(name, keep, monkeypatch):
 
 @pytest.mark.parametrize("name", ["columns", "columns-ids-cutoff", "self-ids", "self-exponents-ids", "band-columns"])
 @pytest.mark.parametrize("spread", [10, 170, 400], ids=lambda spread: f"spread{spread}")
-def test_sweep_centered(name, spread):
+@pytest.mark.parametrize("n", [45, 128])
+def test_sweep_centered(name, spread, n, request):
     """Log-sum-exps up to `spread` binades apart: one exponential for two of them, or where that will not do, two."""
     from contrastive_kernels.backends.triton import launch
 
+    if n == 128:
+        request.getfixturevalue("specialized")
     case = Case(**{**CASES[name].__dict__, "scale": 1.0})
-    # on a GPU float32 has no gradient in registers
-    x, y, *rest = inputs(case, 45, 45, 24, torch.float32 if INTERPRETING else torch.bfloat16)
+    # on a GPU float32 has no gradient in registers; in the interpreter it has not the digits for more rows
+    dtype = (torch.float32 if n == 45 else torch.float16) if INTERPRETING else torch.bfloat16
+    x, y, *rest = inputs(case, n, n, 24, dtype)
     # all similarities of a row about equal, from -spread / 2 to spread / 2 in base 2; of x with itself from 0 on
     height = (
         spread
         / max(case.exponents)
         * math.log(2)
-        * (torch.linspace(0, 1, 45) if y is None else torch.linspace(-0.5, 0.5, 45)).to(DEVICE)
+        * (torch.linspace(0, 1, n) if y is None else torch.linspace(-0.5, 0.5, n)).to(DEVICE)
     )
     x, y = (z if z is None else 0.1 * z for z in (x, y))
     x[:, 0], x[:, 1:3] = (height.sqrt(), 0) if y is None else (height, 0)
@@ -521,6 +571,21 @@ def test_autotune(name, d, monkeypatch, capsys):
     seen = len(asked)
     check(CASES[name], inputs(CASES[name], 40, 53, d, torch.float32))
     assert len(asked) == seen, "every tile is timed once"
+
+
+@pytest.mark.parametrize(("n", "found"), [(128, True), (130, False)])
+def test_autotune_specializes(n, found, monkeypatch, capsys):
+    """Where a loop can be specialized, that is tried too; what is found computes the same."""
+    from contrastive_kernels.backends.triton import tune
+
+    monkeypatch.setattr(tune, "milliseconds", lambda tile, launch: launch(tile) or 2.0 - tile.specialized)
+    monkeypatch.setattr(tune, "_fastest", {})
+    monkeypatch.setattr(tune, "TRIALS", 6)
+    monkeypatch.setenv(tune.ENVIRONMENT_VARIABLE, "1")
+    check(CASES["columns"], inputs(CASES["columns"], n, n, 64, torch.float16 if INTERPRETING else torch.bfloat16))
+    rows = [line for line in capsys.readouterr().err.splitlines() if "Tile('grad'" in line]
+    assert rows
+    assert all(row.endswith(f"{found}),") for row in rows)
 
 
 def test_autotune_survives_what_does_not_compile():

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles, tune
-from contrastive_kernels.backends.triton.launch import Packed, Sweep, tiles_of
+from contrastive_kernels.backends.triton.launch import Packed, Sweep, blocks_of, describable, tiles_of
 from contrastive_kernels.backends.triton.tile import (
     FLAG,
     load_columns,
@@ -32,7 +32,7 @@ SUMS = ("scale", "term_scale", "total")
 
 @triton.jit
 def _grad_bwd_kernel(
-    x, y, y_tiles, x_ids, y_ids, row_stats, col_stats, center, scale, term_scale, unit,
+    x, y, x_tiles, y_tiles, x_ids, y_ids, row_stats, col_stats, center, scale, term_scale, unit,
     dx, d_scale, d_term_scale, d_bias, d_term_offset, total,
     N, M, stride_x, stride_y, stride_dx, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
@@ -46,15 +46,19 @@ def _grad_bwd_kernel(
     dx (N, D) needs D <= BD. Of the others every row of the owner leaves its share: d_bias is final where it acts as the
     sweep's columns, d_term_offset where it acts as its rows; d_scale, d_term_scale and total are to be added up.
     y_tiles, if not None, is y as a descriptor of tiles, which then needs D <= BD.
+    x_tiles, if not None, is x likewise, and row_stats, col_stats and the ids are descriptors too: the loop is then
+    specialized, some warps loading while others multiply. It admits neither a ragged last tile nor sums but by dots.
     With a center this program or its twin computes everything: the FACTORED one unless the flag beside it is up.
     """
+    SPECIALIZED: tl.constexpr = x_tiles is not None
     centers = (0.0, 0.0)
     if center is not None:
         # read once, or the compiler does not see that two exponentials are the same
         centers = (tl.load(center), tl.load(center + 1))
         flag = tl.load(center + FLAG)
         if FACTORED:
-            if flag != 0.0:
+            # without the return, which a specialized loop does not admit, the twin overwrites what is made here
+            if not SPECIALIZED and flag != 0.0:
                 return
         elif flag == 0.0:
             return
@@ -64,9 +68,10 @@ def _grad_bwd_kernel(
     b_scale, b_term_scale = tl.load(scale), 1.0
     if term_scale is not None:
         b_term_scale = tl.load(term_scale)
-    own_id = load_ids(x_ids, o_n, N, 0, IDS)
-    own_rows = load_rows(row_stats, o_n, row_stride, centers, 0, Q, TERM, SHIFTED, CUT, FACTORED) if AS_ROWS else None
-    own_cols = load_columns(col_stats, o_n, col_stride, centers, 0, COLUMNS, BIASED, FACTORED) if AS_COLUMNS else None
+    o_own = tl.program_id(0) * BN if SPECIALIZED else o_n
+    own_id = load_ids(x_ids, o_own, N, 0, IDS)
+    own_rows = load_rows(row_stats, o_own, row_stride, centers, 0, Q, TERM, SHIFTED, CUT, FACTORED) if AS_ROWS else None
+    own_cols = load_columns(col_stats, o_own, col_stride, centers, 0, COLUMNS, BIASED, FACTORED) if AS_COLUMNS else None
 
     # With one kind of weight, sum_ij w_ij s_ij is <x, w y>: a row dot at the end for a reduction in every tile. Where
     # dx fills the registers, x beside it spills. Not where the term is of something else than s.
@@ -77,15 +82,15 @@ def _grad_bwd_kernel(
     b_d_scale, b_d_term_scale = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     b_d_bias, b_d_term_offset = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     b_total = tl.zeros([BN], tl.float32)
-    b_x = load_tile(x, o_n, o_d, N, stride_x, D)
-    for i_m in range(0, M, BM):
+    b_x = x_tiles.load([o_own, 0]) if SPECIALIZED else load_tile(x, o_n, o_d, N, stride_x, D)
+    for i_m in tl.range(0, M, BM, warp_specialize=SPECIALIZED):
         o_m = i_m + tl.arange(0, BM).to(tl.int64)
         b_y = y_tiles.load([i_m, 0]) if y_tiles is not None else load_tile(y, o_m, o_d, M, stride_y, D)
         b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
         b_g, b_soft, b_prob, b_slope, b_value = tile_grad(
             b_s, own_rows, own_cols, own_id, i_n * BN, row_stats, col_stats, centers, y_ids, i_m, M,
             row_stride, col_stride, b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            AS_ROWS, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, FACTORED,
+            AS_ROWS, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, FACTORED, SPECIALIZED,
         )  # fmt: skip
         if dx is not None:
             b_dx = tl.dot(b_g.to(b_y.dtype), b_y, b_dx, input_precision=PRECISION)
@@ -128,9 +133,9 @@ def _grad_bwd_kernel(
         tl.store(total + o_n, b_total * b_undo, mask=m_n)
 
 
-def tile_for(sweep: Sweep, wanted: set[str]) -> tiles.Tile | None:
+def tile_for(sweep: Sweep, wanted: set[str], specializable: bool = False) -> tiles.Tile | None:
     """The tile with dX in registers; None where it does not fit."""
-    return tiles.pick("total" if "total" in wanted else "grad", sweep.x, sweep.heavy)
+    return tiles.pick("total" if "total" in wanted else "grad", sweep.x, sweep.heavy, specializable)
 
 
 def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: set[str]) -> dict[str, Tensor]:
@@ -139,7 +144,15 @@ def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: se
     if not rows:
         x, y, x_ids, y_ids = y, x, y_ids, x_ids
     (n, d), m, owner = x.shape, y.shape[0], "x" if rows else "y"
-    tile = tile_for(sweep, wanted) if owner in wanted else tiles.pick("weights", x, sweep.heavy or "total" in wanted)
+    # What a specialized loop takes, see the kernel; heavy epilogues spill in it.
+    specializable = (
+        owner in wanted and not wanted & {"bias", "term_offset", "total"} and not sweep.heavy
+        and m % tiles.SPECIALIZED_SIDE == 0 and all(describable(v) for v in (x, y, x_ids, y_ids) if v is not None)
+    )  # fmt: skip
+    if owner in wanted:
+        tile = tile_for(sweep, wanted, specializable)
+    else:
+        tile = tiles.pick("weights", x, sweep.heavy or "total" in wanted)
     shapes = {owner: (n, d)} | dict.fromkeys(SHARES, (n,))
     outputs = {
         name: x.new_empty(shape, dtype=x.dtype if name == owner else torch.float32)
@@ -149,15 +162,20 @@ def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: se
 
     def launch(tile: tiles.Tile) -> None:
         for factored in (False,) if packed.center is None else (True, False):
+            if tile.specialized and packed.center is not None and not factored:
+                tile = tile_for(sweep, wanted)  # seldom needed, and two exponentials spill in a specialized loop
+            x_tiles, vectors = None, (x_ids, y_ids, packed.rows, packed.columns)
+            if tile.specialized:
+                x_tiles, vectors = tiles_of(x, tile), tuple(blocks_of(v, tile) for v in vectors)
             _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
-                x, y, tiles_of(y, tile), x_ids, y_ids, packed.rows, packed.columns, packed.center, sweep.scale,
-                sweep.term_scale, packed.unit, outputs.get(owner), *(outputs.get(name) for name in SHARES),
+                x, y, x_tiles, tiles_of(y, tile), *vectors, packed.center, sweep.scale, sweep.term_scale, packed.unit,
+                outputs.get(owner), *(outputs.get(name) for name in SHARES),
                 n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
                 D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), FACTORED=factored,
                 **tile.options(),
             )  # fmt: skip
 
-    tune.run(tile, x, launch)
+    tune.run(tile, x, launch, specializable=specializable and tile.takes_descriptors(d))
     return {name: output.sum() if name in SUMS else output for name, output in outputs.items()}
 
 

@@ -233,16 +233,26 @@ def pack_bwd(n, lse, grad, grad_sum, offset, cutoff, bias, unit, center) -> Tens
     return packed
 
 
+def describable(v: Tensor) -> bool:
+    """Whether the hardware takes a descriptor of v, whose inner stride is 1."""
+    outer = v.stride()[:-1]
+    return v.numel() > 0 and v.data_ptr() % 16 == 0 and all(s * v.element_size() % 16 == 0 for s in outer)
+
+
 def tiles_of(y: Tensor, tile: tiles.Tile) -> TensorDescriptor | None:
     """y as a descriptor of (tile.columns, all of D) tiles, which the hardware loads and fills up with zeros.
 
     None where it cannot, or where the tile takes part of D at a time.
     """
     d = y.shape[1]
-    aligned = y.data_ptr() % 16 == 0 and y.stride(0) * y.element_size() % 16 == 0
-    if not tile.takes_descriptors(d) or not aligned or not y.numel():
+    if not tile.takes_descriptors(d) or not describable(y):
         return None
     return TensorDescriptor(y, [y.shape[0], d], [y.stride(0), 1], [tile.columns, tile.blocks(d)["BD"]])
+
+
+def blocks_of(v: Tensor | None, tile: tiles.Tile) -> TensorDescriptor | None:
+    """All of v in a row, as a descriptor of blocks of tile.columns."""
+    return None if v is None else TensorDescriptor(v.view(-1), [v.numel()], [1], [tile.columns])
 
 
 def processors(x: Tensor) -> int:

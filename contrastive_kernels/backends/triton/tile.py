@@ -47,8 +47,12 @@ def load_tile(p, o_n, o_d, N, stride, D: tl.constexpr):
 
 @triton.jit
 def load_vector(p, o_n, N, AXIS: tl.constexpr):
-    """Entries o_n of a vector, 0 outside, as a tile operand whose extent is along AXIS."""
-    return tl.expand_dims(tl.load(p + o_n, mask=o_n < N, other=0), 1 - AXIS)
+    """Entries o_n of a vector, 0 outside, as a tile operand whose extent is along AXIS.
+
+    Of a descriptor instead of a pointer, one block: o_n is the first of its entries.
+    """
+    b_v = p.load([o_n]) if hasattr(p, "block_shape") else tl.load(p + o_n, mask=o_n < N, other=0)
+    return tl.expand_dims(b_v, 1 - AXIS)
 
 
 @triton.jit
@@ -99,17 +103,18 @@ def load_scores(scores, x_unit, y_unit, o_n, o_m, N, M):
 def exclude(
     b_v, b_s, own_id, str_id, ahead, cutoff, FILL: tl.constexpr,
     IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
+    SPECIALIZED: tl.constexpr = False,
 ):  # fmt: skip
     """b_v with FILL at every dropped pair: a select, so that nothing of a dropped pair survives, not even NaN.
 
-    `ahead` is how far the first streamed element is ahead of the owner's first.
+    `ahead` is how far the first streamed element is ahead of the owner's first. A SPECIALIZED loop admits no branch.
     """
     if IDS:
         m_kept = own_id == str_id if SAME else own_id != str_id
         b_v = tl.where(m_kept, b_v, FILL)
     if DIAGONAL:  # noqa: SIM102 (a compile-time and a run-time condition)
         # the same for the whole program: only tiles on the diagonal pay
-        if (ahead < b_v.shape[0]) & (ahead > -b_v.shape[1]):
+        if SPECIALIZED or (ahead < b_v.shape[0]) & (ahead > -b_v.shape[1]):
             m_kept = tl.arange(0, b_v.shape[0])[:, None] != tl.arange(0, b_v.shape[1])[None, :] + ahead.to(tl.int32)
             b_v = tl.where(m_kept, b_v, FILL)
     if CUT:
@@ -275,8 +280,14 @@ def _pack_bwd_kernel(
 
 @triton.jit
 def packed_vector(packed, o_n, stride, i_row: tl.constexpr, WANTED: tl.constexpr, AXIS: tl.constexpr):
-    """One packed vector on AXIS of the tile; a 0 that nobody reads where it is not wanted."""
-    return tl.expand_dims(tl.load(packed + i_row * stride + o_n), 1 - AXIS) if WANTED else 0.0
+    """One packed vector on AXIS of the tile; a 0 that nobody reads where it is not wanted. o_n: see `load_vector`."""
+    if WANTED:
+        i_0 = i_row * stride
+        b_v = packed.load([i_0 + o_n]) if hasattr(packed, "block_shape") else tl.load(packed + i_0 + o_n)
+        b_v = tl.expand_dims(b_v, 1 - AXIS)
+    else:
+        b_v = 0.0
+    return b_v
 
 
 @triton.jit
@@ -337,7 +348,7 @@ def pair_grad(
     b_s, rows, cols, own_id, str_id, ahead,
     b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
     Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr,
-    IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
+    IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr, SPECIALIZED: tl.constexpr,
 ):  # fmt: skip
     """The three derivatives of a tile's pairs, each times the incoming gradients: with respect to scale * s (soft), to
     the logit's bias (prob) and to the argument of the term (slope); and the term's value, times its gradient likewise.
@@ -353,7 +364,7 @@ def pair_grad(
         b_u = b_s * (b_scale * LOG2E * exponent_0)
         if BIASED:
             b_u += bias
-        b_u = exclude(b_u, b_s, own_id, str_id, ahead, cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
+        b_u = exclude(b_u, b_s, own_id, str_id, ahead, cutoff, OUT, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
     if Q > 0:
         b_e = tl.exp2(b_u - lse_0)
         b_soft, b_prob = b_e * (grad_0 * exponent_0), b_e * grad_0
@@ -361,7 +372,7 @@ def pair_grad(
         b_v = b_s * (b_scale * LOG2E * exponent_1)
         if BIASED:
             b_v += bias
-        b_v = exclude(b_v, b_s, own_id, str_id, ahead, cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
+        b_v = exclude(b_v, b_s, own_id, str_id, ahead, cutoff, OUT, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
         b_e = tl.exp2(b_v - lse_1)
         b_soft, b_prob = b_soft + b_e * (grad_1 * exponent_1), b_prob + b_e * grad_1
     if COLUMNS:
@@ -372,9 +383,9 @@ def pair_grad(
         if SHIFTED:
             b_v += offset
         b_slope = phi_grad(b_v, constant_0, constant_1, TERM) * grad_sum
-        b_slope = exclude(b_slope, b_s, own_id, str_id, ahead, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT)
+        b_slope = exclude(b_slope, b_s, own_id, str_id, ahead, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
         b_value = phi(b_v, constant_0, constant_1, TERM) * grad_sum
-        b_value = exclude(b_value, b_s, own_id, str_id, ahead, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT)
+        b_value = exclude(b_value, b_s, own_id, str_id, ahead, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
     return b_soft, b_prob, b_slope, b_value
 
 
@@ -384,7 +395,7 @@ def tile_grad(
     b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
     AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
     BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr,
-    CUT: tl.constexpr, FACTORED: tl.constexpr,
+    CUT: tl.constexpr, FACTORED: tl.constexpr, SPECIALIZED: tl.constexpr = False,
 ):  # fmt: skip
     """The weights that multiply the streamed operand, the owner at i_n on axis 0, the streamed block at i_m on axis 1,
     and what the other results are sums of: (weights, soft, prob, slope, value), see `pair_grad`; 0 beyond the last
@@ -392,31 +403,33 @@ def tile_grad(
 
     The owner acts as the sweep's rows, as its columns, or, x against itself, as both. In that case soft, slope and
     value are those of its part as rows: every pair once. The weights lack `weight_factor`. FACTORED, the exponentials
-    of both parts are the same number, which the compiler computes once.
+    of both parts are the same number, which the compiler computes once. SPECIALIZED, what is streamed comes through
+    descriptors and ends with a whole tile.
     """
     o_m = i_m + tl.arange(0, b_s.shape[1]).to(tl.int64)
     ahead = i_m - i_n
-    str_id = load_ids(y_ids, o_m, M, 1, IDS)
+    o_str = i_m if SPECIALIZED else o_m
+    str_id = load_ids(y_ids, o_str, M, 1, IDS)
     SOFT: tl.constexpr = Q > 0 or COLUMNS
     if AS_COLUMNS:
-        str_rows = load_rows(row_stats, o_m, row_stride, centers, 1, Q, TERM, SHIFTED, CUT, FACTORED)
+        str_rows = load_rows(row_stats, o_str, row_stride, centers, 1, Q, TERM, SHIFTED, CUT, FACTORED)
         b_soft, b_prob, b_slope, b_value = pair_grad(
             b_s, str_rows, own_cols, own_id, str_id, ahead,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
+            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, SPECIALIZED,
         )  # fmt: skip
         b_g = combine(b_soft, through_base(b_s, b_slope, TERM), b_scale, b_term_scale, SOFT, TERM)
     if AS_ROWS:
-        str_cols = load_columns(col_stats, o_m, col_stride, centers, 1, COLUMNS, BIASED, FACTORED)
+        str_cols = load_columns(col_stats, o_str, col_stride, centers, 1, COLUMNS, BIASED, FACTORED)
         b_soft, b_row_prob, b_slope, b_value = pair_grad(
             b_s, own_rows, str_cols, own_id, str_id, ahead,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT,
+            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, SPECIALIZED,
         )  # fmt: skip
         b_row_g = combine(b_soft, through_base(b_s, b_slope, TERM), b_scale, b_term_scale, SOFT, TERM)
         b_g, b_prob = (b_g + b_row_g, b_prob) if AS_COLUMNS else (b_row_g, b_row_prob)
     # The same for the whole program: only a ragged last tile pays. Zeros loaded for y do not suffice, 0 * inf is NaN.
-    if i_m + b_s.shape[1] > M:
+    if not SPECIALIZED and i_m + b_s.shape[1] > M:
         m_m = o_m[None, :] < M
         b_g = tl.where(m_m, b_g, 0.0)
         b_soft = tl.where(m_m, b_soft, 0.0)

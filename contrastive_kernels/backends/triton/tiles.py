@@ -7,7 +7,7 @@ timed: every row is `untuned` among those that its reason admits.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 ALIGNMENT = 256
 
 ANY = 1 << 31
+
+# The side of a specialized tile: each of two groups of warps takes 64 rows, the least that the matrix unit has.
+SPECIALIZED_SIDE = 128
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -34,6 +37,10 @@ class Tile:
     is taken at a time, None for all of it. A `heavy` row serves the epilogues that hold more than one pair of vectors
     per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids. "total" is "grad" where a
     term's values are added up beside its slopes; "weights" takes its heavy rows for that.
+
+    A `specialized` row of "grad" goes before the others where the sweep admits it (see `grad`): D up to 128, light, the
+    tile of `specialize`. The table has none: how fast such a loop is, and that it is right, has been seen on no device.
+    To measure, tune, which tries it, or add a row.
     """
 
     kernel: str
@@ -47,6 +54,12 @@ class Tile:
     warps: int
     stages: int
     reason: str
+    specialized: bool = False
+
+    def specialize(self) -> Tile:
+        """This row with warps that load beside others that multiply: to these the compiler adds up to twelve."""
+        side, warps = SPECIALIZED_SIDE, 8 if self.architecture == 100 else 4
+        return replace(self, rows=side, columns=side, warps=warps, specialized=True)
 
     def blocks(self, d: int) -> dict[str, int]:
         """The block sizes as compile-time arguments."""
@@ -160,12 +173,15 @@ def _architecture(device: torch.device) -> int | str:
 
 
 @functools.cache
-def find(kernel: str, architecture: int | str, size: int, d: int, heavy: bool) -> Tile | None:
+def find(
+    kernel: str, architecture: int | str, size: int, d: int, heavy: bool, specializable: bool = False
+) -> Tile | None:
     """The row that applies; with none of its weight an epilogue takes the other one. None: not this kernel."""
     rows = [r for r in TABLE if (r.kernel, r.architecture, r.size) == (kernel, architecture, size) and d <= r.limit]
-    return min(rows, key=lambda row: row.heavy != heavy, default=None)
+    rows = [r for r in rows if not r.specialized or (specializable and r.takes_descriptors(d))]
+    return min(rows, key=lambda row: (row.heavy != heavy, not row.specialized), default=None)
 
 
-def pick(kernel: str, x: Tensor, heavy: bool) -> Tile | None:
+def pick(kernel: str, x: Tensor, heavy: bool, specializable: bool = False) -> Tile | None:
     """The tile for rows like those of x on its device."""
-    return find(kernel, _architecture(x.device), x.element_size(), x.shape[1], heavy)
+    return find(kernel, _architecture(x.device), x.element_size(), x.shape[1], heavy, specializable)

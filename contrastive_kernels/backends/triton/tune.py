@@ -1,7 +1,8 @@
 """``CONTRASTIVE_KERNELS_AUTOTUNE=1``: the first call of a kernel times the tiles around its row of the table.
 
 It then uses the fastest for the rest of the process and prints the row to paste into `tiles`. Without the variable a
-tile is always the table's.
+tile is always the table's. A specialized loop (see `tiles.Tile`) is tried where one is possible; what is tried is
+timed, not checked: the tests do that (`test_interpret.py`, on a GPU as in the interpreter).
 """
 
 from __future__ import annotations
@@ -25,21 +26,28 @@ T = TypeVar("T")
 _fastest: dict[tuple, Tile] = {}
 
 
-def run(tile: Tile, x: Tensor, launch: Callable[[Tile], T], *, square: bool = False) -> T:
+def run(tile: Tile, x: Tensor, launch: Callable[[Tile], T], *, square: bool = False, specializable: bool = False) -> T:
     """``launch(tile)``, or with the variable set, launch with the fastest tile, after many others.
 
-    So it may be called any number of times. `square` tiles stay square.
+    So it may be called any number of times. `square` tiles stay square; `specializable` ones may become specialized.
     """
     if os.environ.get(ENVIRONMENT_VARIABLE) == "1":
-        key = (tile, square, x.dtype, x.shape[1], str(x.device))
+        key = (tile, square, specializable, x.dtype, x.shape[1], str(x.device))
         if key not in _fastest:
-            _fastest[key] = _search(tile, x, launch, square)
+            _fastest[key] = _search(tile, x, launch, square, specializable)
         tile = _fastest[key]
     return launch(tile)
 
 
-def neighbours(tile: Tile, square: bool) -> Iterator[Tile]:
+def neighbours(tile: Tile, square: bool, specializable: bool) -> Iterator[Tile]:
     """Tiles one step away from this one."""
+    for stages in (tile.stages - 1, tile.stages + 1):
+        if 1 <= stages <= 5:
+            yield replace(tile, stages=stages)
+    if tile.specialized:
+        return  # in all else it is as it must be
+    if specializable:
+        yield tile.specialize()
 
     def steps(size: int, least: int, most: int) -> list[int]:
         return [other for other in (size // 2, size * 2) if least <= other <= most]
@@ -61,18 +69,15 @@ def neighbours(tile: Tile, square: bool) -> Iterator[Tile]:
             yield replace(tile, depth=depth)
     for warps in steps(tile.warps, 1, 16):
         yield replace(tile, warps=warps)
-    for stages in (tile.stages - 1, tile.stages + 1):
-        if 1 <= stages <= 5:
-            yield replace(tile, stages=stages)
 
 
-def _search(tile: Tile, x: Tensor, launch: Callable[[Tile], object], square: bool) -> Tile:
+def _search(tile: Tile, x: Tensor, launch: Callable[[Tile], object], square: bool, specializable: bool) -> Tile:
     """Downhill from the table's row, one step at a time."""
     times = {tile: milliseconds(tile, launch)}
     best, improved = tile, True
     while improved and len(times) < TRIALS:
         improved, center = False, best
-        for other in neighbours(center, square):
+        for other in neighbours(center, square, specializable):
             if other in times or len(times) >= TRIALS:
                 continue
             times[other] = milliseconds(other, launch)
