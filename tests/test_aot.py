@@ -96,10 +96,10 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
     # two log-sum-exps of a pair take one exponential, or in another program two
     factored = row.kernel == "grad" and not flags["BIASED"] and (flags["COLUMNS"] or flags["symmetric"]) and flags["Q"]
     constants |= dict(FACTORED=bool(factored and not twin)) | ({} if factored else {"center": None})
-    constants |= {} if row.takes_descriptors(d) else {"y_tiles": None}
+    constants |= {} if row.takes_descriptors(d) else {"x_tiles": None, "y_tiles": None}
+    constants |= {} if row.specialized or "dx" not in kernel.arg_names else {"x_tiles": None}
     if not flags["SAVED"] and row.kernel not in ("saved_sums", "saved_weights"):
         constants |= dict.fromkeys(("scores", "x_inverse", "y_inverse", "x_unit", "y_unit"))
-    constants |= {} if row.specialized else {"x_tiles": None}
     # a power of two for float16 only; the rows are compiled for bfloat16
     constants |= {"unit": None}
     return {name: value for name, value in constants.items() if name in kernel.arg_names}

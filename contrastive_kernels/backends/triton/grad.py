@@ -166,10 +166,10 @@ def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: se
                 tile = tile_for(sweep, wanted)  # seldom needed, and two exponentials spill in a specialized loop
             x_tiles, vectors = None, (x_ids, y_ids, packed.rows, packed.columns)
             if tile.specialized:
-                x_tiles, vectors = tiles_of(x, tile), tuple(blocks_of(v, tile) for v in vectors)
+                x_tiles, vectors = tiles_of(x, tile.rows, tile), tuple(blocks_of(v, tile) for v in vectors)
             _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
-                x, y, x_tiles, tiles_of(y, tile), *vectors, packed.center, sweep.scale, sweep.term_scale, packed.unit,
-                outputs.get(owner), *(outputs.get(name) for name in SHARES),
+                x, y, x_tiles, tiles_of(y, tile.columns, tile), *vectors, packed.center, sweep.scale, sweep.term_scale,
+                packed.unit, outputs.get(owner), *(outputs.get(name) for name in SHARES),
                 n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
                 D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), FACTORED=factored,
                 **tile.options(),

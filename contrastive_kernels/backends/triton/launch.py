@@ -239,15 +239,15 @@ def describable(v: Tensor) -> bool:
     return v.numel() > 0 and v.data_ptr() % 16 == 0 and all(s * v.element_size() % 16 == 0 for s in outer)
 
 
-def tiles_of(y: Tensor, tile: tiles.Tile) -> TensorDescriptor | None:
-    """y as a descriptor of (tile.columns, all of D) tiles, which the hardware loads and fills up with zeros.
+def tiles_of(x: Tensor, side: int, tile: tiles.Tile) -> TensorDescriptor | None:
+    """x as a descriptor of tiles of `side` rows, which the hardware loads and fills up with zeros; None: use pointers.
 
-    None where it cannot, or where the tile takes part of D at a time.
+    Pointers where the tile does not gain, or the first row or the distance between rows is not aligned to 16 bytes.
     """
-    d = y.shape[1]
-    if not tile.takes_descriptors(d) or not describable(y):
+    d = x.shape[1]
+    if not tile.takes_descriptors(d) or not describable(x):
         return None
-    return TensorDescriptor(y, [y.shape[0], d], [y.stride(0), 1], [tile.columns, tile.blocks(d)["BD"]])
+    return TensorDescriptor(x, [x.shape[0], d], [x.stride(0), 1], [side, tile.blocks(d)["BD"]])
 
 
 def blocks_of(v: Tensor | None, tile: tiles.Tile) -> TensorDescriptor | None:

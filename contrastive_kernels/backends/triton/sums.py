@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import tiles, tune
-from contrastive_kernels.backends.triton.launch import Scores, Sweep, processors
+from contrastive_kernels.backends.triton.launch import Scores, Sweep, processors, tiles_of
 from contrastive_kernels.backends.triton.rows import blocks as row_blocks
 from contrastive_kernels.backends.triton.tile import (
     LN2,
@@ -24,6 +24,7 @@ from contrastive_kernels.backends.triton.tile import (
     OUT,
     exclude,
     load_ids,
+    load_operand,
     load_tile,
     load_vector,
     phi,
@@ -71,7 +72,8 @@ def _largest_norm_fwd_kernel(x, largest_bits, N, stride, D: tl.constexpr, BN: tl
 
 @triton.jit
 def _sums_fwd_kernel(
-    x, y, x_ids, y_ids, scale, cutoff, largest_x, largest_y, scores, x_inverse, y_inverse, row_partial, col_partial,
+    x, y, x_tiles, y_tiles, x_ids, y_ids, scale, cutoff, largest_x, largest_y, scores, x_inverse, y_inverse,
+    row_partial, col_partial,
     first_block, N, M, stride_x, stride_y,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, TRIANGLE: tl.constexpr,
     PAIR_SUM: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
@@ -81,6 +83,7 @@ def _sums_fwd_kernel(
 
     row_partial (slots, N) has a row per column block from first_block on, col_partial (splits, M). TRIANGLE, for
     symmetric pairs and BN = BM: only row blocks up to the diagonal, where the row sums are complete by themselves.
+    x_tiles and y_tiles, if not None, are x and y as descriptors of tiles.
     """
     i_slot, i_split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     blocks = tl.cdiv(N, BN)
@@ -88,27 +91,33 @@ def _sums_fwd_kernel(
         # the longest first
         i_slot = tl.num_programs(0) - 1 - i_slot
         blocks = first_block + i_slot.to(tl.int32) + 1
-    i_m = first_block + i_slot
-    o_m, o_d = i_m * BM + tl.arange(0, BM), tl.arange(0, BD)
+    i_m = (first_block + i_slot.to(tl.int32)) * BM
+    o_m, o_d = i_m + tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
     b_scale = tl.load(scale) * LOG2E
     _, b_shift = reach_and_shift(scale, largest_x, largest_y)
-    b_y = load_tile(y, o_m, o_d, M, stride_y, D)
+    b_y = load_operand(y, y_tiles, i_m, 0, o_m, o_d, M, stride_y, D)
     col_id = load_ids(y_ids, o_m, M, 1, IDS)
+    columns = tl.minimum(M - i_m, BM)
     # Adding rows r and r + 8 first halves the accumulator where a thread holds both.
     b_col = tl.zeros([BN // 16, 8, BM] if PAIR_SUM else [BN, BM], tl.float32)
-    for i_n in range(i_split, blocks, splits):
-        o_n = i_n * BN + tl.arange(0, BN).to(tl.int64)
-        b_x = load_tile(x, o_n, o_d, N, stride_x, D)
-        b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
+    for i_block in range(i_split, blocks, splits):
+        i_n = i_block * BN
+        o_n = i_n + tl.arange(0, BN).to(tl.int64)
+        b_x = load_operand(x, x_tiles, i_n, 0, o_n, o_d, N, stride_x, D)
+        b_s = similarity(
+            x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION, x_tiles, y_tiles, i_n, i_m
+        )
         if scores is not None:
             store_scores(scores, b_s, x_inverse, y_inverse, o_n, o_m, N, M)
         row_id = load_ids(x_ids, o_n, N, 0, IDS)
         b_cutoff = load_vector(cutoff, o_n, N, 0) if CUT else 0.0
         b_u = b_s * b_scale - b_shift
-        b_u = exclude(b_u, b_s, row_id, col_id, i_m * BM - i_n * BN, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
-        # Zeros loaded outside would be logits of 0. The same for the whole program: only ragged tiles pay.
-        if (i_n * BN + BN > N) | (i_m * BM + BM > M):
-            b_u = tl.where((o_n < N)[:, None] & (o_m < M)[None, :], b_u, OUT)
+        b_u = exclude(b_u, b_s, row_id, col_id, i_m - i_n, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
+        # Zeros loaded outside would be logits of 0. The same for the whole program: only ragged tiles pay. A mask of
+        # the columns alone would be the same in every tile, and be held in registers all the time.
+        if (i_n + BN > N) | (columns < BM):
+            b_columns = tl.where(o_n < N, columns, 0)
+            b_u = tl.where(tl.arange(0, BM)[None, :] < b_columns[:, None], b_u, OUT)
         b_e = tl.exp2(b_u)
         b_pair = tl.sum(tl.reshape(b_e, [BN // 16, 2, 8, BM]), 1) if PAIR_SUM else b_e
         if TRIANGLE:
@@ -185,7 +194,8 @@ def admit(
 
 @triton.jit
 def _safe_sums_fwd_kernel(
-    x, y, x_ids, y_ids, scale, bias, cutoff, term_scale, term_offset, scores, x_inverse, y_inverse, flag, lse, partial,
+    x, y, x_tiles, y_tiles, x_ids, y_ids, scale, bias, cutoff, term_scale, term_offset, scores, x_inverse, y_inverse,
+    flag, lse, partial,
     N, M, stride_x, stride_y, exponent_0, exponent_1, constant_0, constant_1,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, AS_ROWS: tl.constexpr,
     Q: tl.constexpr, TERM: tl.constexpr, MAXIMUM: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr,
@@ -194,17 +204,18 @@ def _safe_sums_fwd_kernel(
     """One block of the owner x against every `splits`-th block of y, into partial (splits, PARTIALS, N).
 
     The owner acts as the sweep's rows or as its columns; bias and term go with the rows. With a flag, and one split, it
-    writes lse (N,) itself, and leaves that to the other kernel while the flag is down.
+    writes lse (N,) itself, and leaves that to the other kernel while the flag is down. x_tiles and y_tiles: x and y as
+    descriptors of tiles, or None.
     """
     if flag is not None:  # noqa: SIM102 (a compile-time and a run-time condition)
         if tl.load(flag) == 0:
             return
-    i_n, i_split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    o_n, o_d = i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
+    i_n, i_split, splits = tl.program_id(0) * BN, tl.program_id(1), tl.num_programs(1)
+    o_n, o_d = i_n + tl.arange(0, BN).to(tl.int64), tl.arange(0, BD)
     b_scale, b_term_scale = tl.load(scale) * LOG2E, 1.0
     if term_scale is not None:
         b_term_scale = tl.load(term_scale)
-    b_x = load_tile(x, o_n, o_d, N, stride_x, D)
+    b_x = load_operand(x, x_tiles, i_n, 0, o_n, o_d, N, stride_x, D)
     own_id = load_ids(x_ids, o_n, N, 0, IDS)
     own_cutoff = load_vector(cutoff, o_n, N, 0) if CUT and AS_ROWS else 0.0
     b_offset = load_vector(term_offset, o_n, N, 0) if SHIFTED else 0.0
@@ -214,8 +225,10 @@ def _safe_sums_fwd_kernel(
     b_largest, b_term = tl.full([BN], OUT, tl.float32), tl.zeros([BN], tl.float32)
     for i_m in range(i_split * BM, M, splits * BM):
         o_m = i_m + tl.arange(0, BM).to(tl.int64)
-        b_y = load_tile(y, o_m, o_d, M, stride_y, D)
-        b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
+        b_y = load_operand(y, y_tiles, i_m, 0, o_m, o_d, M, stride_y, D)
+        b_s = similarity(
+            x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION, x_tiles, y_tiles, i_n, i_m
+        )
         if scores is not None:
             store_scores(scores, b_s, x_inverse, y_inverse, o_n, o_m, N, M)
         str_id = load_ids(y_ids, o_m, M, 1, IDS)
@@ -223,15 +236,15 @@ def _safe_sums_fwd_kernel(
         b_bias = load_vector(bias, o_m, M, 1) * LOG2E if BIASED else 0.0
         if Q > 0:
             b_u = b_s * (b_scale * exponent_0) + b_bias
-            b_u = admit(b_u, b_s, own_id, str_id, i_n * BN, i_m, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
+            b_u = admit(b_u, b_s, own_id, str_id, i_n, i_m, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
             b_max_0, b_sum_0 = running_lse(b_max_0, b_sum_0, b_u)
         if Q > 1:
             b_u = b_s * (b_scale * exponent_1) + b_bias
-            b_u = admit(b_u, b_s, own_id, str_id, i_n * BN, i_m, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
+            b_u = admit(b_u, b_s, own_id, str_id, i_n, i_m, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
             b_max_1, b_sum_1 = running_lse(b_max_1, b_sum_1, b_u)
         if MAXIMUM:
             b_u = admit(
-                b_s * b_scale + b_bias, b_s, own_id, str_id, i_n * BN, i_m, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT
+                b_s * b_scale + b_bias, b_s, own_id, str_id, i_n, i_m, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT
             )
             # tl.max passes over NaN
             b_nan = tl.max((b_u != b_u).to(tl.int32), 1) > 0
@@ -239,7 +252,7 @@ def _safe_sums_fwd_kernel(
             b_largest = tl.maximum(b_largest, b_top, propagate_nan=tl.PropagateNan.ALL)
         if TERM != "":
             b_p = phi(term_base(b_s, TERM) * b_term_scale + b_offset, constant_0, constant_1, TERM)
-            b_p = admit(b_p, b_s, own_id, str_id, i_n * BN, i_m, M, b_cutoff, 0.0, IDS, SAME, DIAGONAL, CUT)
+            b_p = admit(b_p, b_s, own_id, str_id, i_n, i_m, M, b_cutoff, 0.0, IDS, SAME, DIAGONAL, CUT)
             b_term += tl.sum(b_p, 1)
 
     m_n = o_n < N
@@ -322,9 +335,9 @@ def safe_sums_fwd(
         splits = _splits(blocks, streamed, x) if flag is None else 1
         partial = x.new_empty((splits, PARTIALS.value, n), dtype=torch.float32) if flag is None else None
         _safe_sums_fwd_kernel[(blocks, splits)](
-            x, y, x_ids, y_ids, sweep.scale, sweep.bias, sweep.cutoff, sweep.term_scale, sweep.term_offset, *saved,
-            flag, lse, partial, n, m, x.stride(0), y.stride(0), **sweep.scalars(), D=d, **tile.blocks(d), AS_ROWS=rows,
-            **flags, **tile.options(),
+            x, y, tiles_of(x, tile.rows, tile), tiles_of(y, tile.columns, tile), x_ids, y_ids, sweep.scale, sweep.bias,
+            sweep.cutoff, sweep.term_scale, sweep.term_offset, *saved, flag, lse, partial, n, m, x.stride(0),
+            y.stride(0), **sweep.scalars(), D=d, **tile.blocks(d), AS_ROWS=rows, **flags, **tile.options(),
         )  # fmt: skip
         if flag is None:
             _merge_fwd_kernel[(triton.cdiv(n, MERGE_ROWS),)](
@@ -378,13 +391,14 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None, scores: Scor
         col_partial = x.new_empty((splits, m), dtype=torch.float32)
         total = x.new_empty(n, dtype=torch.float32)
         flags = sweep.flags()
+        x_tiles, y_tiles = tiles_of(x, tile.rows, tile), tiles_of(y, tile.columns, tile)
         for first in range(0, blocks, group):
             slots = min(group, blocks - first)
             _sums_fwd_kernel[(slots, splits)](
-                x, y, sweep.x_ids, sweep.y_ids, sweep.scale, sweep.cutoff, *largest, *saved, row_partial,
-                col_partial,
-                first, n, m, x.stride(0), y.stride(0), D=d, **tile.blocks(d), TRIANGLE=triangle, PAIR_SUM=tile.pair_sum,
-                **{name: flags[name] for name in ("IDS", "SAME", "DIAGONAL", "CUT", "PRECISION")}, **tile.options(),
+                x, y, x_tiles, y_tiles, sweep.x_ids, sweep.y_ids, sweep.scale, sweep.cutoff, *largest, *saved,
+                row_partial, col_partial, first, n, m, x.stride(0), y.stride(0), D=d, **tile.blocks(d),
+                TRIANGLE=triangle, PAIR_SUM=tile.pair_sum, **tile.options(),
+                **{name: flags[name] for name in ("IDS", "SAME", "DIAGONAL", "CUT", "PRECISION")},
             )  # fmt: skip
             last = not triangle and first + slots == blocks
             fold_fwd(

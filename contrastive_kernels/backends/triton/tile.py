@@ -46,6 +46,12 @@ def load_tile(p, o_n, o_d, N, stride, D: tl.constexpr):
 
 
 @triton.jit
+def load_operand(p, tiles, i_n, i_d, o_n, o_d, N, stride, D: tl.constexpr):
+    """The tile at row i_n and column i_d by the descriptor `tiles`; where that is None, `load_tile` of o_n and o_d."""
+    return tiles.load([i_n, i_d]) if tiles is not None else load_tile(p, o_n, o_d, N, stride, D)  # [BN, BD]
+
+
+@triton.jit
 def load_vector(p, o_n, N, AXIS: tl.constexpr):
     """Entries o_n of a vector, 0 outside, as a tile operand whose extent is along AXIS.
 
@@ -57,11 +63,13 @@ def load_vector(p, o_n, N, AXIS: tl.constexpr):
 
 @triton.jit
 def similarity(
-    x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr
-):
+    x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
+    x_tiles=None, y_tiles=None, i_n=0, i_m=0,
+):  # fmt: skip
     """s = <x_n, y_m> with float32 accumulation; b_x and b_y are the first BD columns of the two tiles.
 
-    Where these are not all, the loop starts afresh, so that the compiler pipelines all of it and drops the two.
+    Where these are not all, the loop starts afresh, so that the compiler pipelines all of it and drops the two. With
+    descriptors x_tiles and y_tiles it loads by them, from rows i_n and i_m on.
     """
     if D <= BD:
         b_s = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
@@ -69,7 +77,8 @@ def similarity(
         b_s = tl.zeros([b_x.shape[0], b_y.shape[0]], tl.float32)
         for i_d in range(0, D, BD):
             o_d = i_d + tl.arange(0, BD)
-            b_xd, b_yd = load_tile(x, o_n, o_d, N, stride_x, D), load_tile(y, o_m, o_d, M, stride_y, D)
+            b_xd = load_operand(x, x_tiles, i_n, i_d, o_n, o_d, N, stride_x, D)
+            b_yd = load_operand(y, y_tiles, i_m, i_d, o_m, o_d, M, stride_y, D)
             b_s = tl.dot(b_xd, tl.trans(b_yd), b_s, input_precision=PRECISION)
     return b_s  # [BN, BM]
 

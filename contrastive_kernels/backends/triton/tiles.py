@@ -70,11 +70,14 @@ class Tile:
         return dict(num_warps=self.warps, num_stages=self.stages)
 
     def takes_descriptors(self, d: int) -> bool:
-        """Whether whole rows are loaded by a descriptor: up to 34 registers and 136 instructions less at D = 128.
+        """Whether tiles are loaded by descriptors, which need no registers for addresses and masks.
 
-        At D = 256 the same kernels spill with it. The interpreter does as if it could.
+        The forward kernels load all that way: 128 registers instead of 191 for CLIP at D = 128 on sm_90, so that two
+        programs share a multiprocessor. "grad" loads y that way, which spills at D = 256. The interpreter does as if
+        it could.
         """
-        return self.architecture in (90, 100, "interpreter") and self.depth is None and d <= 128
+        gains = d <= 128 if self.kernel in ("grad", "total") else self.kernel != "weights"
+        return gains and self.architecture in (90, 100, "interpreter")
 
     @property
     def pair_sum(self) -> bool:
