@@ -60,7 +60,7 @@ NORM_EPSILON = 1e-12
 class Pairs(NamedTuple):
     """Which pairs are kept; see the top of this file."""
 
-    x_ids: Tensor | None = None  # (N,) int64
+    x_ids: Tensor | None = None  # (N,) int64; int32 those that a loss made itself
     y_ids: Tensor | None = None  # (M,) int64; None for x against itself
     cutoff: Tensor | None = None  # (N,)
     same: bool = False  # keep the pairs with equal ids, not the others

@@ -53,13 +53,18 @@ def argument_type(name: str, dtype: torch.dtype) -> str:
     return "*fp32"
 
 
-def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict, options: dict) -> Binary:
-    """Compile with `constants` (compile-time arguments, and None for absent pointers), sizes multiples of 16."""
-    types = {p.name: "constexpr" if p.name in constants else argument_type(p.name, dtype) for p in kernel.params}
+def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict, options: dict, **types) -> Binary:
+    """Compile with `constants` (compile-time arguments, and None for absent pointers), sizes multiples of 16.
+
+    `types` are those that arguments have instead of `argument_type`.
+    """
+    found = {p.name: "constexpr" if p.name in constants else argument_type(p.name, dtype) for p in kernel.params}
+    types = found | {name: type_ for name, type_ in types.items() if found.get(name, "constexpr") != "constexpr"}
     for name, side in (("x_tiles", "BN"), ("y_tiles", "BM")):
         if types.get(name, "constexpr") != "constexpr":
             types[name] = f"tensordesc<{TYPES[dtype]}[{constants[side]},{constants['BD']}]>"
-    if "dx" in types and types["x_tiles"] != "constexpr":  # a specialized loop: blocks of vectors are descriptors too
+    if "dx" in types and types.get("x_tiles", "constexpr") != "constexpr":
+        # a specialized loop of gradients: blocks of vectors are descriptors too
         for name in ("x_ids", "y_ids", "row_stats", "col_stats"):
             if types[name] != "constexpr":
                 types[name] = f"tensordesc<{types[name].removeprefix('*')}[{constants['BM']}]>"

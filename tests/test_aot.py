@@ -137,9 +137,12 @@ def cases() -> list:
             continue
         epilogues = HEAVY if row.heavy else LIGHT
         if row.kernel == "sums":
-            # ids are what is heavy here; without a heavy row the light one takes them
-            name = "nt_xent" if takes_heavy(row) else "clip"
-            epilogues = {name: LIGHT[name]}
+            # 64-bit ids are what is heavy here; without a heavy row the light one takes them
+            epilogues = {"nt_xent": LIGHT["nt_xent"]}
+            if not takes_heavy(row):
+                epilogues = {"clip": LIGHT["clip"], "nt_xent-int32": LIGHT["nt_xent"]}
+            elif row.architecture == 90:
+                epilogues["clip"] = LIGHT["clip"]
         elif row.kernel == "total":
             demanding = TOTALS if row.architecture == 90 else ("siglip", "distance_hinge")
             epilogues = {name: TOTALS[name] for name in demanding}
@@ -155,6 +158,8 @@ def cases() -> list:
             epilogues = epilogues | OTHERS
         elif row.kernel == "saved_sums":
             epilogues = {"clip-ids": OTHERS["clip-ids"]}
+        elif row.kernel == "saved_weights":
+            epilogues = {"hard_negative-band": HEAVY["hard_negative-band"]}
         if row.kernel == "safe_sums" and row.size == 2 and row.architecture == 90:
             # similarities saved for the backward
             epilogues = epilogues | {f"{name}-saved": flags | dict(SAVED=True) for name, flags in epilogues.items()}
@@ -198,10 +203,11 @@ def binaries():
     jobs = cases()
 
     def build(case):
-        row, _, kernel, constants = case
+        row, name, kernel, constants = case
         dtype = torch.float32 if row.size == 4 else torch.bfloat16
         try:
-            return aot.compile_kernel(kernel, row.architecture, dtype, constants, row.options())
+            ids = dict.fromkeys(("x_ids", "y_ids"), "*i32") if name.endswith("int32") else {}
+            return aot.compile_kernel(kernel, row.architecture, dtype, constants, row.options(), **ids)
         except Exception as error:  # raised by the test that it belongs to
             return error
 

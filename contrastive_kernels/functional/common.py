@@ -145,6 +145,11 @@ def other_views(views: Tensor) -> Tensor:
     return torch.cat([torch.stack(row, 1) for row in others])
 
 
+def sample_ids(ids: Tensor | None, n: int, x: Tensor) -> Tensor:
+    """(n,): the ids of the caller, or one for each sample: of 32 bits, which take half of the registers on a GPU."""
+    return torch.arange(n, dtype=torch.int32, device=x.device) if ids is None else checks.ids("ids", ids, n, x)
+
+
 def per_view(value: float | Tensor | None, n: int, v: int) -> float | Tensor | None:
     """A vector per sample as one per anchor."""
     return value.repeat(v) if isinstance(value, Tensor) and value.shape == (n,) else value

@@ -17,7 +17,14 @@ from contrastive_kernels.functional.candidates import (
     cutoff_from,
     swept,
 )
-from contrastive_kernels.functional.common import ContrastiveStats, check_options, per_view, rows, scale_from
+from contrastive_kernels.functional.common import (
+    ContrastiveStats,
+    check_options,
+    per_view,
+    rows,
+    sample_ids,
+    scale_from,
+)
 from contrastive_kernels.functional.polarization import Polarization
 from contrastive_kernels.functional.totals import kept_counts
 from contrastive_kernels.similarity import row_dot, sweep
@@ -199,7 +206,7 @@ def two_views(
 ) -> TwoViews:
     """The anchors and negatives that NT-Xent has, from checked views; thresholds per sample or per anchor."""
     n = z0.shape[0]
-    ids = torch.arange(n, device=z0.device) if ids is None else checks.ids("ids", ids, n, z0)
+    ids = sample_ids(ids, n, z0)
     views = rows(torch.stack([z0, z1]), normalize, backend)
     similarity = row_dot(*views, backend=backend).repeat(2)
     cutoff, cutoff_margin = (per_view(value, n, 2) for value in (cutoff, cutoff_margin))

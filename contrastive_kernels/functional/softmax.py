@@ -26,6 +26,7 @@ from contrastive_kernels.functional.common import (
     other_views,
     per_view,
     rows,
+    sample_ids,
     scale_from,
     view_major,
 )
@@ -235,7 +236,7 @@ def nt_xent_loss(
         similarity, logits = similarities.mean(1), scale * similarities
         positives = Positives(logits.mean(1), logits.logsumexp(1), logits.sum(1), v - 1)
     cutoff, cutoff_margin = (per_view(value, n, v) for value in (cutoff, cutoff_margin))
-    ids = torch.arange(n, device=views.device) if ids is None else checks.ids("ids", ids, n, views)
+    ids = sample_ids(ids, n, views)
     pairs = Pairs(ids.repeat(v), cutoff=cutoff_from(cutoff, cutoff_margin, similarity))
     directions = swept(views.flatten(0, 1), None, pairs, request)
     factor = 2 if reduction == "sum_directions" else 1

@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.backends.triton import grad, tiles, tune
-from contrastive_kernels.backends.triton.launch import Packed, Scores, Sweep, processors
+from contrastive_kernels.backends.triton.launch import Packed, Scores, Sweep, processors, tiles_of
 from contrastive_kernels.backends.triton.tile import (
     load_columns,
     load_ids,
+    load_operand,
     load_rows,
     load_scores,
-    load_tile,
     similarity,
     term_base,
     tile_grad,
@@ -40,7 +40,7 @@ SHARES = ("scale", "term_scale", "term_offset", "total")
 
 @triton.jit
 def _weights_bwd_kernel(
-    x, y, x_ids, y_ids, scores, x_unit, y_unit, row_stats, col_stats, scale, term_scale, unit,
+    x, y, x_tiles, y_tiles, x_ids, y_ids, scores, x_unit, y_unit, row_stats, col_stats, scale, term_scale, unit,
     g, d_scale, d_term_scale, d_term_offset, total,
     first, last, first_column, M, stride_x, stride_y, stride_g, row_stride, col_stride,
     exponent_0, exponent_1, constant_0, constant_1,
@@ -53,6 +53,7 @@ def _weights_bwd_kernel(
     AS_COLUMNS, as its columns too.
 
     d_scale, d_term_scale, d_term_offset and total are (column blocks, rows of the chunk): shares to be added up.
+    x_tiles and y_tiles, if not None, are x and y as descriptors of tiles.
     """
     blocks_n, blocks_m = tl.cdiv(last - first, BN), tl.cdiv(M - first_column, BM)
     i_tile = tl.program_id(0)
@@ -67,8 +68,12 @@ def _weights_bwd_kernel(
     if scores is not None:
         b_s = load_scores(scores, x_unit, y_unit, o_n, o_m, last, M)
     else:
-        b_x, b_y = load_tile(x, o_n, o_d, last, stride_x, D), load_tile(y, o_m, o_d, M, stride_y, D)
-        b_s = similarity(x, y, b_x, b_y, o_n, o_m, last, M, stride_x, stride_y, D, BD, PRECISION)
+        i_x, i_y = first + i_n * BN, first_column + i_m * BM
+        b_x = load_operand(x, x_tiles, i_x, 0, o_n, o_d, last, stride_x, D)
+        b_y = load_operand(y, y_tiles, i_y, 0, o_m, o_d, M, stride_y, D)
+        b_s = similarity(
+            x, y, b_x, b_y, o_n, o_m, last, M, stride_x, stride_y, D, BD, PRECISION, x_tiles, y_tiles, i_x, i_y
+        )
     b_g, b_soft, _, b_slope, b_value = tile_grad(
         b_s,
         load_rows(row_stats, o_n, row_stride, (0.0, 0.0), 0, Q, TERM, SHIFTED, CUT, False),
@@ -125,8 +130,9 @@ def weights_bwd(
         blocks_n, blocks_m = triton.cdiv(rows, tile.rows), triton.cdiv(m - first_column, tile.columns)
         shares = {name: x.new_empty((blocks_m, rows), dtype=torch.float32) for name in SHARES if name in wanted}
         _weights_bwd_kernel[(blocks_n * blocks_m,)](
-            x, y, sweep.x_ids, sweep.y_ids, *saved, packed.rows, packed.columns, sweep.scale, sweep.term_scale,
-            packed.unit, g, *(shares.get(name) for name in SHARES),
+            x, y, tiles_of(x, tile.rows, tile), tiles_of(y, tile.columns, tile), sweep.x_ids, sweep.y_ids, *saved,
+            packed.rows, packed.columns, sweep.scale, sweep.term_scale, packed.unit,
+            g, *(shares.get(name) for name in SHARES),
             first, first + rows, first_column, m, x.stride(0), y.stride(0), g.stride(0), packed.rows.shape[1],
             packed.columns.shape[1], **sweep.scalars(), D=x.shape[1], **tile.blocks(x.shape[1]), GROUP=GROUP,
             AS_COLUMNS=sweep.self_similarity, **sweep.flags(), **tile.options(),

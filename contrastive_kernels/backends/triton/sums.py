@@ -411,7 +411,8 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None, scores: Scor
         else:
             fold_fwd(col_partial, total, n, reach, lse=col_lse, flag=flag)
 
-    heavy = sweep.x_ids is not None or sweep.cutoff is not None
+    wide_ids = sweep.x_ids is not None and torch.int64 in (sweep.x_ids.dtype, sweep.y_ids.dtype)
+    heavy = wide_ids or sweep.cutoff is not None
     kernel = "sums" if scores is None else "saved_sums"
     tune.run(tiles.pick(kernel, x, heavy), x, launch, square=triangle)
     safe_sums_fwd(sweep, True, row_lse[None], None, None, flag=flag)

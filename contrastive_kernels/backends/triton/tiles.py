@@ -35,8 +35,8 @@ class Tile:
 
     `rows` is the side of the tile along N and `columns` that along M, whatever the two are of. `depth` is how much of D
     is taken at a time, None for all of it. A `heavy` row serves the epilogues that hold more than one pair of vectors
-    per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids. "total" is "grad" where a
-    term's values are added up beside its slopes; "weights" takes its heavy rows for that.
+    per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids of 64 bits. "total" is "grad"
+    where a term's values are added up beside its slopes; "weights" takes its heavy rows for that.
 
     A `specialized` row of "grad" goes before the others where the sweep admits it (see `grad`): D up to 128, light, the
     tile of `specialize`. The table has none: how fast such a loop is, and that it is right, has been seen on no device.
@@ -72,12 +72,13 @@ class Tile:
     def takes_descriptors(self, d: int) -> bool:
         """Whether tiles are loaded by descriptors, which need no registers for addresses and masks.
 
-        The forward kernels load all that way: 128 registers instead of 191 for CLIP at D = 128 on sm_90, so that two
-        programs share a multiprocessor. "grad" loads y that way, which spills at D = 256. The interpreter does as if
-        it could.
+        Most kernels load all that way: 128 registers instead of 191 for the forward of CLIP at D = 128 on sm_90, so
+        that two programs share a multiprocessor. "grad" loads y that way, which spills at D = 256; "saved_weights"
+        loads none. The interpreter does as if it could.
         """
-        gains = d <= 128 if self.kernel in ("grad", "total") else self.kernel != "weights"
-        return gains and self.architecture in (90, 100, "interpreter")
+        if self.kernel == "saved_weights" or (self.kernel in ("grad", "total") and d > 128):
+            return False
+        return self.architecture in (90, 100, "interpreter")
 
     @property
     def pair_sum(self) -> bool:
