@@ -4,7 +4,8 @@ Notation: ``s_ij = <x_i, y_j>`` (float32 accumulation; float64 for float64 input
 A pair (i, j) is *kept* when every condition that was supplied holds:
 
 - ids: ``x_ids[i] != y_ids[j]``; with ``same`` instead ``x_ids[i] == y_ids[j]``;
-- diagonal: ``i != j`` with ``exclude_diagonal``;
+- diagonal: ``i != j`` with ``exclude_diagonal``; where that is V > 1, x holds V views of N / V samples, view after
+  view, and the views of one sample are dropped, ``i = j`` modulo N / V (y None, no ids; not in C++);
 - cutoff: ``not (s_ij > cutoff[i])``, so that a NaN similarity is kept and survives.
 
 Statistics of the forward sweep (an empty tensor where not asked for):
@@ -60,11 +61,11 @@ NORM_EPSILON = 1e-12
 class Pairs(NamedTuple):
     """Which pairs are kept; see the top of this file."""
 
-    x_ids: Tensor | None = None  # (N,) int64; int32 those that a loss made itself
+    x_ids: Tensor | None = None  # (N,) int64
     y_ids: Tensor | None = None  # (M,) int64; None for x against itself
     cutoff: Tensor | None = None  # (N,)
     same: bool = False  # keep the pairs with equal ids, not the others
-    exclude_diagonal: bool = False  # drop i == j
+    exclude_diagonal: int = 0  # 1: drop i == j; V: the pairs of a sample's V views
 
 
 ALL_PAIRS = Pairs()
@@ -213,7 +214,7 @@ INPUTS = (
     "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? cutoff, "
     "Tensor? term_scale, Tensor? term_offset"
 )
-DESCRIPTION = "float[] exponents, bool columns, str term, float[] constants, bool same, bool exclude_diagonal"
+DESCRIPTION = "float[] exponents, bool columns, str term, float[] constants, bool same, int exclude_diagonal"
 FORWARD_SCHEMA = (
     f"({INPUTS}, {DESCRIPTION}, bool maximum, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )

@@ -53,13 +53,9 @@ def argument_type(name: str, dtype: torch.dtype) -> str:
     return "*fp32"
 
 
-def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict, options: dict, **types) -> Binary:
-    """Compile with `constants` (compile-time arguments, and None for absent pointers), sizes multiples of 16.
-
-    `types` are those that arguments have instead of `argument_type`.
-    """
-    found = {p.name: "constexpr" if p.name in constants else argument_type(p.name, dtype) for p in kernel.params}
-    types = found | {name: type_ for name, type_ in types.items() if found.get(name, "constexpr") != "constexpr"}
+def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict, options: dict) -> Binary:
+    """Compile with `constants` (compile-time arguments, and None for absent pointers), sizes multiples of 16."""
+    types = {p.name: "constexpr" if p.name in constants else argument_type(p.name, dtype) for p in kernel.params}
     for name, side in (("x_tiles", "BN"), ("y_tiles", "BM")):
         if types.get(name, "constexpr") != "constexpr":
             types[name] = f"tensordesc<{TYPES[dtype]}[{constants[side]},{constants['BD']}]>"

@@ -24,34 +24,35 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     from contrastive_kernels.backends.triton import chunk, grad, launch, rows, sums, tile, tiles, views
 
 PLAIN = dict(Q=1, COLUMNS=False, TERM="", BIASED=False, SHIFTED=False)
-PLAIN |= dict(IDS=False, SAME=False, DIAGONAL=False, CUT=False, symmetric=False, SAVED=False)
+PLAIN |= dict(IDS=False, SAME=False, DIAGONAL=0, CUT=False, symmetric=False, SAVED=False)
 # The epilogues that the losses ask for, those light and heavy on registers apart.
 LIGHT = {
-    "clip": dict(COLUMNS=True, DIAGONAL=True),
-    "nt_xent": dict(IDS=True, symmetric=True),
+    "clip": dict(COLUMNS=True, DIAGONAL=1),
+    "nt_xent": dict(DIAGONAL=2, symmetric=True),
+    "ids": dict(IDS=True, symmetric=True),
     "siglip": dict(Q=0, TERM="softplus", SHIFTED=True),
 }
 HEAVY = {
     "hard_negative-band": dict(Q=2, IDS=True, symmetric=True, TERM="band"),
-    "info_nce-columns-band": dict(COLUMNS=True, IDS=True, DIAGONAL=True, TERM="band"),
+    "info_nce-columns-band": dict(COLUMNS=True, IDS=True, DIAGONAL=1, TERM="band"),
     "cutoff": dict(IDS=True, CUT=True),
     "bias": dict(IDS=True, symmetric=True, BIASED=True),
-    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONAL=True),
+    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONAL=1),
 }
 # Terms that are added up in the sweep of their gradients.
 TOTALS = {
-    "siglip": dict(Q=0, TERM="softplus", SHIFTED=True, DIAGONAL=True),
-    "band": dict(Q=0, TERM="band", IDS=True, DIAGONAL=True, symmetric=True),
-    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONAL=True),
-    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONAL=True),
+    "siglip": dict(Q=0, TERM="softplus", SHIFTED=True, DIAGONAL=1),
+    "band": dict(Q=0, TERM="band", IDS=True, DIAGONAL=1, symmetric=True),
+    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONAL=1),
+    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONAL=1),
 }
 # The rest of the flags, on one architecture.
 OTHERS = {
     "rows": {},
     "columns-alone": dict(Q=0, COLUMNS=True),
-    "same": dict(IDS=True, SAME=True, DIAGONAL=True, symmetric=True),
+    "same": dict(IDS=True, SAME=True, DIAGONAL=1, symmetric=True),
     "clip-ids": dict(COLUMNS=True, IDS=True),
-    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONAL=True),
+    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONAL=1),
     # Not identity and count, whose weights do not depend on S: the one product left is serialized. Slow, not wrong.
     **{term: dict(Q=0, TERM=term, IDS=True) for term in ("square", "hinge", "gaussian")},
 }
@@ -59,11 +60,12 @@ OTHERS = {
 SPECIALIZED = {
     "clip": LIGHT["clip"],
     "nt_xent": LIGHT["nt_xent"],
+    "ids": LIGHT["ids"],
     "clip-ids": OTHERS["clip-ids"],
     "rows": {},
     "same": OTHERS["same"],
     "softplus": dict(Q=0, TERM="softplus"),
-    "student": dict(Q=0, TERM="student", IDS=True, DIAGONAL=True, symmetric=True),
+    "student": dict(Q=0, TERM="student", IDS=True, DIAGONAL=1, symmetric=True),
 }
 SPECIALIZED_WARPS = 12
 ARCHITECTURES = (80, 90, 100, "gfx942")
@@ -137,18 +139,17 @@ def cases() -> list:
             continue
         epilogues = HEAVY if row.heavy else LIGHT
         if row.kernel == "sums":
-            # 64-bit ids are what is heavy here; without a heavy row the light one takes them
-            epilogues = {"nt_xent": LIGHT["nt_xent"]}
-            if not takes_heavy(row):
-                epilogues = {"clip": LIGHT["clip"], "nt_xent-int32": LIGHT["nt_xent"]}
-            elif row.architecture == 90:
-                epilogues["clip"] = LIGHT["clip"]
+            # ids are what is heavy here; without a heavy row the light one takes them
+            demanding = ("ids",) if takes_heavy(row) and row.architecture != 90 else ("clip", "nt_xent")
+            if row.architecture == 90:
+                demanding += ("ids",)
+            epilogues = {name: LIGHT[name] for name in demanding}
         elif row.kernel == "total":
             demanding = TOTALS if row.architecture == 90 else ("siglip", "distance_hinge")
             epilogues = {name: TOTALS[name] for name in demanding}
         elif (row.kernel, row.architecture) != ("grad", 90) and os.environ.get(EVERYTHING) is None:
             # The most demanding of them; all where tuning begins.
-            demanding = "hard_negative-band" if row.heavy else "nt_xent"
+            demanding = "hard_negative-band" if row.heavy else "ids"
             epilogues = {demanding: epilogues[demanding]}
         if row.kernel not in ("sums", "saved_sums", "total") and takes_heavy(row):
             epilogues = epilogues | {"hard_negative-band": HEAVY["hard_negative-band"]}
@@ -203,11 +204,10 @@ def binaries():
     jobs = cases()
 
     def build(case):
-        row, name, kernel, constants = case
+        row, _, kernel, constants = case
         dtype = torch.float32 if row.size == 4 else torch.bfloat16
         try:
-            ids = dict.fromkeys(("x_ids", "y_ids"), "*i32") if name.endswith("int32") else {}
-            return aot.compile_kernel(kernel, row.architecture, dtype, constants, row.options(), **ids)
+            return aot.compile_kernel(kernel, row.architecture, dtype, constants, row.options())
         except Exception as error:  # raised by the test that it belongs to
             return error
 

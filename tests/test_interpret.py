@@ -68,7 +68,7 @@ class Case:
     maximum: bool = False
     ids: bool = False
     same: bool = False
-    exclude_diagonal: bool = False
+    exclude_diagonal: int = 0
     bias: bool = False
     cutoff: bool = False
     term: str = ""
@@ -95,10 +95,15 @@ CASES = {
     "self": Case(self_similarity=True),
     "self-columns": Case(self_similarity=True, columns=True),
     "self-ids": Case(self_similarity=True, ids=True),
-    "self-same": Case(self_similarity=True, ids=True, same=True, exclude_diagonal=True),
-    "self-diagonal": Case(self_similarity=True, exclude_diagonal=True),
-    "columns-diagonal": Case(columns=True, exclude_diagonal=True),
-    "ids-diagonal": Case(ids=True, exclude_diagonal=True),
+    "self-same": Case(self_similarity=True, ids=True, same=True, exclude_diagonal=1),
+    "self-diagonal": Case(self_similarity=True, exclude_diagonal=1),
+    "self-views": Case(self_similarity=True, exclude_diagonal=2),
+    "self-views-cutoff": Case(self_similarity=True, exclude_diagonal=3, cutoff=True, maximum=True),
+    "self-views-band": Case(
+        self_similarity=True, exclude_diagonal=4, term="band", constants=(0.3, 0.6), exponents=(2.0, 1.0)
+    ),
+    "columns-diagonal": Case(columns=True, exclude_diagonal=1),
+    "ids-diagonal": Case(ids=True, exclude_diagonal=1),
     "same-columns": Case(ids=True, same=True, columns=True),
     "exponents": Case(exponents=(2.0, 1.0)),
     "self-exponents-ids": Case(self_similarity=True, exponents=(1.5, 0.5), ids=True),
@@ -115,16 +120,16 @@ CASES = {
     "self-softplus": Case(term="softplus", self_similarity=True, term_scale=3.0, term_offset=True),
     # scales at which some of the hinges are open
     "distance_hinge": Case(
-        term="distance_hinge", exponents=(), term_scale=0.3, term_offset=True, exclude_diagonal=True
+        term="distance_hinge", exponents=(), term_scale=0.3, term_offset=True, exclude_diagonal=1
     ),
     "self-distance_hinge-soft": Case(
-        term="distance_hinge", self_similarity=True, term_scale=0.3, term_offset=True, exclude_diagonal=True
+        term="distance_hinge", self_similarity=True, term_scale=0.3, term_offset=True, exclude_diagonal=1
     ),
     "student": Case(term="student", constants=(3.0,), exponents=(), term_scale=-2.0, term_offset=True),
     "self-student-ids": Case(term="student", constants=(0.75,), exponents=(), self_similarity=True, ids=True),
     "everything": Case(
         term="softplus", term_scale=-2.0, term_offset=True, self_similarity=True, exponents=(2.0, 1.0), bias=True,
-        cutoff=True, ids=True, same=True, exclude_diagonal=True, maximum=True,
+        cutoff=True, ids=True, same=True, exclude_diagonal=1, maximum=True,
     ),
 } | {
     f"{term}-alone": Case(exponents=(), term=term, constants=constants, term_scale=1.5, term_offset=True)
@@ -134,6 +139,7 @@ CASES = {
 
 def inputs(case: Case, n: int, m: int, d: int, dtype: torch.dtype) -> tuple:
     """x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset."""
+    n -= n % max(1, case.exclude_diagonal)  # whole views
     m = n if case.self_similarity else m
     generator = torch.Generator().manual_seed(n + m + d)
 
@@ -172,7 +178,8 @@ def dense(case: Case, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_
         equal = x_ids[:, None] == y_ids[None, :]
         kept = equal if case.same else ~equal
     if case.exclude_diagonal:
-        kept = kept & ~torch.eye(*s.shape, dtype=torch.bool, device=x.device)
+        place = torch.arange(max(s.shape), device=x.device) % (max(s.shape) // case.exclude_diagonal)
+        kept = kept & (place[: len(x), None] != place[: len(y)])
     if case.cutoff:
         kept = kept & ~(s.detach() > cutoff[:, None])
     biases = 0.0 if bias is None else bias

@@ -107,7 +107,7 @@ def dense_nt_xent(x, y, scale):
 CASES = {
     "clip": (41, lambda x, y, scale: ck.clip_loss(x, y, scale, normalize=True, backend="triton"), dense_clip),
     "info_nce": (31, lambda x, y, scale: ck.info_nce_loss(x, y, logit_scale=scale, backend="triton"), dense_info_nce),
-    "nt_xent": (39, lambda x, y, scale: ck.nt_xent_loss(x, y, logit_scale=scale, backend="triton"), dense_nt_xent),
+    "nt_xent": (37, lambda x, y, scale: ck.nt_xent_loss(x, y, logit_scale=scale, backend="triton"), dense_nt_xent),
 }
 
 

@@ -78,6 +78,8 @@ class _Scores:
             dropped = ~dropped if self.same else dropped
         if self.exclude_diagonal:
             index = torch.arange(max(self.n, self.m), device=s.device)
+            if self.exclude_diagonal > 1:
+                index = index % (self.n // self.exclude_diagonal)
             diagonal = index[rows, None] == index[None, : self.m]
             dropped = diagonal if dropped is None else dropped | diagonal
         if self.cutoff is not None:

@@ -15,7 +15,7 @@ from contrastive_kernels.backends import choose_backend
 from contrastive_kernels.backends import torch as torch_backend
 from contrastive_kernels.operators import operator
 from contrastive_kernels.similarity import autocast, row_dot
-from contrastive_kernels.sweep import compute_dtype
+from contrastive_kernels.sweep import Pairs, compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -145,9 +145,9 @@ def other_views(views: Tensor) -> Tensor:
     return torch.cat([torch.stack(row, 1) for row in others])
 
 
-def sample_ids(ids: Tensor | None, n: int, x: Tensor) -> Tensor:
-    """(n,): the ids of the caller, or one for each sample: of 32 bits, which take half of the registers on a GPU."""
-    return torch.arange(n, dtype=torch.int32, device=x.device) if ids is None else checks.ids("ids", ids, n, x)
+def other_samples(ids: Tensor | None, n: int, v: int, x: Tensor) -> Pairs:
+    """Of V views of n samples, view after view: the pairs of different samples, or of different ids."""
+    return Pairs(exclude_diagonal=v) if ids is None else Pairs(checks.ids("ids", ids, n, x).repeat(v))
 
 
 def per_view(value: float | Tensor | None, n: int, v: int) -> float | Tensor | None:

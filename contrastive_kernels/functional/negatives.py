@@ -20,9 +20,9 @@ from contrastive_kernels.functional.candidates import (
 from contrastive_kernels.functional.common import (
     ContrastiveStats,
     check_options,
+    other_samples,
     per_view,
     rows,
-    sample_ids,
     scale_from,
 )
 from contrastive_kernels.functional.polarization import Polarization
@@ -206,11 +206,10 @@ def two_views(
 ) -> TwoViews:
     """The anchors and negatives that NT-Xent has, from checked views; thresholds per sample or per anchor."""
     n = z0.shape[0]
-    ids = sample_ids(ids, n, z0)
     views = rows(torch.stack([z0, z1]), normalize, backend)
     similarity = row_dot(*views, backend=backend).repeat(2)
     cutoff, cutoff_margin = (per_view(value, n, 2) for value in (cutoff, cutoff_margin))
-    pairs = Pairs(ids.repeat(2), cutoff=cutoff_from(cutoff, cutoff_margin, similarity))
+    pairs = other_samples(ids, n, 2, z0)._replace(cutoff=cutoff_from(cutoff, cutoff_margin, similarity))
     return TwoViews(views.flatten(0, 1), similarity, pairs)
 
 

@@ -22,7 +22,6 @@ from contrastive_kernels.functional.common import (
     other_views,
     poison,
     rows,
-    sample_ids,
     scale_from,
     view_major,
 )
@@ -200,7 +199,7 @@ def false_negative_loss(
         check_count("top_k", top_k)
     scale = scale_from(temperature, logit_scale, views, default=0.5)
     request = Request(scale, label_smoothing, None, return_stats, backend)
-    ids = sample_ids(ids, n, views)
+    ids = torch.arange(n, device=views.device) if ids is None else checks.ids("ids", ids, n, views)
     ids = ids.repeat(v)
     if threshold is not None:
         threshold = checks.per_row("threshold", threshold, views.flatten(0, 1)).detach()

@@ -23,10 +23,10 @@ from contrastive_kernels.functional.common import (
     REDUCTIONS,
     ContrastiveStats,
     check_options,
+    other_samples,
     other_views,
     per_view,
     rows,
-    sample_ids,
     scale_from,
     view_major,
 )
@@ -236,8 +236,7 @@ def nt_xent_loss(
         similarity, logits = similarities.mean(1), scale * similarities
         positives = Positives(logits.mean(1), logits.logsumexp(1), logits.sum(1), v - 1)
     cutoff, cutoff_margin = (per_view(value, n, v) for value in (cutoff, cutoff_margin))
-    ids = sample_ids(ids, n, views)
-    pairs = Pairs(ids.repeat(v), cutoff=cutoff_from(cutoff, cutoff_margin, similarity))
+    pairs = other_samples(ids, n, v, views)._replace(cutoff=cutoff_from(cutoff, cutoff_margin, similarity))
     directions = swept(views.flatten(0, 1), None, pairs, request)
     factor = 2 if reduction == "sum_directions" else 1
     out = candidate_loss(directions, positives, request, weight=weight, reduction="mean" if factor == 2 else reduction)

@@ -20,7 +20,8 @@ def kept_counts(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None =
         slot, own, known = _class_slots(pairs.x_ids, y_ids)
         counts = counts - known * counts.new_zeros(y.shape[0]).index_add(0, slot, counts.new_ones(y.shape[0]))[own]
     if pairs.exclude_diagonal:
-        counts = counts - (1 if y_ids is None else (pairs.x_ids != y_ids[: x.shape[0]]).to(counts.dtype))
+        dropped = int(pairs.exclude_diagonal)
+        counts = counts - (dropped if y_ids is None else (pairs.x_ids != y_ids[: x.shape[0]]).to(counts.dtype))
     return counts
 
 
@@ -35,7 +36,8 @@ def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = N
         slot, own, known = _class_slots(pairs.x_ids, y_ids)
         total = total - known[:, None] * torch.zeros_like(wide).index_add(0, slot, wide)[own]
     if pairs.exclude_diagonal:
-        own_column = wide[: x.shape[0]]
+        v = pairs.exclude_diagonal
+        own_column = wide[: x.shape[0]] if v == 1 else wide.unflatten(0, (v, -1)).sum(0).repeat(v, 1)
         total = total - (own_column if y_ids is None else (pairs.x_ids != y_ids[: x.shape[0]])[:, None] * own_column)
     return row_dot(x, total)
 

@@ -44,7 +44,7 @@ class Sweep:
     term: str
     constants: tuple[float, ...]
     same: bool
-    exclude_diagonal: bool
+    exclude_diagonal: int
     self_similarity: bool
 
     @classmethod

@@ -112,7 +112,7 @@ def _sums_fwd_kernel(
         row_id = load_ids(x_ids, o_n, N, 0, IDS)
         b_cutoff = load_vector(cutoff, o_n, N, 0) if CUT else 0.0
         b_u = b_s * b_scale - b_shift
-        b_u = exclude(b_u, b_s, row_id, col_id, i_m - i_n, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
+        b_u = exclude(b_u, b_s, row_id, col_id, i_m - i_n, M, b_cutoff, OUT, IDS, SAME, DIAGONAL, CUT)
         # Zeros loaded outside would be logits of 0. The same for the whole program: only ragged tiles pay. A mask of
         # the columns alone would be the same in every tile, and be held in registers all the time.
         if (i_n + BN > N) | (columns < BM):
@@ -186,7 +186,7 @@ def admit(
 ):  # fmt: skip
     """`exclude`, and FILL beyond the last streamed element."""
     o_m = i_m + tl.arange(0, b_v.shape[1]).to(tl.int64)
-    b_v = exclude(b_v, b_s, own_id, str_id, i_m - i_n, cutoff, FILL, IDS, SAME, DIAGONAL, CUT)
+    b_v = exclude(b_v, b_s, own_id, str_id, i_m - i_n, M, cutoff, FILL, IDS, SAME, DIAGONAL, CUT)
     if i_m + b_v.shape[1] > M:
         b_v = tl.where(o_m[None, :] < M, b_v, FILL)
     return b_v
@@ -411,8 +411,7 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None, scores: Scor
         else:
             fold_fwd(col_partial, total, n, reach, lse=col_lse, flag=flag)
 
-    wide_ids = sweep.x_ids is not None and torch.int64 in (sweep.x_ids.dtype, sweep.y_ids.dtype)
-    heavy = wide_ids or sweep.cutoff is not None
+    heavy = sweep.x_ids is not None or sweep.cutoff is not None
     kernel = "sums" if scores is None else "saved_sums"
     tune.run(tiles.pick(kernel, x, heavy), x, launch, square=triangle)
     safe_sums_fwd(sweep, True, row_lse[None], None, None, flag=flag)

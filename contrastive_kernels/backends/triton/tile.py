@@ -110,21 +110,29 @@ def load_scores(scores, x_unit, y_unit, o_n, o_m, N, M):
 
 @triton.jit
 def exclude(
-    b_v, b_s, own_id, str_id, ahead, cutoff, FILL: tl.constexpr,
+    b_v, b_s, own_id, str_id, ahead, M, cutoff, FILL: tl.constexpr,
     IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
     SPECIALIZED: tl.constexpr = False,
 ):  # fmt: skip
     """b_v with FILL at every dropped pair: a select, so that nothing of a dropped pair survives, not even NaN.
 
-    `ahead` is how far the first streamed element is ahead of the owner's first. A SPECIALIZED loop admits no branch.
+    `ahead` is how far the first streamed element is ahead of the owner's first. DIAGONAL views of M / DIAGONAL samples
+    have as many diagonals on either side. A SPECIALIZED loop admits no branch.
     """
     if IDS:
         m_kept = own_id == str_id if SAME else own_id != str_id
         b_v = tl.where(m_kept, b_v, FILL)
-    if DIAGONAL:  # noqa: SIM102 (a compile-time and a run-time condition)
-        # the same for the whole program: only tiles on the diagonal pay
-        if SPECIALIZED or (ahead < b_v.shape[0]) & (ahead > -b_v.shape[1]):
-            m_kept = tl.arange(0, b_v.shape[0])[:, None] != tl.arange(0, b_v.shape[1])[None, :] + ahead.to(tl.int32)
+    if DIAGONAL:
+        # the same for the whole program: only tiles on a diagonal pay
+        near = False
+        for k in tl.static_range(2 * DIAGONAL - 1):
+            i_k = ahead + (k + 1 - DIAGONAL) * (M // DIAGONAL)
+            near = near | ((i_k < b_v.shape[0]) & (i_k > -b_v.shape[1]))
+        if SPECIALIZED or near:
+            o_n, o_m = tl.arange(0, b_v.shape[0])[:, None], tl.arange(0, b_v.shape[1])[None, :] + ahead.to(tl.int32)
+            m_kept = o_n != o_m
+            for k in tl.static_range(1, DIAGONAL):
+                m_kept = m_kept & (o_n != o_m + k * (M // DIAGONAL)) & (o_n != o_m - k * (M // DIAGONAL))
             b_v = tl.where(m_kept, b_v, FILL)
     if CUT:
         # not `s <= cutoff`: a NaN similarity is kept
@@ -354,7 +362,7 @@ def load_columns(
 
 @triton.jit
 def pair_grad(
-    b_s, rows, cols, own_id, str_id, ahead,
+    b_s, rows, cols, own_id, str_id, ahead, M,
     b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
     Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr,
     IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr, SPECIALIZED: tl.constexpr,
@@ -373,7 +381,7 @@ def pair_grad(
         b_u = b_s * (b_scale * LOG2E * exponent_0)
         if BIASED:
             b_u += bias
-        b_u = exclude(b_u, b_s, own_id, str_id, ahead, cutoff, OUT, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
+        b_u = exclude(b_u, b_s, own_id, str_id, ahead, M, cutoff, OUT, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
     if Q > 0:
         b_e = tl.exp2(b_u - lse_0)
         b_soft, b_prob = b_e * (grad_0 * exponent_0), b_e * grad_0
@@ -381,7 +389,7 @@ def pair_grad(
         b_v = b_s * (b_scale * LOG2E * exponent_1)
         if BIASED:
             b_v += bias
-        b_v = exclude(b_v, b_s, own_id, str_id, ahead, cutoff, OUT, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
+        b_v = exclude(b_v, b_s, own_id, str_id, ahead, M, cutoff, OUT, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
         b_e = tl.exp2(b_v - lse_1)
         b_soft, b_prob = b_soft + b_e * (grad_1 * exponent_1), b_prob + b_e * grad_1
     if COLUMNS:
@@ -392,9 +400,9 @@ def pair_grad(
         if SHIFTED:
             b_v += offset
         b_slope = phi_grad(b_v, constant_0, constant_1, TERM) * grad_sum
-        b_slope = exclude(b_slope, b_s, own_id, str_id, ahead, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
+        b_slope = exclude(b_slope, b_s, own_id, str_id, ahead, M, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
         b_value = phi(b_v, constant_0, constant_1, TERM) * grad_sum
-        b_value = exclude(b_value, b_s, own_id, str_id, ahead, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
+        b_value = exclude(b_value, b_s, own_id, str_id, ahead, M, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
     return b_soft, b_prob, b_slope, b_value
 
 
@@ -423,7 +431,7 @@ def tile_grad(
     if AS_COLUMNS:
         str_rows = load_rows(row_stats, o_str, row_stride, centers, 1, Q, TERM, SHIFTED, CUT, FACTORED)
         b_soft, b_prob, b_slope, b_value = pair_grad(
-            b_s, str_rows, own_cols, own_id, str_id, ahead,
+            b_s, str_rows, own_cols, own_id, str_id, ahead, M,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
             Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, SPECIALIZED,
         )  # fmt: skip
@@ -431,7 +439,7 @@ def tile_grad(
     if AS_ROWS:
         str_cols = load_columns(col_stats, o_str, col_stride, centers, 1, COLUMNS, BIASED, FACTORED)
         b_soft, b_row_prob, b_slope, b_value = pair_grad(
-            b_s, own_rows, str_cols, own_id, str_id, ahead,
+            b_s, own_rows, str_cols, own_id, str_id, ahead, M,
             b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
             Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, SPECIALIZED,
         )  # fmt: skip

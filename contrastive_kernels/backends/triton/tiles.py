@@ -35,8 +35,8 @@ class Tile:
 
     `rows` is the side of the tile along N and `columns` that along M, whatever the two are of. `depth` is how much of D
     is taken at a time, None for all of it. A `heavy` row serves the epilogues that hold more than one pair of vectors
-    per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids of 64 bits. "total" is "grad"
-    where a term's values are added up beside its slopes; "weights" takes its heavy rows for that.
+    per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids. "total" is "grad" where a
+    term's values are added up beside its slopes; "weights" takes its heavy rows for that.
 
     A `specialized` row of "grad" goes before the others where the sweep admits it (see `grad`): D up to 128, light, the
     tile of `specialize`. The table has none: how fast such a loop is, and that it is right, has been seen on no device.
