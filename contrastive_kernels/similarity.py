@@ -141,9 +141,6 @@ def _arguments(x, y, pairs, scale, bias, exponents, columns, term, backend) -> t
     if y_ids is not None and y_ids is x_ids and torch.compiler.is_compiling():
         y_ids = y_ids.clone()  # Dynamo refuses the same tensor twice among the inputs of a Function
     backend = choose_backend(x, backend)
-    if backend == "cpp" and exclude_diagonal > 1:
-        # it finds tiles without equal ids by itself
-        x_ids, exclude_diagonal = torch.arange(len(x) // exclude_diagonal).repeat(exclude_diagonal), 0
     term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
     if term_offset is not None:
         term_offset = _as_tensor(term_offset, x, dtype).expand(x.shape[0])

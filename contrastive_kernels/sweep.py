@@ -5,7 +5,7 @@ A pair (i, j) is *kept* when every condition that was supplied holds:
 
 - ids: ``x_ids[i] != y_ids[j]``; with ``same`` instead ``x_ids[i] == y_ids[j]``;
 - diagonal: ``i != j`` with ``exclude_diagonal``; where that is V > 1, x holds V views of N / V samples, view after
-  view, and the views of one sample are dropped, ``i = j`` modulo N / V (y None, no ids; not in C++);
+  view, and the views of one sample are dropped, ``i = j`` modulo N / V (y None);
 - cutoff: ``not (s_ij > cutoff[i])``, so that a NaN similarity is kept and survives.
 
 Statistics of the forward sweep (an empty tensor where not asked for):

@@ -10,7 +10,7 @@
 #define INPUTS                                                                                                \
   "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? cutoff, "           \
   "Tensor? term_scale, Tensor? term_offset, float[] exponents, bool columns, str term, float[] constants, "   \
-  "bool same, bool exclude_diagonal, "
+  "bool same, int exclude_diagonal, "
 
 namespace contrastive_kernels {
 namespace {
@@ -20,7 +20,7 @@ using Numbers = at::ArrayRef<double>;
 Outputs cpp_forward(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale, const OptionalTensor& bias,
                     const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& cutoff,
                     const OptionalTensor& term_scale, const OptionalTensor& term_offset, Numbers exponents,
-                    bool columns, std::string_view term, Numbers constants, bool same, bool exclude_diagonal,
+                    bool columns, std::string_view term, Numbers constants, bool same, int64_t exclude_diagonal,
                     bool maximum, bool keep) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   return forward({x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
@@ -32,7 +32,7 @@ Gradients cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_co
                        const OptionalTensor& y, const at::Tensor& scale, const OptionalTensor& bias,
                        const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& cutoff,
                        const OptionalTensor& term_scale, const OptionalTensor& term_offset, Numbers exponents,
-                       bool columns, std::string_view term, Numbers constants, bool same, bool exclude_diagonal,
+                       bool columns, std::string_view term, Numbers constants, bool same, int64_t exclude_diagonal,
                        c10::List<bool> needs, const OptionalTensor& scores) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   std::array<bool, 7> wanted;

@@ -73,6 +73,9 @@ void check(const Inputs& in, const Description& description) {
   contrastive_kernels::check(in);
   TORCH_CHECK_VALUE(!description.columns || (!in.bias && description.exponents.size() <= 1),
                     "columns cannot be combined with bias or several exponents");
+  const int64_t views = description.exclude_diagonal;
+  TORCH_CHECK_VALUE(0 <= views && (views <= 1 || (!in.y && in.x.size(0) % views == 0)),
+                    "exclude_diagonal ", views, " must be 0, 1 or the number of views in x, which has no y then");
 }
 
 // One call: the inputs as the tile functions take them, the schedule, and a workspace for each thread.
@@ -98,6 +101,7 @@ class Sweep {
     rules_.cutoff = hold<T>(in.cutoff);
     rules_.same = description.same;
     rules_.exclude_diagonal = description.exclude_diagonal;
+    rules_.samples = n() / std::max<int64_t>(1, description.exclude_diagonal);
     rules_.term = term_named(description.term);
     rules_.term_scale = in.term_scale ? static_cast<T>(in.term_scale->item<double>()) : T(1);
     rules_.term_offset = hold<T>(in.term_offset);
@@ -170,11 +174,19 @@ class Sweep {
         const bool ids_meet = rules_.x_ids && may_be_equal(rows, cols);
         if (rules_.x_ids && rules_.same && !ids_meet) return;
         scores(rows, cols, work_[slot].scores);
-        const bool masked = ids_meet || rules_.cutoff || (rules_.exclude_diagonal && rows.overlaps(cols));
+        const bool masked = ids_meet || rules_.cutoff || on_diagonal(rows, cols);
         f(Tile<T>{work_[slot].scores, rows, cols, masked}, diagonal, slot);
       });
       products.end_block();
     });
+  }
+
+  bool on_diagonal(Range rows, Range cols) const {
+    for (int64_t k = 1 - rules_.exclude_diagonal; k < rules_.exclude_diagonal; ++k) {
+      const int64_t offset = k * rules_.samples;
+      if (Range{rows.begin + offset, rows.end + offset}.overlaps(cols)) return true;
+    }
+    return false;
   }
 
   // Ids in order, or nearly, are the usual case: then few tiles need a mask.

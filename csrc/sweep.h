@@ -25,7 +25,9 @@ struct Description {
   bool columns;
   std::string_view term;
   std::vector<double> constants;
-  bool same, exclude_diagonal;
+  bool same;
+  // 1: not the pairs (i, i); V: x holds V views of its samples, and the pairs of one sample are dropped.
+  int64_t exclude_diagonal;
 };
 
 // row_lse, col_lse, row_sum, row_max, col_max, scores.

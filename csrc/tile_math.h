@@ -34,7 +34,9 @@ struct Rules {
   const int64_t* x_ids;
   const int64_t* y_ids;
   const T* cutoff;
-  bool same, exclude_diagonal;
+  bool same;
+  // As many diagonals on either side, the main one among them, are dropped; they are `samples` apart.
+  int64_t exclude_diagonal = 0, samples = 0;
   Term term;
   T term_scale;
   const T* term_offset;

@@ -45,7 +45,7 @@ class Case:
     maximum: bool = False
     ids: int = 0  # how many different ones
     same: bool = False
-    exclude_diagonal: bool = False
+    exclude_diagonal: int = 0
     bias: bool = False
     cutoff: bool = False
     term: str = ""
@@ -104,7 +104,8 @@ def dense(case: Case, inputs: list[torch.Tensor | None]) -> sweep.Statistics:
         equal = x_ids[:, None] == (x_ids if y is None else y_ids)[None, :]
         kept = equal if case.same else ~equal
     if case.exclude_diagonal:
-        kept = kept & ~torch.eye(*s.shape, dtype=torch.bool)
+        place = torch.arange(max(s.shape)) % (max(s.shape) // case.exclude_diagonal)
+        kept = kept & (place[: len(x), None] != place[: s.shape[1]])
     if cutoff is not None:
         kept = kept & ~(s > cutoff[:, None])
     offset = 0 if bias is None else bias
@@ -201,16 +202,18 @@ SWITCHES = [
     Case(temperature=-0.1, columns=True),
     SELF,
     replace(SELF, ids=100, maximum=True),
-    replace(SELF, ids=4, same=True, exclude_diagonal=True),
-    replace(SELF, exclude_diagonal=True, maximum=True),
-    Case(n=700, m=900, columns=True, exclude_diagonal=True, ids=20, maximum=True),
-    Case(n=900, m=700, exclude_diagonal=True, cutoff=True, term="square"),
+    replace(SELF, ids=4, same=True, exclude_diagonal=1),
+    replace(SELF, exclude_diagonal=1, maximum=True),
+    *[replace(SELF, n=840, exclude_diagonal=views, maximum=views == 3) for views in (2, 3, 40)],
+    replace(SELF, n=840, exclude_diagonal=2, cutoff=True, term="band"),
+    Case(n=700, m=900, columns=True, exclude_diagonal=1, ids=20, maximum=True),
+    Case(n=900, m=700, exclude_diagonal=1, cutoff=True, term="square"),
     replace(SELF, exponents=(1.0, 2.0), ids=100, term="band"),
     replace(SELF, temperature=0.003),
     replace(SELF, columns=True),
-    replace(SELF, bias=True, cutoff=True, same=True, exclude_diagonal=True, ids=4),
+    replace(SELF, bias=True, cutoff=True, same=True, exclude_diagonal=1, ids=4),
     replace(SELF, exponents=(1.0, 2.0), ids=50, term="distance_hinge", term_operands=True),
-    replace(SELF, exclude_diagonal=True, columns=True, term="student"),
+    replace(SELF, exclude_diagonal=1, columns=True, term="student"),
     *[replace(SELF, exponents=(), ids=50, term=term) for term in TERMS],
     *[Case(exponents=(), term=term, term_operands=True) for term in TERMS],
 ]
@@ -428,9 +431,16 @@ def test_engine_refuses(change, error, message):
         ops.cpp_forward(*inputs, [1.0], False, "", [], False, False, False)
 
 
+@pytest.mark.parametrize("views", [-1, 3])
+def test_engine_refuses_views_that_do_not_divide_the_rows(views):
+    x, description = torch.randn(4, 3), [[1.0], False, "", [], False, views]
+    with pytest.raises(ValueError, match="exclude_diagonal"):
+        ops.cpp_forward(x, None, torch.tensor(1.0), *[None] * 6, *description, False)
+
+
 @pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
 @pytest.mark.parametrize(
-    "case", [Case(n=300, m=700, columns=True, exclude_diagonal=True), Case(ids=9, cutoff=True)], ids=str
+    "case", [Case(n=300, m=700, columns=True, exclude_diagonal=1), Case(ids=9, cutoff=True)], ids=str
 )
 def test_engine_with_scores_kept(case, dtype):
     """The backward takes the similarities that the forward kept for what it would compute itself."""

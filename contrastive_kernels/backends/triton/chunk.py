@@ -188,7 +188,8 @@ def backward(sweep: Sweep, packed: Packed, wanted: set[str], scores: Scores | No
         parts.append(weights_bwd(sweep, packed, scores, g, first, first if triangle else 0, shares, tile))
         if triangle:
             _add_matmul(sums[rows], g[:, first:], x[first:])
-            _add_matmul(sums[last:], g[:, last:].t(), x[rows])
+            if last < n:
+                _add_matmul(sums[last:], g[:, last:].t(), x[rows])
         elif "x" in wanted:
             torch.mul(_matmul(g, y), factor, out=dx[rows])
         if "y" in wanted:
