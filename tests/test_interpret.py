@@ -320,8 +320,8 @@ def test_saved_scores_of_a_row_that_is_not_finite(value):
 
 SPECIALIZABLE = (
     "rows", "columns", "columns-alone", "columns-ids", "columns-negative_scale", "columns-zero_scale", "self",
-    "self-columns", "self-ids", "self-same", "self-views", "self-diagonal", "columns-diagonal", "ids-diagonal", "same-columns",
-    "softplus-alone",
+    "self-columns", "self-ids", "self-same", "self-views", "self-diagonal", "columns-diagonal", "ids-diagonal",
+    "same-columns", "softplus-alone",
 )  # fmt: skip
 
 
