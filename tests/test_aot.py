@@ -68,7 +68,7 @@ ARCHITECTURES = (80, 90, 100, "gfx942")
 EVERYTHING = "CONTRASTIVE_KERNELS_AOT_ALL"  # set: all epilogues on all architectures
 RECORDING = "CONTRASTIVE_KERNELS_AOT_RECORD"  # set: write what was found as the new record
 RECORD = Path(__file__).with_name("aot_record.json")
-RECORDED_WITH = "3.6.0"
+RECORDED, RECORDED_WITH = ("registers", "exponentials"), "3.6.0"
 
 
 def triton_version() -> str:
@@ -190,6 +190,10 @@ def planned_exponentials(case) -> int:
     return exponents * (1 + constants["AS_COLUMNS"]) + constants["COLUMNS"] + term
 
 
+def repeatable(name: str, key: str) -> bool:
+    return key != "registers" or "-100-" not in name
+
+
 def record() -> dict:
     return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
@@ -211,7 +215,7 @@ def binaries():
         found = dict(zip(map(case_id, jobs), pool.map(build, jobs), strict=True))
     if os.environ.get(RECORDING):
         numbers = {name: asdict(binary) for name, binary in found.items() if not isinstance(binary, Exception)}
-        kept = {name: {key: of[key] for key in ("registers", "exponentials")} for name, of in numbers.items()}
+        kept = {name: {key: of[key] for key in RECORDED if repeatable(name, key)} for name, of in numbers.items()}
         lines = [f" {json.dumps(name)}: {json.dumps(of)}" for name, of in kept.items()]
         RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return found
@@ -242,7 +246,10 @@ def test_binary(binaries, case):
 @pytest.mark.skipif(triton_version() != RECORDED_WITH, reason=f"the record is of Triton {RECORDED_WITH}")
 @pytest.mark.parametrize("case", cases(), ids=case_id)
 def test_binary_as_recorded(binaries, case):
-    """Registers and exponentials as in `aot_record.json`, which `CONTRASTIVE_KERNELS_AOT_RECORD=1` writes anew."""
+    """Registers and exponentials as in `aot_record.json`, which `CONTRASTIVE_KERNELS_AOT_RECORD=1` writes anew.
+
+    Not the registers of sm_100: the same source took 155 or 204, by what was compiled beside it. None may spill.
+    """
     binary, recorded = binaries[case_id(case)], record().get(case_id(case))
     assert recorded, f"no record: run this file with {RECORDING}=1 and look at the difference"
     for name, before in recorded.items():
