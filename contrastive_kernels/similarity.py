@@ -117,16 +117,22 @@ def sweep(
     """
     *arguments, backend = _arguments(x, y, pairs, scale, bias, exponents, columns, term, backend)
     x, y, scale = arguments[:3]
-    keep = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad)) and _fit(x, y, backend)
+    wanted = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
+    keep = wanted and _may_be_saved(x, y, pairs, backend)
     statistics = apply(_SweepFunction, *arguments, maximum, keep, backend)
     asked_for = (bool(exponents), columns, term is not None, maximum, maximum and columns, False)
     dtype = scale.dtype
     return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
 
 
-def _fit(x: Tensor, y: Tensor | None, backend: str) -> bool:
-    """Whether the similarities may be saved for the backward."""
+def _may_be_saved(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str) -> bool:
+    """Whether the similarities may be kept for the backward.
+
+    Rounded ones not with a cutoff: a pair that was dropped could come back, and it is in no log-sum-exp.
+    """
     dtype, limit = BACKENDS[backend].score_dtype(x, y), saved_scores_limit()
+    if pairs.cutoff is not None and dtype == torch.int16:
+        return False
     if limit is None:
         limit = min(BACKENDS[backend].SAVED_SCORES_BYTES, workspace_limit())
     m = (x if y is None else y).shape[0]
@@ -259,8 +265,8 @@ class _RowDotFunction(torch.autograd.Function):
 
 def row_dot(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
     """``<x_i, y_i>`` over the last dimension, accumulated in the compute dtype whatever the dtype of the features."""
-    # on a CPU nobody has to be asked
-    elsewhere = not x.is_cpu or backend == "triton"
+    # on a CPU nobody has to be asked; Dynamo refuses the same tensor twice among the inputs of a Function
+    elsewhere = (not x.is_cpu or backend == "triton") and x is not y
     if elsewhere and x.shape == y.shape and x.dtype == y.dtype and choose_backend(x, backend) == "triton":
         return apply(_RowDotFunction, x, y, "triton")
     dtype = compute_dtype(x)
@@ -427,4 +433,4 @@ def min_view_similarity(
     pairs = operator(choose_backend(views, backend), "views")(views.detach())
     index = pairs.unsqueeze(-1).expand(-1, -1, views.shape[2])
     first, second = views.gather(1, index).unbind(1)
-    return row_dot(first, second), pairs
+    return row_dot(first, second, backend), pairs

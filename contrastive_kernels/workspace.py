@@ -47,8 +47,9 @@ def set_workspace_limit(size: int | None) -> None:
     """Limit the scratch memory of one call, forward or backward, of every loss in this process.
 
     A GPU uses it for partial sums and, where the gradient does not fit in registers, for a chunk of dL/dS. The PyTorch
-    backend takes 32 MiB for its chunks or what the limit allows; the C++ backend's tiles, about 1 MiB a thread, are not
-    counted. The default is 512 MiB, or what the environment variable ``CONTRASTIVE_KERNELS_WORKSPACE_MB`` says.
+    backend takes 32 MiB for its chunks or what the limit allows. Not counted are the C++ backend's tiles, about 1 MiB a
+    thread, and gradients that are summed in float32 before they are rounded. The default is 512 MiB, or what the
+    environment variable ``CONTRASTIVE_KERNELS_WORKSPACE_MB`` says.
 
     Args:
         size: bytes, positive; None for the default again. What one tile needs is always taken.
@@ -82,7 +83,7 @@ def set_saved_scores_limit(size: int | None) -> None:
 
     One of four matrix products less, for memory that grows with N x M: for those with memory to spare. A GPU takes 2
     bytes for a pair of float16 or bfloat16 features, whose similarities are saved as 16-bit fractions of the product of
-    the two norms (above 256 dimensions: up to there the product is cheaper than the memory), and 4 bytes for one of
+    the two norms (above 256 dimensions, up to where the product is cheaper; not with a cutoff), and 4 bytes for one of
     float32 features; so does the C++ backend (8 for float64; not of x with itself). The PyTorch backend saves none.
     On a CPU a CLIP step of 4,096 rows became 1.2 times as fast at 512 dimensions, 1.3 times at 1,024, and slower at
     128; on a GPU it has not been measured. The default is what the environment variable

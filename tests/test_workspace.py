@@ -5,7 +5,9 @@ import torch
 from testing import device_of, supports
 
 import contrastive_kernels as ck
+from contrastive_kernels import similarity
 from contrastive_kernels.backends import torch as torch_backend
+from contrastive_kernels.sweep import Pairs
 
 WORKSPACE = (ck.set_workspace_limit, ck.workspace_limit, "CONTRASTIVE_KERNELS_WORKSPACE_MB", 512 << 20)
 SAVED_SCORES = (ck.set_saved_scores_limit, ck.saved_scores_limit, "CONTRASTIVE_KERNELS_SAVED_SCORES_MB", None)
@@ -81,6 +83,16 @@ def test_the_limit_bounds_the_chunks_of_plain_pytorch():
     assert torch_backend._chunks(100, 100)[0] == slice(0, 10)
     ck.set_workspace_limit(torch_backend.ELEMENT_BYTES * 500)
     assert torch_backend._chunks(100, 100)[0] == slice(0, 5)
+
+
+def test_rounded_scores_are_not_saved_with_a_cutoff():
+    """A pair at the cutoff would be dropped by the forward and not by the backward."""
+    ck.set_saved_scores_limit(1 << 20)
+    cutoff = Pairs(cutoff=torch.zeros(4))
+    for dtype, saved in ((torch.float16, False), (torch.float32, True)):
+        x = torch.zeros(4, 300, dtype=dtype)
+        assert similarity._may_be_saved(x, None, Pairs(), "triton")
+        assert similarity._may_be_saved(x, None, cutoff, "triton") == saved
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

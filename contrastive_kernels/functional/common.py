@@ -18,6 +18,8 @@ from contrastive_kernels.similarity import autocast, row_dot
 from contrastive_kernels.sweep import Pairs, compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
+# Of more views ids are compared: a kernel holds a comparison for every diagonal.
+MOST_DIAGONALS = 8
 
 
 class ContrastiveStats(NamedTuple):
@@ -138,16 +140,19 @@ def view_major(z0: Tensor, z1: Tensor | None) -> Tensor:
     return torch.stack([z0, z1])
 
 
-def other_views(views: Tensor) -> Tensor:
+def other_views(views: Tensor, backend: str | None = None) -> Tensor:
     """(V * N, V - 1): the similarities of every row to the other views of its sample, from views (V, N, D)."""
-    pair = {(j, k): row_dot(views[j], views[k]) for j, k in combinations(range(len(views)), 2)}
+    pair = {(j, k): row_dot(views[j], views[k], backend) for j, k in combinations(range(len(views)), 2)}
     others = [[pair[min(j, k), max(j, k)] for k in range(len(views)) if k != j] for j in range(len(views))]
     return torch.cat([torch.stack(row, 1) for row in others])
 
 
 def other_samples(ids: Tensor | None, n: int, v: int, x: Tensor) -> Pairs:
     """Of V views of n samples, view after view: the pairs of different samples, or of different ids."""
-    return Pairs(exclude_diagonal=v) if ids is None else Pairs(checks.ids("ids", ids, n, x).repeat(v))
+    if ids is None and v <= MOST_DIAGONALS:
+        return Pairs(exclude_diagonal=v)
+    ids = torch.arange(n, device=x.device) if ids is None else checks.ids("ids", ids, n, x)
+    return Pairs(ids.repeat(v))
 
 
 def per_view(value: float | Tensor | None, n: int, v: int) -> float | Tensor | None:

@@ -264,9 +264,9 @@ def _towards_own_views(batch: _Batch, meaning: str, request: Request) -> _Anchor
             negatives.maximum,
         )  # fmt: skip
     if columns is None:
-        own = request.scale * other_views(batch.views)
+        own = request.scale * other_views(batch.views, request.backend)
     else:
-        own = request.scale * torch.stack([row_dot(anchors, view) for view in batch.views[1:]], 1)
+        own = request.scale * torch.stack([row_dot(anchors, view, request.backend) for view in batch.views[1:]], 1)
     own_lse, mean = own.logsumexp(1), own.mean(1)
     if meaning == "pairwise" or count == 1:
         # Of a single positive all three meanings are this; the terms that cancel below would leave their rounding.

@@ -205,7 +205,7 @@ def false_negative_loss(
         threshold = checks.per_row("threshold", threshold, views.flatten(0, 1)).detach()
 
     views = rows(views, normalize, backend)
-    z, similarities = views.flatten(0, 1), other_views(views)
+    z, similarities = views.flatten(0, 1), other_views(views, backend)
     logits = scale * similarities
     own = logits.logsumexp(1) if v > 2 else logits[:, 0]
     if mode == "eliminate":

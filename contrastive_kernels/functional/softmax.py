@@ -134,7 +134,7 @@ def info_nce_loss(
         directions = swept(query, positive_key, pairs, request, both_directions=symmetric)
     if negative_keys is not None:
         if paired:
-            similarity = row_dot(query[:, None], negative_keys)
+            similarity = row_dot(query[:, None], negative_keys, backend)
             dropped = None if negative_ids is None else query_ids[:, None] == negative_ids
             if cutoff is not None:
                 above = similarity > cutoff[:, None]
@@ -232,7 +232,7 @@ def nt_xent_loss(
         similarity = row_dot(*views, backend=backend).repeat(2)
         positives = Positives.single(scale * similarity)
     else:
-        similarities = other_views(views)
+        similarities = other_views(views, backend)
         similarity, logits = similarities.mean(1), scale * similarities
         positives = Positives(logits.mean(1), logits.logsumexp(1), logits.sum(1), v - 1)
     cutoff, cutoff_margin = (per_view(value, n, v) for value in (cutoff, cutoff_margin))

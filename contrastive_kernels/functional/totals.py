@@ -39,7 +39,7 @@ def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = N
         v = pairs.exclude_diagonal
         own_column = wide[: x.shape[0]] if v == 1 else wide.unflatten(0, (v, -1)).sum(0).repeat(v, 1)
         total = total - (own_column if y_ids is None else (pairs.x_ids != y_ids[: x.shape[0]])[:, None] * own_column)
-    return row_dot(x, total)
+    return row_dot(x, total, backend)
 
 
 def _class_slots(x_ids: Tensor, y_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

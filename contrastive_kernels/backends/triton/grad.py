@@ -164,11 +164,12 @@ def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: se
         for factored in (False,) if packed.center is None else (True, False):
             if tile.specialized and packed.center is not None and not factored:
                 tile = tile_for(sweep, wanted)  # seldom needed, and two exponentials spill in a specialized loop
+            y_tiles = tiles_of(y, tile.columns, tile) if d <= tile.blocks(d)["BD"] else None
             x_tiles, vectors = None, (x_ids, y_ids, packed.rows, packed.columns)
             if tile.specialized:
                 x_tiles, vectors = tiles_of(x, tile.rows, tile), tuple(blocks_of(v, tile) for v in vectors)
             _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
-                x, y, x_tiles, tiles_of(y, tile.columns, tile), *vectors, packed.center, sweep.scale, sweep.term_scale,
+                x, y, x_tiles, y_tiles, *vectors, packed.center, sweep.scale, sweep.term_scale,
                 packed.unit, outputs.get(owner), *(outputs.get(name) for name in SHARES),
                 n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
                 D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), FACTORED=factored,

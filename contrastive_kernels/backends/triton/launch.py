@@ -236,7 +236,7 @@ def pack_bwd(n, lse, grad, grad_sum, offset, cutoff, bias, unit, center) -> Tens
 def describable(v: Tensor) -> bool:
     """Whether the hardware takes a descriptor of v, whose inner stride is 1."""
     outer = v.stride()[:-1]
-    return v.numel() > 0 and v.data_ptr() % 16 == 0 and all(s * v.element_size() % 16 == 0 for s in outer)
+    return v.numel() > 0 and v.data_ptr() % 16 == 0 and all(s > 0 and s * v.element_size() % 16 == 0 for s in outer)
 
 
 def tiles_of(x: Tensor, side: int, tile: tiles.Tile) -> TensorDescriptor | None:
