@@ -83,7 +83,7 @@ def set_saved_scores_limit(size: int | None) -> None:
 
     One of four matrix products less, for memory that grows with N x M: for those with memory to spare. A GPU takes 2
     bytes for a pair of float16 or bfloat16 features, whose similarities are saved as 16-bit fractions of the product of
-    the two norms (above 256 dimensions, up to where the product is cheaper; not with a cutoff), and 4 bytes for one of
+    the two norms (only above 256 dimensions, where chunks of dL/dS are made; not with a cutoff), and 4 bytes for one of
     float32 features; so does the C++ backend (8 for float64; not of x with itself). The PyTorch backend saves none.
     On a CPU a CLIP step of 4,096 rows became 1.2 times as fast at 512 dimensions, 1.3 times at 1,024, and slower at
     128; on a GPU it has not been measured. The default is what the environment variable

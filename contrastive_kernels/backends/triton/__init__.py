@@ -45,7 +45,7 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
 
 
 def score_dtype(x: Tensor, y: Tensor | None) -> torch.dtype | None:
-    """In what the similarities are saved, see `tile.store_scores`; None where gradients in registers make it slower."""
+    """In what the similarities are saved, see `tile.store_scores`; None where gradients are made in registers."""
     if x.dtype == torch.float32:
         return torch.float32
     return torch.int16 if x.shape[1] > REGISTER_DEPTH else None
