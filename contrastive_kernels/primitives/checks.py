@@ -1,4 +1,7 @@
-"""Argument checks and their messages. Shapes, dtypes and devices only: nothing here reads a tensor's values."""
+"""Argument checks and their messages. Shapes, dtypes and devices only: no check reads a tensor's values.
+
+A check returns nothing, or the argument in the form that the primitives take, and raises otherwise.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from contrastive_kernels.sweep import Term, compute_dtype
+from contrastive_kernels.engine.backends import choose
+from contrastive_kernels.engine.spec import compute_dtype
+from contrastive_kernels.engine.terms import Term
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LEAST_TEMPERATURE = 1e-8
+
+# Tensors
 
 
 def shape(x: Tensor) -> str:
-    """The shape as messages print it."""
+    """Return the shape as messages print it."""
     return str(tuple(x.shape))
 
 
 def tensor(name: str, x: object) -> None:
+    """Raise unless x is a tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
 
@@ -31,25 +40,25 @@ def _features(name: str, x: Tensor, dimensions: str) -> None:
 
 
 def features(name: str, x: Tensor) -> None:
-    """x is a floating (N, D) tensor."""
+    """Raise unless x is a floating (N, D) tensor."""
     _features(name, x, "N, D")
 
 
 def views(name: str, x: Tensor, minimum: int = 2) -> None:
-    """x is a floating (N, V, D) tensor with enough views."""
+    """Raise unless x is a floating (N, V, D) tensor with at least `minimum` views."""
     _features(name, x, "N, V, D")
     if x.shape[1] < minimum:
         raise ValueError(f"{name} {shape(x)} must have at least {minimum} views in its second dimension")
 
 
 def not_empty(name: str, x: Tensor) -> None:
-    """A loss of no rows has no mean."""
+    """Raise unless x has a row: a loss of no rows has no mean."""
     if x.shape[0] == 0:
         raise ValueError(f"{name} {shape(x)} is an empty batch; a loss needs at least one row")
 
 
 def alike(name_x: str, x: Tensor, name_y: str, y: Tensor, *, rows: bool = True) -> None:
-    """Two feature tensors agree in device, dtype, last dimension and, with `rows`, in the first."""
+    """Raise unless two feature tensors agree in device, dtype, last dimension and, with `rows`, in the first."""
     if x.device != y.device:
         raise RuntimeError(f"{name_x} is on {x.device} and {name_y} on {y.device}; move them to one device")
     if x.dtype != y.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -60,20 +69,22 @@ def alike(name_x: str, x: Tensor, name_y: str, y: Tensor, *, rows: bool = True) 
         raise ValueError(f"{name_x} {shape(x)} and {name_y} {shape(y)} must have the same last dimension")
 
 
+def paired(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
+    """Raise unless x and y are two batches of paired rows, (N, D) both, N > 0."""
+    features(name_x, x)
+    features(name_y, y)
+    alike(name_x, x, name_y, y)
+    not_empty(name_x, x)
+
+
 def same_device(name: str, value: Tensor, x: Tensor) -> None:
-    """A vector lives where the features live."""
+    """Raise unless a vector is on the device of the features."""
     if value.device != x.device:
         raise RuntimeError(f"{name} is on {value.device} and the features are on {x.device}; move it there")
 
 
-def choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    """A string argument is one of those known."""
-    if value not in allowed:
-        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
-
-
 def ids(name: str, value: Tensor, rows: int | tuple[int, ...], x: Tensor) -> Tensor:
-    """Integer ids, one per row, as int64."""
+    """Return integer ids, one per row, as int64."""
     tensor(name, value)
     expected = (rows,) if isinstance(rows, int) else rows
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
@@ -84,8 +95,13 @@ def ids(name: str, value: Tensor, rows: int | tuple[int, ...], x: Tensor) -> Ten
     return value.to(torch.int64)
 
 
+def optional_ids(name: str, value: Tensor | None, rows: int | tuple[int, ...], x: Tensor) -> Tensor | None:
+    """Return integer ids as int64, or None if there are none."""
+    return None if value is None else ids(name, value, rows, x)
+
+
 def vector(name: str, value: Tensor, x: Tensor, x_name: str) -> None:
-    """A floating vector with one entry per row of x."""
+    """Raise unless value is a floating vector with one entry per row of x."""
     tensor(name, value)
     if not value.dtype.is_floating_point:
         raise TypeError(f"{name} has dtype {value.dtype}; expected a floating dtype")
@@ -95,7 +111,7 @@ def vector(name: str, value: Tensor, x: Tensor, x_name: str) -> None:
 
 
 def per_row(name: str, value: float | Tensor | None, x: Tensor) -> Tensor | None:
-    """A float or a vector as a vector of the compute dtype, one entry per row of x."""
+    """Return a float or a vector as a vector of the compute dtype, one entry per row of x."""
     dtype = compute_dtype(x)
     if value is None:
         return None
@@ -109,14 +125,38 @@ def per_row(name: str, value: float | Tensor | None, x: Tensor) -> Tensor | None
     return value.to(dtype)
 
 
+# Numbers and choices
+
+
+def choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Raise unless value is one of the strings allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
+
+
 def number(name: str, value: object) -> None:
-    """A Python number, not a bool."""
+    """Raise unless value is a Python number; a bool is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number or a tensor, not {type(value).__name__}")
 
 
+def positive(name: str, value: float, *, zero: bool = False) -> None:
+    """Raise unless value is a number above 0, or with `zero` not below it."""
+    number(name, value)
+    if not (value >= 0 if zero else value > 0):
+        raise ValueError(f"{name} {value} must {'not be negative' if zero else 'be positive'}")
+
+
+def count(name: str, value: object) -> None:
+    """Raise unless value is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} {value} must be at least 1")
+
+
 def scalar(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A number or a tensor with one element, the latter as 0-dim on the device of x."""
+    """Return a number, or a tensor with one element as 0-dim on the device of x."""
     if not isinstance(value, Tensor):
         number(name, value)
         return float(value)
@@ -127,36 +167,45 @@ def scalar(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
     return value.reshape(()).to(x.device)
 
 
-def temperature(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A temperature that can be divided by."""
-    value = scalar("temperature", value, x)
-    if not isinstance(value, Tensor) and abs(value) < 1e-8:
-        raise ValueError(f"temperature {value} is too close to zero: abs(temperature) must be at least 1e-8")
+def temperature(value: float | Tensor, x: Tensor, name: str = "temperature") -> float | Tensor:
+    """Return a temperature; raise for a number too small to divide by."""
+    value = scalar(name, value, x)
+    if not isinstance(value, Tensor) and abs(value) < LEAST_TEMPERATURE:
+        raise ValueError(f"{name} {value} is too close to zero: abs({name}) must be at least {LEAST_TEMPERATURE:g}")
     return value
 
 
 def label_smoothing(value: float) -> None:
-    """As `F.cross_entropy`: a number in [0, 1]."""
+    """Raise unless value is a number in [0, 1], as in `F.cross_entropy`."""
     number("label_smoothing", value)
     if not 0 <= value <= 1:
         raise ValueError(f"label_smoothing {value} must be between 0 and 1")
 
 
+def backend(x: Tensor, requested: str | None) -> None:
+    """Raise unless the requested backend exists and takes x; None is always fine."""
+    if requested is not None:
+        choose(x, requested)
+
+
+# Primitives
+
+
 def term_operands(term: Term, x: Tensor) -> None:
-    """The tensors of a term fit the features."""
+    """Raise unless the tensors of a term fit the features."""
     scale, offset, _ = term.operands()
     if scale is not None:
         scalar("scale", scale, x)
     if isinstance(offset, Tensor) and offset.dim() > 0:
-        vector("bias" if term.name == "softplus" else "margin", offset, x, "x")
+        vector(term.offset_name, offset, x, "x")
     elif offset is not None:
-        scalar("bias", offset, x)
+        scalar(term.offset_name, offset, x)
 
 
 def primitive(
     x: Tensor, y: Tensor | None, x_ids: Tensor | None, y_ids: Tensor | None, cutoff: float | Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """What all sweeps ask of features, ids and cutoff; returns the ids as int64."""
+    """Return the ids as int64; raise unless features, ids and cutoff fit each other."""
     features("x", x)
     if y is not None:
         features("y", y)
@@ -168,7 +217,5 @@ def primitive(
         raise ValueError(f"{given} is given but {missing} is not; a pair is left out when its two ids are equal")
     if isinstance(cutoff, Tensor) and cutoff.dim() > 0:
         vector("cutoff", cutoff, x, "x")
-    return (
-        None if x_ids is None else ids("x_ids", x_ids, x.shape[0], x),
-        None if y_ids is None else ids("y_ids", y_ids, y.shape[0], y),
-    )
+    y_rows = (x if y is None else y).shape[0]
+    return optional_ids("x_ids", x_ids, x.shape[0], x), optional_ids("y_ids", y_ids, y_rows, x)

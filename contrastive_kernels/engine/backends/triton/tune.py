@@ -16,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from contrastive_kernels.backends.triton.tiles import ALIGNMENT, Tile
+from contrastive_kernels.engine.backends.triton.tiles import ALIGNMENT, Tile
 
 ENVIRONMENT_VARIABLE = "CONTRASTIVE_KERNELS_AUTOTUNE"
 # What has to be gained for a move, so that noise moves nothing, and how many tiles are tried at most.

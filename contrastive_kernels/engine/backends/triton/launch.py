@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from contrastive_kernels.backends.triton import tiles
-from contrastive_kernels.backends.triton.tile import CENTER_SIZE, PACKED_ROWS, _center_bwd_kernel, _pack_bwd_kernel
+from contrastive_kernels.engine.backends.triton import tiles
+from contrastive_kernels.engine.backends.triton.epilogue import (
+    CENTER_SIZE,
+    PACKED_ROWS,
+    _center_bwd_kernel,
+    _pack_bwd_kernel,
+)
+from contrastive_kernels.engine.spec import Description, Inputs, Upstream
 
 # Elements that the one program of `_center_bwd_kernel` reads at a time.
 CENTER_ROWS = 1024
@@ -40,30 +46,40 @@ class Sweep:
     term_scale: Tensor | None
     term_offset: Tensor | None
     exponents: tuple[float, ...]
-    columns: bool
+    column_lse: bool
     term: str
     constants: tuple[float, ...]
-    same: bool
-    exclude_diagonal: int
+    keep_equal_ids: bool
+    diagonals: int
     self_similarity: bool
 
     @classmethod
-    def of(
-        cls, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset, exponents, columns, term, constants,
-        same, exclude_diagonal,
-    ) -> Sweep:  # fmt: skip
-        """From the arguments of an operator."""
-        exponents = tuple(exponents)
-        if len(exponents) > 2 or (columns and exponents not in ((), (1.0,))):
+    def of(cls, inputs: Inputs, what: Description) -> Sweep:
+        """Return the inputs of an operator as the kernels take them."""
+        exponents = tuple(what.exponents)
+        if len(exponents) > 2 or (what.column_lse and exponents not in ((), (1.0,))):
             raise NotImplementedError(
                 f"at most two exponents, with columns only 1, not {list(exponents)}; backend='torch' takes any"
             )
-        rows, x_ids = _rows(x), _dense(x_ids)
+        rows, x_ids, y = _rows(inputs.x), _dense(inputs.x_ids), inputs.y
         return cls(
-            rows, rows if y is None else _rows(y), scale, _dense(bias), x_ids, x_ids if y is None else _dense(y_ids),
-            _dense(cutoff), term_scale, _dense(term_offset), exponents, columns, term, tuple(constants), same,
-            exclude_diagonal, y is None,
-        )  # fmt: skip
+            x=rows,
+            y=rows if y is None else _rows(y),
+            scale=inputs.scale,
+            bias=_dense(inputs.bias),
+            x_ids=x_ids,
+            y_ids=x_ids if y is None else _dense(inputs.y_ids),
+            cutoff=_dense(inputs.cutoff),
+            term_scale=inputs.term_scale,
+            term_offset=_dense(inputs.term_offset),
+            exponents=exponents,
+            column_lse=what.column_lse,
+            term=what.term,
+            constants=tuple(what.constants),
+            keep_equal_ids=what.keep_equal_ids,
+            diagonals=what.diagonals,
+            self_similarity=y is None,
+        )
 
     @property
     def symmetric(self) -> bool:
@@ -73,7 +89,7 @@ class Sweep:
     @property
     def soft(self) -> bool:
         """Whether there is a log-sum-exp."""
-        return bool(self.exponents) or self.columns
+        return bool(self.exponents) or self.column_lse
 
     @property
     def heavy(self) -> bool:
@@ -99,9 +115,9 @@ class Sweep:
     def flags(self) -> dict[str, object]:
         """The compile-time description of the epilogue."""
         return dict(
-            Q=len(self.exponents), COLUMNS=self.columns, TERM=self.term, BIASED=self.bias is not None,
-            SHIFTED=self.term_offset is not None, IDS=self.x_ids is not None, SAME=self.same,
-            DIAGONAL=self.exclude_diagonal, CUT=self.cutoff is not None, PRECISION=self.precision,
+            Q=len(self.exponents), COLUMNS=self.column_lse, TERM=self.term, BIASED=self.bias is not None,
+            SHIFTED=self.term_offset is not None, IDS=self.x_ids is not None, SAME=self.keep_equal_ids,
+            DIAGONAL=self.diagonals, CUT=self.cutoff is not None, PRECISION=self.precision,
         )  # fmt: skip
 
     def largest_similarity(self) -> Tensor:
@@ -169,17 +185,15 @@ class Packed:
     center: Tensor | None  # of `_center_bwd_kernel`, where one exponential may serve two statistics
 
     @classmethod
-    def of(
-        cls, sweep: Sweep, grad_row_lse: Tensor, grad_col_lse: Tensor, grad_row_sum: Tensor, row_lse, col_lse,
-        centered: bool,
-    ) -> Packed:  # fmt: skip
-        """From the arguments of an operator; `centered` if one exponential may serve the statistics of two sides."""
+    def of(cls, sweep: Sweep, upstream: Upstream, centered: bool) -> Packed:
+        """Pack what flows back; `centered` if one exponential may serve the statistics of two sides."""
+        grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse = upstream
         unit = gradient_unit(sweep, grad_row_lse, grad_col_lse, grad_row_sum)
         grad_row_sum = grad_row_sum if sweep.term else None
         n, m, none = sweep.x.shape[0], sweep.y.shape[0], col_lse.new_empty(0, 0)
         center = center_bwd(sweep, row_lse, col_lse) if centered else None
         rows = pack_bwd(n, row_lse, grad_row_lse, grad_row_sum, sweep.term_offset, sweep.cutoff, None, unit, center)
-        col_lse, grad_col_lse = (col_lse[None], grad_col_lse[None]) if sweep.columns else (none, none)
+        col_lse, grad_col_lse = (col_lse[None], grad_col_lse[None]) if sweep.column_lse else (none, none)
         columns = pack_bwd(m, col_lse, grad_col_lse, None, None, None, sweep.bias, unit, center)
         return cls(rows, columns, unit, center)
 
@@ -217,7 +231,7 @@ def center_bwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor) -> Tensor:
     center = row_lse.new_empty(CENTER_SIZE)
     _center_bwd_kernel[(1,)](
         row_lse.contiguous(), col_lse.contiguous(), center, sweep.x.shape[0], sweep.y.shape[0],
-        Q=len(sweep.exponents), COLUMNS=sweep.columns, BN=CENTER_ROWS,
+        Q=len(sweep.exponents), COLUMNS=sweep.column_lse, BN=CENTER_ROWS,
     )  # fmt: skip
     return center
 

@@ -15,10 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_kernels.backends.triton import tiles, tune
-from contrastive_kernels.backends.triton.launch import Scores, Sweep, processors, tiles_of
-from contrastive_kernels.backends.triton.rows import blocks as row_blocks
-from contrastive_kernels.backends.triton.tile import (
+from contrastive_kernels.engine.backends.triton import tiles, tune
+from contrastive_kernels.engine.backends.triton.epilogue import (
     LN2,
     LOG2E,
     OUT,
@@ -32,7 +30,9 @@ from contrastive_kernels.backends.triton.tile import (
     store_scores,
     term_base,
 )  # fmt: skip
-from contrastive_kernels.workspace import workspace_limit
+from contrastive_kernels.engine.backends.triton.launch import Scores, Sweep, processors, tiles_of
+from contrastive_kernels.engine.backends.triton.rows import blocks as row_blocks
+from contrastive_kernels.engine.limits import workspace_limit
 
 # The largest exponent that the fixed shift lets an exponential have: 2^26 of them may be added.
 TOP = tl.constexpr(100.0)
@@ -417,27 +417,27 @@ def sums_fwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor | None, scores: Scor
     safe_sums_fwd(sweep, True, row_lse[None], None, None, flag=flag)
     if not triangle:
         safe_sums_fwd(sweep, False, col_lse[None], None, None, flag=flag)
-    elif sweep.columns:
+    elif sweep.column_lse:
         col_lse.copy_(row_lse)
 
 
 def forward(sweep: Sweep, maximum: bool, scores: Scores | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The statistics of `contrastive_kernels.sweep`, but for the scores, which are filled."""
+    """The statistics of `contrastive_kernels.engine.spec`, but for the scores, which are filled."""
     x, n, m = sweep.x, sweep.x.shape[0], sweep.y.shape[0]
 
     def empty(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    row_lse, col_lse = empty(len(sweep.exponents), n), empty(m if sweep.columns else 0)
+    row_lse, col_lse = empty(len(sweep.exponents), n), empty(m if sweep.column_lse else 0)
     row_sum = empty(n if sweep.term else 0)
-    row_max, col_max = empty(n if maximum else 0), empty(m if sweep.columns and maximum else 0)
-    both = sweep.columns or (sweep.symmetric and scores is None)
+    row_max, col_max = empty(n if maximum else 0), empty(m if sweep.column_lse and maximum else 0)
+    both = sweep.column_lse or (sweep.symmetric and scores is None)
     if both and sweep.exponents == (1.0,) and sweep.bias is None and not (sweep.term or maximum) and n and m:
         sums_fwd(sweep, row_lse[0], col_lse, scores)
     else:
         if sweep.exponents or sweep.term or maximum or scores:
             term_sum, largest = row_sum if sweep.term else None, row_max if maximum else None
             safe_sums_fwd(sweep, True, row_lse, term_sum, largest, scores=scores)
-        if sweep.columns:
+        if sweep.column_lse:
             safe_sums_fwd(sweep, False, col_lse[None], None, col_max if maximum else None)
     return row_lse, col_lse, row_sum, row_max, col_max

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_kernels.backends.triton import grad, tiles, tune
-from contrastive_kernels.backends.triton.launch import Packed, Scores, Sweep, processors, tiles_of
-from contrastive_kernels.backends.triton.tile import (
+from contrastive_kernels.engine.backends.triton import backward as registers
+from contrastive_kernels.engine.backends.triton import tiles, tune
+from contrastive_kernels.engine.backends.triton.epilogue import (
     load_columns,
     load_ids,
     load_operand,
@@ -26,7 +26,8 @@ from contrastive_kernels.backends.triton.tile import (
     tile_grad,
     weight_factor,
 )  # fmt: skip
-from contrastive_kernels.workspace import workspace_limit
+from contrastive_kernels.engine.backends.triton.launch import Packed, Scores, Sweep, processors, tiles_of
+from contrastive_kernels.engine.limits import workspace_limit
 
 # Row blocks that one column block is visited by before the next: the grouped order that keeps tiles in L2.
 GROUP = 8
@@ -170,7 +171,7 @@ def _is_triangle(sweep: Sweep, wanted: set[str]) -> bool:
 def backward(sweep: Sweep, packed: Packed, wanted: set[str], scores: Scores | None) -> dict[str, Tensor]:
     """All wanted gradients, x or y among them."""
     x, y, (n, d), m = sweep.x, sweep.y, sweep.x.shape, sweep.y.shape[0]
-    gradients = grad.grad_bwd(sweep, packed, False, True, {"bias"}) if "bias" in wanted else {}
+    gradients = registers.grad_bwd(sweep, packed, False, True, {"bias"}) if "bias" in wanted else {}
     tile = tiles.pick("weights" if scores is None else "saved_weights", x, sweep.heavy or "total" in wanted)
     # The GEMMs want rows of whole 16-byte vectors.
     width = tiles.round_up(m, 8)

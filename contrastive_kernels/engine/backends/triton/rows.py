@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_kernels.sweep import NORM_EPSILON
+from contrastive_kernels.engine.spec import NORM_EPSILON
 
 # Elements of D at a time, and of a program's block. untuned
 DEPTH, BLOCK = 1024, 4096

@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_kernels.backends.triton import tiles, tune
-from contrastive_kernels.backends.triton.launch import Packed, Sweep, blocks_of, describable, tiles_of
-from contrastive_kernels.backends.triton.tile import (
+from contrastive_kernels.engine.backends.triton import tiles, tune
+from contrastive_kernels.engine.backends.triton.epilogue import (
     FLAG,
     load_columns,
     load_ids,
@@ -24,6 +23,7 @@ from contrastive_kernels.backends.triton.tile import (
     tile_grad,
     weight_factor,
 )  # fmt: skip
+from contrastive_kernels.engine.backends.triton.launch import Packed, Sweep, blocks_of, describable, tiles_of
 
 # What comes as a share per row of the owner, in the order of the kernel's arguments, and what of it is to be added up.
 SHARES = ("scale", "term_scale", "bias", "term_offset", "total")

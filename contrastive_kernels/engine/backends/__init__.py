@@ -1,0 +1,43 @@
+"""The backends in order of preference, and the choice between them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from contrastive_kernels.engine.backends import cpp, torch, triton
+from contrastive_kernels.engine.backends.base import Backend
+
+__all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "choose"]
+
+BACKENDS: Mapping[str, Backend] = {backend.name: backend for backend in (triton, cpp, torch)}
+ENVIRONMENT_VARIABLE = "CONTRASTIVE_KERNELS_BACKEND"
+
+
+def choose(x: Tensor, requested: str | None = None, operator: str = "forward") -> Backend:
+    """Return the backend for `operator` on x: the requested one, that of the environment variable, or the first.
+
+    The first is the first that takes x. The PyTorch backend stands in for one that lacks the operator.
+
+    Raises:
+        ValueError: the requested backend does not exist.
+        NotImplementedError: the requested backend does not take x; the message lists every backend with its reasons.
+    """
+    requested = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if requested is None:
+        chosen = next(backend for backend in BACKENDS.values() if not backend.not_supported_reasons(x))
+    else:
+        if requested not in BACKENDS:
+            raise ValueError(
+                f"backend {requested!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))} or None"
+            )
+        chosen = BACKENDS[requested]
+        if chosen.not_supported_reasons(x):
+            lines = [
+                f"  {name}: {'; '.join(backend.not_supported_reasons(x)) or 'supported'}"
+                for name, backend in BACKENDS.items()
+            ]
+            raise NotImplementedError(f"backend {requested!r} does not support this input:\n" + "\n".join(lines))
+    return chosen if operator in chosen.operators else torch

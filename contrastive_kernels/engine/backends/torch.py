@@ -1,0 +1,358 @@
+"""The sweep in plain PyTorch, a chunk of rows at a time: any device, any dtype, memory O(chunk * M).
+
+It is the fallback where no kernel is available, the yardstick of the other backends, and, because every operation of
+its backward is differentiable, the backend that computes second derivatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from contrastive_kernels.engine.limits import workspace_limit
+from contrastive_kernels.engine.spec import (
+    NORM_EPSILON,
+    Description,
+    Gradients,
+    Inputs,
+    Statistics,
+    Upstream,
+    Wanted,
+    compute_dtype,
+)
+from contrastive_kernels.engine.terms import LEAST_SQUARE, TERMS, Term
+
+name = "torch"
+saved_scores_bytes = 0
+
+# Elements of one chunk's score tile, and how many bytes there are to each: up to eight such tiles live at a time.
+CHUNK_ELEMENTS = 1 << 20
+ELEMENT_BYTES = 32
+
+# Columns and elements of one tile of similarities of a selection; about eight tensors of that size live at a time. A
+# GPU needs larger tiles, because the time to launch an operation does not depend on its size.
+SELECT_COLUMNS = 1 << 13
+SELECT_ELEMENTS = {"cpu": 1 << 20}
+SELECT_ELEMENTS_ELSEWHERE = 1 << 23
+
+
+def not_supported_reasons(x: Tensor) -> list[str]:
+    """Return no reason: this backend runs on everything."""
+    return []
+
+
+def statistic_dtype(x: Tensor) -> torch.dtype:
+    """Return float64 where the device has it: the backward subtracts statistics from logits as large as 1 / T."""
+    return torch.float64 if x.device.type in ("cpu", "cuda", "meta") else compute_dtype(x)
+
+
+def score_dtype(x: Tensor, y: Tensor | None) -> None:
+    """Return None: no scores are saved."""
+
+
+def _chunks(n: int, m: int) -> list[slice]:
+    step = max(1, min(CHUNK_ELEMENTS, workspace_limit() // ELEMENT_BYTES) // max(m, 1))
+    return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def _logsumexp(v: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """Return log-sum-exp in `dtype`, so that maximum and logarithm are not rounded together in the dtype of v."""
+    if v.shape[dim] == 0:
+        return torch.logsumexp(v, dim).to(dtype)
+    peak = v.amax(dim, keepdim=True)
+    peak = torch.where(peak.abs() == torch.inf, torch.zeros_like(peak), peak)
+    return (v - peak).exp().sum(dim).to(dtype).log() + peak.squeeze(dim).to(dtype)
+
+
+class _Scores:
+    """The score matrix of one call, computed a chunk of rows at a time, with its mask of dropped pairs."""
+
+    def __init__(self, inputs: Inputs, what: Description) -> None:
+        x, y = inputs.x, inputs.y
+        self.dtype = compute_dtype(x)
+        self.x = x.to(self.dtype)
+        self.y = self.x if y is None else y.to(self.dtype)
+        self.inputs, self.what = inputs, what
+        self.y_ids = inputs.x_ids if y is None else inputs.y_ids
+        self.n, self.m = self.x.shape[0], self.y.shape[0]
+        self.chunks = _chunks(self.n, self.m)
+
+    def similarities(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Return s (rows, M) and the mask of dropped pairs, None when all are kept."""
+        s = self.x[rows] @ self.y.T
+        dropped: Tensor | None = None
+        x_ids, y_ids, cutoff, diagonals = self.inputs.x_ids, self.y_ids, self.inputs.cutoff, self.what.diagonals
+        if x_ids is not None and y_ids is not None:
+            dropped = x_ids[rows, None] == y_ids[None, :]
+            dropped = ~dropped if self.what.keep_equal_ids else dropped
+        if diagonals:
+            index = torch.arange(max(self.n, self.m), device=s.device)
+            if diagonals > 1:
+                index = index % (self.n // diagonals)
+            diagonal = index[rows, None] == index[None, : self.m]
+            dropped = diagonal if dropped is None else dropped | diagonal
+        if cutoff is not None:
+            above = s > cutoff[rows, None]
+            dropped = above if dropped is None else dropped | above
+        return s, dropped
+
+    def logits(self, s: Tensor, dropped: Tensor | None, exponent: float = 1.0, bias: bool = True) -> Tensor:
+        """Return exponent * scale * s + bias, -inf where dropped."""
+        scale = self.inputs.scale
+        u = s * scale if exponent == 1 else s * (scale * exponent)
+        if bias and self.inputs.bias is not None:
+            u = u + self.inputs.bias
+        return u if dropped is None else u.masked_fill(dropped, -torch.inf)
+
+    def argument(self, rows: slice, base: Tensor) -> Tensor:
+        """Return the argument of the term."""
+        v = base if self.inputs.term_scale is None else base * self.inputs.term_scale
+        return v if self.inputs.term_offset is None else v + self.inputs.term_offset[rows, None]
+
+
+def _term(what: Description) -> type[Term] | None:
+    if not what.term:
+        return None
+    if what.term not in TERMS:
+        raise ValueError(f"unknown term {what.term!r}")
+    return TERMS[what.term]
+
+
+def _base(term: type[Term], s: Tensor) -> Tensor:
+    """Return what the argument of the term is linear in: the similarity, or minus the distance of unit rows."""
+    return -(2 - 2 * s).clamp(min=LEAST_SQUARE).sqrt() if term.of_distance else s
+
+
+def _through_base(term: type[Term], s: Tensor, slope: Tensor) -> Tensor:
+    """Return the slope times the derivative of the base."""
+    if not term.of_distance:
+        return slope
+    square = 2 - 2 * s
+    return (slope * square.clamp(min=LEAST_SQUARE).rsqrt()).masked_fill(square < LEAST_SQUARE, 0)
+
+
+def forward(inputs: Inputs, what: Description, *, maximum: bool, save_scores: bool) -> Statistics:
+    """Return the statistics that `engine.spec` describes."""
+    scores, term, x = _Scores(inputs, what), _term(what), inputs.x
+    dtype, n, m = statistic_dtype(x), scores.n, scores.m
+    row_lse = x.new_empty((len(what.exponents), n), dtype=dtype)
+    row_sum = x.new_empty((n if term else 0,), dtype=dtype)
+    row_max = x.new_empty((n if maximum else 0,), dtype=dtype)
+    col_lse = x.new_full((m if what.column_lse else 0,), -torch.inf, dtype=dtype)
+    col_max = x.new_full((m if what.column_lse and maximum else 0,), -torch.inf, dtype=dtype)
+    for rows in scores.chunks:
+        s, dropped = scores.similarities(rows)
+        for q, exponent in enumerate(what.exponents):
+            row_lse[q, rows] = _logsumexp(scores.logits(s, dropped, exponent), 1, dtype)
+        if what.column_lse:
+            logits = scores.logits(s, dropped, bias=False)
+            col_lse = torch.logaddexp(col_lse, _logsumexp(logits, 0, dtype))
+            col_max = torch.maximum(col_max, logits.amax(0)) if maximum else col_max
+        if maximum:
+            row_max[rows] = scores.logits(s, dropped).amax(1).to(dtype) if m else -torch.inf
+        if term:
+            values = term.value(scores.argument(rows, _base(term, s)), *what.constants)
+            row_sum[rows] = (values if dropped is None else values.masked_fill(dropped, 0)).sum(1, dtype=dtype)
+    return Statistics(row_lse, col_lse, row_sum, row_max, col_max, x.new_empty(0, dtype=compute_dtype(x)))
+
+
+def _split(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return lse as high + low in `dtype`; +inf for a row without kept pairs, whose weights exp(u - lse) are then 0."""
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    high = lse.to(dtype)
+    low = (lse.detach() - high.detach().to(lse.dtype)).to(dtype)
+    return high, low.masked_fill(high.isinf(), 0)
+
+
+def backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None) -> Gradients:
+    """Return the gradients that `engine.spec` describes, differentiable in their turn; `scores` are never saved here."""
+    matrix, term, x = _Scores(inputs, what), _term(what), inputs.x
+    dtype, totals_dtype, scale = matrix.dtype, statistic_dtype(x), inputs.scale
+    wants_y = wanted.y or (wanted.x and inputs.y is None)
+    grad_row_lse, grad_col_lse, grad_row_sum = (g.to(dtype) for g in upstream[:3])
+    row_high, row_low = _split(upstream.row_lse, dtype)
+    col_high, col_low = _split(upstream.col_lse, dtype)
+
+    def chunk(rows: slice) -> tuple[Tensor | None, ...]:
+        s, dropped = matrix.similarities(rows)
+        weight = torch.zeros_like(s)  # dL / d(scale * s)
+        d_bias = None
+        for q, exponent in enumerate(what.exponents):
+            shifted = matrix.logits(s, dropped, exponent) - row_high[q, rows, None] - row_low[q, rows, None]
+            part = grad_row_lse[q, rows, None] * shifted.exp()
+            weight = weight + (part if exponent == 1 else exponent * part)
+            if wanted.bias:
+                d_bias = part.sum(0) if d_bias is None else d_bias + part.sum(0)
+        if what.column_lse:
+            weight = weight + grad_col_lse * (matrix.logits(s, dropped, bias=False) - col_high - col_low).exp()
+        grad = weight * scale
+        d_scale = (s * weight).sum(dtype=totals_dtype) if wanted.scale else None
+        d_term_scale = d_term_offset = total = None
+        if term:
+            base = _base(term, s)
+            argument = matrix.argument(rows, base)
+            slope = grad_row_sum[rows, None] * term.slope(argument, *what.constants)
+            slope = slope if dropped is None else slope.masked_fill(dropped, 0)
+            through = _through_base(term, s, slope)
+            grad = grad + (through if inputs.term_scale is None else through * inputs.term_scale)
+            d_term_scale = (base * slope).sum(dtype=totals_dtype) if wanted.term_scale else None
+            d_term_offset = slope.sum(1) if wanted.term_offset else None
+            if wanted.total:
+                values = grad_row_sum[rows, None] * term.value(argument, *what.constants)
+                values = values if dropped is None else values.masked_fill(dropped, 0)
+                total = values.sum(dtype=totals_dtype)
+        d_x = grad @ matrix.y if wanted.x else None
+        d_y = grad.T @ matrix.x[rows] if wants_y else None
+        return d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset, total
+
+    def zeros(*shape: int) -> Tensor:
+        return matrix.x.new_zeros(shape)
+
+    # Rows of x and term_offset belong to one chunk each; the other gradients are sums over the chunks.
+    scalar = zeros().to(totals_dtype)
+    of_rows, of_offsets = [zeros(0, x.shape[1])], [zeros(0)]
+    of_columns, of_bias = zeros(*matrix.y.shape), zeros(matrix.m)
+    totals: list[Any] = [of_rows, of_columns, scalar, of_bias, scalar.clone(), of_offsets, scalar.clone()]
+    for rows in matrix.chunks:
+        # With a graph to be built, the backward of a chunk recomputes it: second derivatives in O(N * D) too.
+        parts = checkpoint(chunk, rows, use_reentrant=False) if torch.is_grad_enabled() else chunk(rows)
+        for k, part in enumerate(parts):
+            if part is None:
+                continue
+            if isinstance(totals[k], list):
+                totals[k].append(part)
+            elif torch.is_grad_enabled():
+                totals[k] = totals[k] + part
+            else:
+                totals[k] += part
+    grads = Gradients(*(torch.cat(total) if isinstance(total, list) else total for total in totals))
+    if inputs.y is None and wanted.x:
+        grads = grads._replace(x=grads.x + grads.y, y=zeros(0))
+    dtypes = Gradients(x.dtype, x.dtype, dtype, dtype, dtype, dtype, totals_dtype)
+    return Gradients(
+        *(
+            grad.to(wanted_dtype) if want else grad.new_empty(0, dtype=wanted_dtype)
+            for grad, wanted_dtype, want in zip(grads, dtypes, wanted, strict=True)
+        )
+    )
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows of unit norm in the dtype of x, and the norms in the compute dtype."""
+    wide = x.to(compute_dtype(x))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    return (wide / norm.clamp_min(NORM_EPSILON)).to(x.dtype), norm
+
+
+def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """Return the gradient of x."""
+    wide, grad = x.to(norm.dtype), grad.to(norm.dtype)
+    inverse = norm.clamp_min(NORM_EPSILON).reciprocal().masked_fill(norm < NORM_EPSILON, 0)
+    along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * inverse.pow(3)
+    return torch.addcmul(grad * inverse, wide, along, value=-1).to(x.dtype)
+
+
+def view_minimum(views: Tensor) -> Tensor:
+    """Return (N, 2), the least similar pair j < k of each sample's views, the first in row-major order on a tie."""
+    views = views.to(compute_dtype(views))
+    first, second = torch.triu_indices(views.shape[1], views.shape[1], 1, device=views.device)
+    least = (views @ views.mT)[:, first, second].argmin(1)
+    return torch.stack([first[least], second[least]], 1)
+
+
+def select(
+    x: Tensor,
+    y: Tensor | None,
+    k: int,
+    largest: bool,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    exclude_diagonal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the values and columns that `primitives.select.row_select` describes."""
+    dtype = compute_dtype(x)
+    x = x.to(dtype)
+    y, y_ids = (x, x_ids) if y is None else (y.to(dtype), y_ids)
+    n, m = x.shape[0], y.shape[0]
+    width = max(1, min(m, SELECT_COLUMNS))
+    height = max(1, SELECT_ELEMENTS.get(x.device.type, SELECT_ELEMENTS_ELSEWHERE) // width)
+    # The smallest similarities are the largest of -x.
+    x = x if largest else -x
+    values = x.new_full((n, k), -torch.inf)
+    columns = torch.full((n, k), -1, dtype=torch.int64, device=x.device)
+    for top in range(0, n, height):
+        rows = slice(top, min(top + height, n))
+        best = where = None
+        for left in range(0, m, width):
+            similarity = x[rows] @ y[left : left + width].T
+            tile = rows, slice(left, left + similarity.shape[1])
+            dropped = _dropped(*tile, x_ids, y_ids, exclude_diagonal, x.device)
+            if dropped is not None:
+                similarity = similarity.masked_fill(dropped, -torch.inf)
+            chosen = _leading(similarity, k)
+            found, index = similarity.gather(1, chosen), left + chosen
+            if best is not None:
+                # What came before stands first: of equal similarities it has the lower columns.
+                found, index = torch.cat([best, found], 1), torch.cat([where, index], 1)
+                chosen = _leading(found, k)
+                found, index = found.gather(1, chosen), index.gather(1, chosen)
+            best, where = found, index
+        if best is not None:
+            values[rows, : best.shape[1]], columns[rows, : where.shape[1]] = best, where
+    columns = columns.masked_fill(values == -torch.inf, -1)
+    return values if largest else -values, columns
+
+
+def _dropped(
+    rows: slice,
+    columns: slice,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    exclude_diagonal: bool,
+    device: torch.device,
+) -> Tensor | None:
+    """Return the mask of the pairs of a tile that are not allowed, None when all are."""
+    dropped = None if x_ids is None or y_ids is None else x_ids[rows, None] == y_ids[columns]
+    # Most tiles hold no pair (i, i).
+    if exclude_diagonal and rows.start < columns.stop and columns.start < rows.stop:
+        row = torch.arange(rows.start, rows.stop, device=device)
+        diagonal = row[:, None] == torch.arange(columns.start, columns.stop, device=device)
+        dropped = diagonal if dropped is None else dropped | diagonal
+    return dropped
+
+
+def _leading(key: Tensor, k: int) -> Tensor:
+    """Return the positions of the k largest entries (or all) of each row in order, equal ones by position, NaN first."""
+    width = key.shape[1]
+    k = min(k, width)
+    if k == 1:
+        return key.argmax(1, keepdim=True)
+    key = key.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    if k == width:
+        return key.sort(dim=1, descending=True, stable=True).indices
+    # topk leaves open which of several entries that equal the last one it takes: those are looked up anew.
+    values, positions = key.topk(k, 1)
+    last = values[:, -1:]
+    countdown = torch.arange(width, 0, -1, dtype=key.dtype, device=key.device)
+    first_equal = width - torch.where(key == last, countdown, 0).topk(k, 1).values.to(torch.int64)
+    above = values > last
+    rank = torch.arange(k, device=key.device) - above.sum(1, keepdim=True)
+    positions = torch.where(above, positions, first_equal.gather(1, rank.clamp(min=0)))
+    # Equal entries above the last one stand in any order yet.
+    positions = positions.sort(dim=1).values
+    order = key.gather(1, positions).sort(dim=1, descending=True, stable=True).indices
+    return positions.gather(1, order)
+
+
+operators: Mapping[str, Callable[..., Any]] = {
+    "forward": forward,
+    "backward": backward,
+    "unit_rows": unit_rows,
+    "unit_rows_backward": unit_rows_backward,
+    "views": view_minimum,
+    "select": select,
+}

@@ -1,0 +1,150 @@
+"""The sweep in Triton, on GPUs, and in Triton's interpreter on the CPU.
+
+Importing this module imports no Triton and asks no driver. `forward` has the kernels of the forward sweep, `backward` and
+`chunks` those of the backward, `rows` the normalisation and the positives, `views` the view minimum; `epilogue` is what
+the sweep's kernels share on the device, `launch` on the host, `tiles` the tile table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels.engine.spec import Description, Gradients, Inputs, Statistics, Upstream, Wanted
+
+name = "triton"
+saved_scores_bytes = 0
+# The largest D whose gradients any row of the tile table holds in registers.
+REGISTER_DEPTH = 256
+installed = importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def not_supported_reasons(x: Tensor) -> list[str]:
+    """Return why this backend cannot run on x; nothing if it can."""
+    reasons = []
+    if not installed:
+        reasons.append("triton is not installed")
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and _interpreting()):
+        reasons.append(f"device is {x.device.type}, not cuda (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        reasons.append(f"dtype is {x.dtype}, not float32, float16 or bfloat16; the torch backend takes it")
+    if x.dtype == torch.bfloat16 and _interpreting():
+        reasons.append("the bfloat16 products of Triton's interpreter are wrong")
+    return reasons
+
+
+def statistic_dtype(x: Tensor) -> torch.dtype:
+    """Return float32, as the accumulators have it."""
+    return torch.float32
+
+
+def score_dtype(x: Tensor, y: Tensor | None) -> torch.dtype | None:
+    """Return the dtype of saved similarities, see `epilogue.store_scores`; None where gradients are made in registers."""
+    if x.dtype == torch.float32:
+        return torch.float32
+    return torch.int16 if x.shape[1] > REGISTER_DEPTH else None
+
+
+def run_forward(inputs: Inputs, what: Description, *, maximum: bool, save_scores: bool) -> Statistics:
+    """Return the statistics that `engine.spec` describes."""
+    from contrastive_kernels.engine.backends.triton import forward as kernels
+    from contrastive_kernels.engine.backends.triton.launch import Scores, Sweep
+
+    sweep = Sweep.of(inputs, what)
+    x = inputs.x
+    with torch.cuda.device_of(x):
+        dtype = score_dtype(x, inputs.y)
+        save_scores = save_scores and dtype is not None
+        values = x.new_empty((len(sweep.x), len(sweep.y)) if save_scores else (0,), dtype=dtype or torch.float32)
+        return Statistics(*kernels.forward(sweep, maximum, Scores.of(sweep, values) if save_scores else None), values)
+
+
+def run_backward(
+    upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None
+) -> Gradients:
+    """Return the gradients that `engine.spec` describes."""
+    from contrastive_kernels.engine.backends.triton import backward as registers
+    from contrastive_kernels.engine.backends.triton import chunks
+    from contrastive_kernels.engine.backends.triton.launch import Packed, Scores, Sweep
+
+    sweep, x = Sweep.of(inputs, what), inputs.x
+    names = {name for name, want in zip(Wanted._fields, wanted, strict=True) if want}
+    # The products of `chunks` are done by the library, where autocast would round their float32 operands.
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
+        if sweep.column_lse and sweep.symmetric and sweep.exponents:
+            # E_ij is in row i's and in column i's statistic alike: one exponential for both.
+            upstream = upstream._replace(grad_row_lse=upstream.grad_row_lse + upstream.grad_col_lse)
+            sweep = dataclasses.replace(sweep, column_lse=False)
+        product = wanted.x or wanted.y
+        in_registers = not product or (scores is None and registers.tile_for(sweep, names) is not None)
+        # Where S stays in registers an exponential costs as much as a product; before a chunk is written it is hidden.
+        both_roles = sweep.column_lse or (sweep.self_similarity and sweep.bias is None)
+        centered = in_registers and len(sweep.exponents) > 0 and both_roles
+        packed = Packed.of(sweep, upstream, centered)
+        if in_registers:
+            gradients = registers.backward(sweep, packed, names)
+        else:
+            saved = None if scores is None else Scores.of(sweep, scores)
+            gradients = chunks.backward(sweep, packed, names, saved)
+    return Gradients(*(gradients.get(name, inputs.scale.new_empty(0)) for name in Gradients._fields))
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows of unit norm in the dtype of x, and the norms in float32."""
+    from contrastive_kernels.engine.backends.triton import rows
+
+    with torch.cuda.device_of(x):
+        return rows.unit_rows_fwd(x)
+
+
+def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """Return the gradient of x."""
+    from contrastive_kernels.engine.backends.triton import rows
+
+    with torch.cuda.device_of(x):
+        return rows.unit_rows_bwd(grad, x, norm)
+
+
+def row_dot(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``<x_i, y_i>`` over the last dimension, in float32."""
+    from contrastive_kernels.engine.backends.triton import rows
+
+    with torch.cuda.device_of(x):
+        return rows.row_dot_fwd(x, y)
+
+
+def row_dot_backward(grad: Tensor, x: Tensor, y: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and y; empty where not wanted."""
+    from contrastive_kernels.engine.backends.triton import rows
+
+    with torch.cuda.device_of(x):
+        return rows.row_dot_bwd(grad, x, y, wanted)
+
+
+def view_minimum(views: Tensor) -> Tensor:
+    """Return (N, 2), the least similar pair j < k of each sample's views, the first on a tie; NaN is least."""
+    from contrastive_kernels.engine.backends.triton import views as kernels
+
+    with torch.cuda.device_of(views):
+        return kernels.view_minimum_fwd(views)
+
+
+operators: Mapping[str, Callable[..., Any]] = {
+    "forward": run_forward,
+    "backward": run_backward,
+    "unit_rows": unit_rows,
+    "unit_rows_backward": unit_rows_backward,
+    "row_dot": row_dot,
+    "row_dot_backward": row_dot_backward,
+    "views": view_minimum,
+}

@@ -1,0 +1,134 @@
+"""Every backend's functions as PyTorch operators: opaque to torch.compile, checked by opcheck, with fake versions.
+
+The C++ extension registers its own kernels (csrc/extension.cpp); here they only get their fake versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels.engine.backends import BACKENDS, Backend
+from contrastive_kernels.engine.spec import SCHEMAS, BackwardArguments, ForwardArguments, compute_dtype
+
+__all__ = ["operator"]
+
+Function = Callable[..., Any]
+
+_NAMESPACE = "contrastive_kernels"
+_library = torch.library.Library(_NAMESPACE, "FRAGMENT")
+
+
+def operator(backend: str, function: str) -> torch._ops.OpOverload:
+    """Return an operator of a backend, one of `engine.spec.SCHEMAS`."""
+    return getattr(getattr(torch.ops, _NAMESPACE), f"{backend}_{function}").default
+
+
+def _kernel(name: str, function: Function) -> Function:
+    """Return the function as an operator's kernel: flat arguments and results, and without autocast.
+
+    The features arrive in the dtype that autocast wants; inside, float32 means float32.
+    """
+
+    def kernel(*flat: Any) -> Any:
+        device = next(argument for argument in flat if isinstance(argument, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            if name == "forward":
+                inputs, what, maximum, save_scores = ForwardArguments.of(flat)
+                return tuple(function(inputs, what, maximum=maximum, save_scores=save_scores))
+            if name == "backward":
+                return tuple(function(*BackwardArguments.of(flat)))
+            return function(*flat)
+
+    return kernel
+
+
+def _fake_forward(backend: Backend) -> Function:
+    def fake(*flat: Any) -> tuple[Tensor, ...]:
+        inputs, what, maximum, save_scores = ForwardArguments.of(flat)
+        x, y = inputs.x, inputs.y
+        n, m = x.shape[0], (x if y is None else y).shape[0]
+        dtype = backend.statistic_dtype(x)
+        shapes = (
+            (len(what.exponents), n),
+            (m if what.column_lse else 0,),
+            (n if what.term else 0,),
+            (n if maximum else 0,),
+            (m if what.column_lse and maximum else 0,),
+        )
+        score_dtype = backend.score_dtype(x, y)
+        scores = x.new_empty((n, m) if save_scores and score_dtype else (0,), dtype=score_dtype or compute_dtype(x))
+        return *(x.new_empty(shape, dtype=dtype) for shape in shapes), scores
+
+    return fake
+
+
+def _fake_backward(backend: Backend) -> Function:
+    def fake(*flat: Any) -> tuple[Tensor, ...]:
+        _, inputs, _, wanted, _ = BackwardArguments.of(flat)
+        x, y = inputs.x, inputs.y
+        m = (x if y is None else y).shape[0]
+        shapes = (x.shape, (m, x.shape[1]), (), (m,), (), (x.shape[0],), ())
+        dtypes = (x.dtype, x.dtype, *(inputs.scale.dtype,) * 4, backend.statistic_dtype(x))
+        return tuple(
+            x.new_empty(shape if want else (0,), dtype=dtype)
+            for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+        )
+
+    return fake
+
+
+def _fake_unit_rows(backend: Backend) -> Function:
+    return lambda x: (x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x)))
+
+
+def _fake_unit_rows_backward(backend: Backend) -> Function:
+    return lambda grad, x, norm: x.new_empty(x.shape)
+
+
+def _fake_row_dot(backend: Backend) -> Function:
+    return lambda x, y: x.new_empty(x.shape[:-1], dtype=compute_dtype(x))
+
+
+def _fake_row_dot_backward(backend: Backend) -> Function:
+    return lambda grad, x, y, wanted: tuple(x.new_empty(x.shape if want else (0,)) for want in wanted)
+
+
+def _fake_views(backend: Backend) -> Function:
+    return lambda views: views.new_empty((views.shape[0], 2), dtype=torch.int64)
+
+
+def _fake_select(backend: Backend) -> Function:
+    def fake(x: Tensor, y: Tensor | None, k: int, *_: Any) -> tuple[Tensor, Tensor]:
+        shape = (x.shape[0], k)
+        return x.new_empty(shape, dtype=compute_dtype(x)), x.new_empty(shape, dtype=torch.int64)
+
+    return fake
+
+
+FAKES = {
+    "forward": _fake_forward,
+    "backward": _fake_backward,
+    "unit_rows": _fake_unit_rows,
+    "unit_rows_backward": _fake_unit_rows_backward,
+    "row_dot": _fake_row_dot,
+    "row_dot_backward": _fake_row_dot_backward,
+    "views": _fake_views,
+    "select": _fake_select,
+}
+
+
+def _register(backend: Backend) -> None:
+    for name, function in backend.operators.items():
+        full_name = f"{backend.name}_{name}"
+        if function is not None:
+            _library.define(full_name + SCHEMAS[name])
+            _library.impl(full_name, _kernel(name, function), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_NAMESPACE}::{full_name}", FAKES[name](backend), lib=_library)
+
+
+for _backend in BACKENDS.values():
+    _register(_backend)

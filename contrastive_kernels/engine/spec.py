@@ -1,0 +1,213 @@
+"""The description of one sweep, a pass over the N x M similarities, and the meaning that every backend gives it.
+
+Notation: ``s_ij = <x_i, y_j>`` (float32 accumulation; float64 for float64 inputs), ``a`` the scale, ``b`` the bias.
+A pair (i, j) is *kept* when every condition that was supplied holds:
+
+- ids: ``x_ids[i] != y_ids[j]``; with ``keep_equal_ids`` instead ``x_ids[i] == y_ids[j]``;
+- diagonals: 0 drops none, 1 drops ``i = j``; V > 1 (y None) means that x holds V views of N / V samples, view after
+  view, and drops the pairs of the views of one sample, ``i = j`` modulo N / V;
+- cutoff: ``not (s_ij > cutoff[i])``, so that a NaN similarity is kept and survives.
+
+The forward sweep computes `Statistics`; a statistic that was not asked for is an empty tensor:
+
+- ``row_lse[q, i] = log sum_j exp(exponents[q] * a * s_ij + b_j)``, ``-inf`` for a row with no kept pair;
+- ``col_lse[j]    = log sum_i exp(a * s_ij)`` (``column_lse``; not together with bias or several exponents);
+- ``row_sum[i]    = sum_j phi(term_scale * s_ij + term_offset[i])`` (``term``; a term of distances has
+  ``-sqrt(max(2 - 2 s_ij, 1e-12))`` in place of ``s_ij``);
+- ``row_max[i]    = max_j a * s_ij + b_j`` and, with ``column_lse``, ``col_max[j] = max_i a * s_ij`` (``maximum``; no
+  gradient).
+
+With ``save_scores`` a backend may also return the similarities for its own backward, which pays where they are few.
+The backward sweep recomputes every tile, or reads it from the saved ``scores``, forms ``G_ij = dL/ds_ij`` from the
+statistics and returns ``dx = G y``, ``dy = G^T x`` and the gradients of the scalars and vectors. The G of a term alone
+needs no statistics: the same sweep can then return the weighted total of the row sums too, and no forward sweep is
+needed. ``y = None`` means x against itself: S and its mask are then symmetric unless there is a bias, a cutoff or a
+term offset, and a backend may visit the upper triangle only.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+__all__ = ["Description", "Gradients", "Inputs", "Statistics", "Upstream", "Wanted", "compute_dtype"]
+
+NORM_EPSILON = 1e-12
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of scores, losses and statistics: float64 for float64 features, float32 for all others."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class Inputs(NamedTuple):
+    """The tensors of a sweep; all but x, y and the ids have the compute dtype."""
+
+    x: Tensor  # (N, D)
+    y: Tensor | None  # (M, D); None for x against itself
+    scale: Tensor  # 0-dim
+    bias: Tensor | None  # (M,)
+    x_ids: Tensor | None  # (N,) int64
+    y_ids: Tensor | None  # (M,) int64; None for x against itself
+    cutoff: Tensor | None  # (N,)
+    term_scale: Tensor | None  # 0-dim; None for 1
+    term_offset: Tensor | None  # (N,); None for 0
+
+
+class Description(NamedTuple):
+    """What a sweep computes from its tensors."""
+
+    exponents: tuple[float, ...]  # empty: no log-sum-exp
+    column_lse: bool
+    term: str  # the name of a `Term`; empty: none
+    constants: tuple[float, ...]  # of the term
+    keep_equal_ids: bool
+    diagonals: int
+
+
+class Statistics(NamedTuple):
+    """What a forward sweep computes, in the backend's statistic dtype; empty where not asked for."""
+
+    row_lse: Tensor  # (Q, N)
+    col_lse: Tensor  # (M,)
+    row_sum: Tensor  # (N,)
+    row_max: Tensor  # (N,)
+    col_max: Tensor  # (M,)
+    scores: Tensor  # (N, M), for the backward of the backend that saved them
+
+
+class Upstream(NamedTuple):
+    """What flows into a backward sweep: gradients of the statistics, and the statistics they belong to."""
+
+    grad_row_lse: Tensor  # (Q, N)
+    grad_col_lse: Tensor  # (M,)
+    grad_row_sum: Tensor  # (N,)
+    row_lse: Tensor  # (Q, N)
+    col_lse: Tensor  # (M,)
+
+
+class Gradients(NamedTuple):
+    """What a backward sweep computes; empty where not wanted.
+
+    x and y have the dtype of the features, the total the statistic dtype, the others the compute dtype.
+    """
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor
+    term_scale: Tensor
+    term_offset: Tensor
+    total: Tensor  # sum_i grad_row_sum[i] * row_sum[i], of a term without log-sum-exps
+
+
+class Wanted(NamedTuple):
+    """Which of `Gradients` are wanted."""
+
+    x: bool
+    y: bool
+    scale: bool
+    bias: bool
+    term_scale: bool
+    term_offset: bool
+    total: bool = False
+
+
+# The fields of Gradients that are derivatives, and where each of them stands among the inputs.
+DERIVATIVES = tuple(name for name in Gradients._fields if name in Inputs._fields)
+DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in DERIVATIVES)
+
+
+# Operators take flat arguments, Python takes the tuples above: the functions below are the only ones to know the order.
+
+
+class ForwardArguments(NamedTuple):
+    """The arguments of a forward operator."""
+
+    inputs: Inputs
+    what: Description
+    maximum: bool
+    save_scores: bool
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return the arguments in the order of the schema."""
+        return *self.inputs, *self.what, self.maximum, self.save_scores
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> ForwardArguments:
+        """Group flat arguments; save_scores may be missing, as in an exported program."""
+        maximum, *save_scores = flat[_AFTER:]
+        return cls(Inputs(*flat[:_INPUTS]), Description(*flat[_INPUTS:_AFTER]), maximum, any(save_scores))
+
+
+class BackwardArguments(NamedTuple):
+    """The arguments of a backward operator."""
+
+    upstream: Upstream
+    inputs: Inputs
+    what: Description
+    wanted: Wanted
+    scores: Tensor | None
+
+    def flat(self) -> tuple[Any, ...]:
+        """Return the arguments in the order of the schema."""
+        return *self.upstream, *self.inputs, *self.what, list(self.wanted), self.scores
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> BackwardArguments:
+        """Group flat arguments; scores may be missing, as in an exported program."""
+        upstream, rest = Upstream(*flat[:_UPSTREAM]), flat[_UPSTREAM:]
+        wanted, *scores = rest[_AFTER:]
+        what = Description(*rest[_INPUTS:_AFTER])
+        return cls(upstream, Inputs(*rest[:_INPUTS]), what, Wanted(*wanted), scores[0] if scores else None)
+
+
+_INPUTS, _UPSTREAM = len(Inputs._fields), len(Upstream._fields)
+_AFTER = _INPUTS + len(Description._fields)
+
+# The schemas, without the operators' names, from the fields.
+
+_TYPES = {Tensor: "Tensor", bool: "bool", int: "int", str: "str", float: "float"}
+
+
+def _schema_type(hint: Any) -> str:
+    """Return the name that a schema has for a Python type."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return f"{_schema_type(get_args(hint)[0])}?"
+    if get_origin(hint) is tuple:
+        return f"{_schema_type(get_args(hint)[0])}[]"
+    return _TYPES[hint]
+
+
+def _parameters(fields: type) -> str:
+    return ", ".join(f"{_schema_type(hint)} {name}" for name, hint in get_type_hints(fields).items())
+
+
+def _results(fields: type) -> str:
+    return "(" + ", ".join(_schema_type(hint) for hint in get_type_hints(fields).values()) + ")"
+
+
+_SWEEP = f"{_parameters(Inputs)}, {_parameters(Description)}"
+SCHEMAS = {
+    "forward": f"({_SWEEP}, bool maximum, bool save_scores=False) -> {_results(Statistics)}",
+    "backward": f"({_parameters(Upstream)}, {_SWEEP}, bool[] wanted, Tensor? scores=None) -> {_results(Gradients)}",
+    # x / max(|x|, NORM_EPSILON) over the last dimension, and |x| as (..., 1)
+    "unit_rows": "(Tensor x) -> (Tensor, Tensor)",
+    # 0 for a row below NORM_EPSILON
+    "unit_rows_backward": "(Tensor grad, Tensor x, Tensor norm) -> Tensor",
+    # <x_i, y_i> over the last dimension, in the compute dtype
+    "row_dot": "(Tensor x, Tensor y) -> Tensor",
+    # empty where not wanted
+    "row_dot_backward": "(Tensor grad, Tensor x, Tensor y, bool[] wanted) -> (Tensor, Tensor)",
+    # (N, V, D) -> (N, 2) int64: the least similar pair j < k of each sample, the first on a tie
+    "views": "(Tensor views) -> Tensor",
+    # values (N, k) in the compute dtype and columns (N, k) int64, see `primitives.select.row_select`
+    "select": (
+        "(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal) "
+        "-> (Tensor, Tensor)"
+    ),
+}

@@ -1,0 +1,64 @@
+"""The primitives: everything that a loss is made of, and all that a loss imports."""
+
+from contrastive_kernels.engine.spec import compute_dtype
+from contrastive_kernels.engine.terms import (
+    Band,
+    Count,
+    DistanceHinge,
+    Gaussian,
+    Hinge,
+    Identity,
+    Softplus,
+    Square,
+    Student,
+    Term,
+)
+from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives.logsumexp import similarity_logsumexp
+from contrastive_kernels.primitives.moments import cross_moments, row_squares
+from contrastive_kernels.primitives.rows import (
+    cast_for_autocast,
+    nan_unless_finite,
+    row_dot,
+    unit_rows,
+    wide_products,
+    wide_sums,
+)
+from contrastive_kernels.primitives.select import row_select
+from contrastive_kernels.primitives.sums import kept_counts, kept_sums, similarity_sum
+from contrastive_kernels.primitives.sweep import ALL_PAIRS, Pairs, Statistics, sweep, weighted_total
+from contrastive_kernels.primitives.views import min_view_similarity
+
+__all__ = [
+    "ALL_PAIRS",
+    "Band",
+    "Count",
+    "DistanceHinge",
+    "Gaussian",
+    "Hinge",
+    "Identity",
+    "Pairs",
+    "Softplus",
+    "Square",
+    "Statistics",
+    "Student",
+    "Term",
+    "cast_for_autocast",
+    "checks",
+    "compute_dtype",
+    "cross_moments",
+    "kept_counts",
+    "kept_sums",
+    "min_view_similarity",
+    "nan_unless_finite",
+    "row_dot",
+    "row_select",
+    "row_squares",
+    "similarity_logsumexp",
+    "similarity_sum",
+    "sweep",
+    "unit_rows",
+    "weighted_total",
+    "wide_products",
+    "wide_sums",
+]

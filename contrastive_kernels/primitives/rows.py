@@ -1,0 +1,56 @@
+"""Rows of features: their normalisation, their products pair by pair, and the dtype that autocast gives them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels.engine.autograd import RowDot, UnitRows, apply
+from contrastive_kernels.engine.backends import choose
+from contrastive_kernels.engine.backends import torch as torch_backend
+from contrastive_kernels.engine.spec import compute_dtype
+
+__all__ = ["cast_for_autocast", "nan_unless_finite", "row_dot", "unit_rows", "wide_products", "wide_sums"]
+
+
+def unit_rows(x: Tensor, normalize: bool = True, backend: str | None = None) -> Tensor:
+    """Return the rows that enter the similarities: of unit norm if asked for, in the dtype of x or of autocast."""
+    return cast_for_autocast(apply(UnitRows, x, choose(x, backend).name)[0] if normalize else x)
+
+
+def cast_for_autocast(x: Tensor) -> Tensor:
+    """Return x in the dtype that autocast, if active, gives to matrix products."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def wide_products(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which matrix products keep the dtype of their operands, also under autocast."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def wide_sums(x: Tensor) -> torch.dtype:
+    """Return the dtype for a sum over the whole batch: float64 where the device has it."""
+    return torch_backend.statistic_dtype(x)
+
+
+def row_dot(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
+    """Return ``<x_i, y_i>`` over the last dimension, accumulated in the compute dtype."""
+    # The CPU always uses plain PyTorch; Dynamo rejects one tensor as two inputs of a Function.
+    fused = (not x.is_cpu or backend is not None) and x is not y
+    if fused and x.shape == y.shape and x.dtype == y.dtype:
+        chosen = choose(x, backend, "row_dot")
+        if "row_dot" in chosen.operators:
+            return apply(RowDot, x, y, chosen.name)
+    dtype = compute_dtype(x)
+    return (x.to(dtype) * y.to(dtype)).sum(-1)
+
+
+def nan_unless_finite(x: Tensor) -> Tensor:
+    """Return 0, or NaN if x is not finite; added to losses that would hide it."""
+    return (0 * x.detach()).sum().to(compute_dtype(x))

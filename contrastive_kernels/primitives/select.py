@@ -1,0 +1,65 @@
+"""`row_select`: the most or least similar columns of every row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels.engine.backends import choose
+from contrastive_kernels.engine.operators import operator
+from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives.rows import cast_for_autocast
+
+__all__ = ["row_select"]
+
+
+@torch.no_grad()
+def row_select(
+    x: Tensor,
+    y: Tensor | None = None,
+    k: int = 1,
+    *,
+    largest: bool = True,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    exclude_diagonal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""Return the k largest (or smallest) similarities of every row and their columns, without the N x M matrix.
+
+    .. math:: v_{i1} \ge v_{i2} \ge \dots \ge v_{ik}, \qquad v_{ir} = \langle x_i, y_{c_{ir}} \rangle
+
+    over the allowed columns; equal similarities go to the lowest column. Not differentiable: recompute the similarity
+    of a selected pair where its gradient is wanted.
+
+    Args:
+        x: ``(N, D)``, float16, bfloat16, float32 or float64; taken as it is, not normalised.
+        y: ``(M, D)``, or None for x against itself.
+        k: how many columns of each row, at least 1; may exceed M.
+        largest: the largest similarities first, or the smallest first.
+        x_ids: ``(N,)`` integers; a pair with equal ids is not allowed. With ``y=None`` they serve both sides.
+        y_ids: ``(M,)`` integers; given exactly when ``x_ids`` and ``y`` are.
+        exclude_diagonal: pairs (i, i) are not allowed either.
+
+    Returns:
+        values ``(N, k)``, float32 (float64 for float64 inputs), and columns ``(N, k)`` int64. Where a row has fewer
+        than k allowed columns, the value is ``-inf`` (``inf`` for the smallest) and the column -1. A NaN similarity
+        comes first either way, so that it is not overlooked.
+
+    Raises:
+        ValueError: shapes that do not fit, or k below 1.
+        TypeError: dtypes that differ or are not floating (ids and k: not integer).
+        RuntimeError: tensors on different devices.
+
+    Source: exhaustive nearest-neighbour search; serves NNCLR, false-negative cancellation and easy negatives.
+
+    Example:
+        >>> x, y = torch.randn(8, 4), torch.randn(100, 4)
+        >>> values, columns = row_select(x, y, k=3)
+        >>> columns.shape
+        torch.Size([8, 3])
+    """
+    x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, None)
+    checks.count("k", k)
+    x, y = cast_for_autocast(x), None if y is None else cast_for_autocast(y)
+    select = operator(choose(x, operator="select").name, "select")
+    return select(x, y, k, largest, x_ids, y_ids, exclude_diagonal)

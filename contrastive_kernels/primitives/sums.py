@@ -1,0 +1,103 @@
+"""Sums over the kept pairs of every row: of a term by a sweep, of ones and similarities from the ids where possible."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels.engine.spec import compute_dtype
+from contrastive_kernels.engine.terms import Count, Identity, Term
+from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives.rows import row_dot
+from contrastive_kernels.primitives.sweep import Pairs, sweep, weighted_total
+
+__all__ = ["kept_counts", "kept_sums", "similarity_sum"]
+
+
+def similarity_sum(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    term: Term,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    cutoff: float | Tensor | None = None,
+    reduction: Literal["none", "sum"] = "none",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Return the sum of an elementwise function over every row of the similarity matrix, which is never stored.
+
+    .. math:: r_i = \sum_{j \in A(i)} \phi(\langle x_i, y_j \rangle)
+
+    Args:
+        x, y, x_ids, y_ids, cutoff, backend: as in `similarity_logsumexp`; the same pairs are left out.
+        term: the function: `Band`, `Softplus`, `Square`, `Hinge`, `DistanceHinge`, `Student`, `Gaussian`, `Identity` or
+            `Count`.
+        reduction: ``"none"``, or ``"sum"`` over the rows too: then one sweep computes the value and the gradients,
+            three matrix products instead of four.
+
+    Returns:
+        ``(N,)``, or 0-dim for ``"sum"``; float32 (float64 for float64 inputs), differentiable in x, y and the term's
+        tensors.
+
+    Raises:
+        ValueError, TypeError, RuntimeError, NotImplementedError: as `similarity_logsumexp`.
+
+    Example:
+        >>> x = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
+        >>> similarity_sum(x, term=Band(0.1, 0.5), x_ids=torch.arange(8)).shape
+        torch.Size([8])
+    """
+    if not isinstance(term, Term):
+        raise TypeError(f"term must be a Term such as Band(0.1, 0.5), not {type(term).__name__}")
+    x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, cutoff)
+    checks.term_operands(term, x)
+    checks.choice("reduction", reduction, ("none", "sum"))
+    pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
+    if reduction == "sum":
+        return weighted_total(x, y, pairs, term=term, backend=backend)
+    return sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
+
+
+def kept_counts(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = None) -> Tensor:
+    """Return the number of kept columns of each row of x: O(N log N) from the ids; with a cutoff one more sweep."""
+    if pairs.cutoff is not None:
+        y = None if y is None else y.detach()
+        return sweep(x.detach(), y, pairs, term=Count(), exponents=(), backend=backend).row_sum
+    y, y_ids = (x, pairs.x_ids) if y is None else (y, pairs.y_ids)
+    counts = torch.full((x.shape[0],), y.shape[0], dtype=compute_dtype(x), device=x.device)
+    if pairs.x_ids is not None:
+        slot, own, known = _class_slots(pairs.x_ids, y_ids)
+        counts = counts - known * counts.new_zeros(y.shape[0]).index_add(0, slot, counts.new_ones(y.shape[0]))[own]
+    if pairs.diagonals:
+        counts = counts - (pairs.diagonals if y_ids is None else (pairs.x_ids != y_ids[: x.shape[0]]).to(counts.dtype))
+    return counts
+
+
+def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = None) -> Tensor:
+    """Return the sum of the similarities of each row of x to its kept columns: O(N D); with a cutoff one more sweep."""
+    if pairs.cutoff is not None:
+        return sweep(x, y, pairs, term=Identity(), exponents=(), backend=backend).row_sum
+    y, y_ids = (x, pairs.x_ids) if y is None else (y, pairs.y_ids)
+    wide = y.to(compute_dtype(y))
+    total = wide.sum(0).expand(x.shape)
+    if pairs.x_ids is not None:
+        slot, own, known = _class_slots(pairs.x_ids, y_ids)
+        total = total - known[:, None] * torch.zeros_like(wide).index_add(0, slot, wide)[own]
+    if pairs.diagonals:
+        v = pairs.diagonals
+        own_column = wide[: x.shape[0]] if v == 1 else wide.unflatten(0, (v, -1)).sum(0).repeat(v, 1)
+        total = total - (own_column if y_ids is None else (pairs.x_ids != y_ids[: x.shape[0]])[:, None] * own_column)
+    return row_dot(x, total, backend)
+
+
+def _class_slots(x_ids: Tensor, y_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where each y's class accumulates, where each x finds its class, and whether the y have it at all.
+
+    A class's slot is the first place of its id among the sorted ids: static shapes, nothing read back.
+    """
+    ordered = y_ids.sort().values
+    own = torch.searchsorted(ordered, x_ids).clamp(max=len(y_ids) - 1)
+    return torch.searchsorted(ordered, y_ids), own, ordered[own] == x_ids

@@ -1,0 +1,143 @@
+"""The function `sweep`, one pass over the similarities, from which every loss and every other primitive is made."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contrastive_kernels.engine.autograd import sweep_forward, sweep_total
+from contrastive_kernels.engine.backends import Backend, choose
+from contrastive_kernels.engine.limits import saved_scores_limit, workspace_limit
+from contrastive_kernels.engine.spec import Description, ForwardArguments, Inputs, Statistics, Wanted, compute_dtype
+from contrastive_kernels.engine.terms import Term
+from contrastive_kernels.primitives.rows import cast_for_autocast
+
+__all__ = ["ALL_PAIRS", "Pairs", "Statistics", "sweep", "weighted_total"]
+
+
+class Pairs(NamedTuple):
+    """Which pairs are kept; `engine.spec` has the conditions."""
+
+    x_ids: Tensor | None = None  # (N,) int64
+    y_ids: Tensor | None = None  # (M,) int64; None for x against itself
+    cutoff: Tensor | None = None  # (N,)
+    keep_equal_ids: bool = False
+    diagonals: int = 0  # 1: drop i == j; V: drop the pairs of a sample's V views
+
+
+ALL_PAIRS = Pairs()
+
+
+def sweep(
+    x: Tensor,
+    y: Tensor | None = None,
+    pairs: Pairs = ALL_PAIRS,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    exponents: tuple[float, ...] = (1.0,),
+    column_lse: bool = False,
+    term: Term | None = None,
+    maximum: bool = False,
+    backend: str | None = None,
+) -> Statistics:
+    """Return the statistics of one pass over the similarities of x (N, D) and y (M, D), or of x with itself.
+
+    `engine.spec` says what they are. The arguments are not checked. Under autocast the features are cast to its dtype;
+    everything else keeps float32.
+    """
+    inputs, what, chosen = _prepare(x, y, pairs, scale, bias, exponents, column_lse, term, backend)
+    x, y = inputs.x, inputs.y
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
+    save_scores = differentiable and _may_be_saved(inputs, chosen)
+    statistics = sweep_forward(ForwardArguments(inputs, what, maximum, save_scores), chosen.name)
+    dtype = inputs.scale.dtype
+    asked_for = (bool(exponents), column_lse, term is not None, maximum, maximum and column_lse, False)
+    return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
+
+
+def weighted_total(
+    x: Tensor,
+    y: Tensor | None = None,
+    pairs: Pairs = ALL_PAIRS,
+    *,
+    term: Term,
+    weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return ``sum_i weight_i sum_j phi(s_ij)``, 0-dim, whose gradients come from the same sweep: three products, not four.
+
+    The weights (N,) default to 1. The arguments are not checked, as those of `sweep`.
+    """
+    inputs, what, chosen = _prepare(x, y, pairs, 1.0, None, (), False, term, backend)
+    x, y = inputs.x, inputs.y
+
+    def wants(leaf: Tensor | None) -> bool:
+        return torch.is_grad_enabled() and leaf is not None and leaf.requires_grad
+
+    # scale and bias do not enter a term
+    wanted = Wanted(wants(x), wants(y), False, False, wants(inputs.term_scale), wants(inputs.term_offset))
+    # float16 takes two sweeps: a gradient stored before the incoming factor leaves its range
+    one_sweep = any(wanted) and x.dtype != torch.float16 and not (weight is not None and weight.requires_grad)
+    if not one_sweep:
+        row_sum = sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
+        return (row_sum if weight is None else row_sum * weight).sum()
+    weight = inputs.scale.new_ones(x.shape[0]) if weight is None else weight.detach().to(inputs.scale)
+    return sweep_total(weight, inputs, what, wanted._replace(total=True), chosen.name)
+
+
+def _prepare(
+    x: Tensor,
+    y: Tensor | None,
+    pairs: Pairs,
+    scale: float | Tensor,
+    bias: Tensor | None,
+    exponents: tuple[float, ...],
+    column_lse: bool,
+    term: Term | None,
+    backend: str | None,
+) -> tuple[Inputs, Description, Backend]:
+    """Return the arguments as the operators take them, and the backend."""
+    x, y = cast_for_autocast(x), None if y is None else cast_for_autocast(y)
+    dtype = compute_dtype(x)
+    x_ids, y_ids, cutoff, keep_equal_ids, diagonals = pairs
+    if y_ids is not None and y_ids is x_ids and torch.compiler.is_compiling():
+        y_ids = y_ids.clone()  # Dynamo rejects one tensor as two inputs of a Function
+    term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
+    inputs = Inputs(
+        x,
+        y,
+        _as_tensor(scale, x, dtype),
+        None if bias is None else bias.to(dtype),
+        x_ids,
+        y_ids,
+        None if cutoff is None else cutoff.detach().to(dtype),
+        None if term_scale is None else _as_tensor(term_scale, x, dtype),
+        None if term_offset is None else _as_tensor(term_offset, x, dtype).expand(x.shape[0]),
+    )
+    name = "" if term is None else term.name
+    what = Description(exponents, column_lse, name, constants, keep_equal_ids, int(diagonals))
+    return inputs, what, choose(x, backend)
+
+
+def _may_be_saved(inputs: Inputs, backend: Backend) -> bool:
+    """Return whether the similarities may be saved for the backward.
+
+    Rounded ones may not be with a cutoff: a pair that was dropped could come back, and no log-sum-exp counts it.
+    """
+    x, y = inputs.x, inputs.y
+    dtype, limit = backend.score_dtype(x, y), saved_scores_limit()
+    if dtype is None or (inputs.cutoff is not None and dtype == torch.int16):
+        return False
+    if limit is None:
+        limit = min(backend.saved_scores_bytes, workspace_limit())
+    m = (x if y is None else y).shape[0]
+    return 0 < x.shape[0] * m * dtype.itemsize <= limit
+
+
+def _as_tensor(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.to(x.device, dtype)
+    return torch.full((), value, dtype=dtype, device=x.device)

@@ -1,0 +1,54 @@
+"""`min_view_similarity`: the least similar pair of views of every sample."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from contrastive_kernels.engine.backends import choose
+from contrastive_kernels.engine.operators import operator
+from contrastive_kernels.engine.spec import compute_dtype
+from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives.rows import cast_for_autocast, row_dot
+
+__all__ = ["min_view_similarity"]
+
+
+def min_view_similarity(
+    views: Tensor, *, reduce: Literal["min", "mean"] = "min", backend: str | None = None
+) -> tuple[Tensor, Tensor | None]:
+    r"""Return the least (or mean) similarity between two distinct views of each sample.
+
+    .. math:: s_i = \min_{j < k} \langle z_{ij}, z_{ik} \rangle \quad \text{or} \quad
+        s_i = \frac{\lVert \sum_j z_{ij} \rVert^2 - \sum_j \lVert z_{ij} \rVert^2}{V (V - 1)}
+
+    Args:
+        views: ``(N, V, D)`` with ``V >= 2``, rows of unit norm.
+        reduce: ``"min"`` or ``"mean"``.
+        backend: as in `similarity_logsumexp`.
+
+    Returns:
+        values ``(N,)``, float32 (float64 for float64 inputs), differentiable (the whole gradient of a minimum goes to
+        its pair), and the pairs ``(N, 2)`` int64, j < k, the first in row-major order on a tie; None for ``"mean"``.
+
+    Raises:
+        ValueError: views is not (N, V, D) with V >= 2, or reduce is unknown.
+
+    Source: Zhao, Du, Wang, Yao, Huang 2023 (ArCL), the alignment term.
+
+    Example:
+        >>> views = torch.nn.functional.normalize(torch.randn(8, 4, 16), dim=-1)
+        >>> values, pairs = min_view_similarity(views)
+    """
+    checks.views("views", views)
+    checks.choice("reduce", reduce, ("min", "mean"))
+    views = cast_for_autocast(views)
+    if reduce == "mean":
+        dtype, v = compute_dtype(views), views.shape[1]
+        total = views.sum(1, dtype=dtype)
+        return (row_dot(total, total) - row_dot(views, views).sum(1)) / (v * (v - 1)), None
+    pairs = operator(choose(views, backend).name, "views")(views.detach())
+    index = pairs.unsqueeze(-1).expand(-1, -1, views.shape[2])
+    first, second = views.gather(1, index).unbind(1)
+    return row_dot(first, second, backend), pairs
