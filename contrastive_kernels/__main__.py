@@ -9,7 +9,7 @@ import platform
 import torch
 
 from contrastive_kernels import __version__
-from contrastive_kernels.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose_backend
+from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose
 
 
 def _version(package: str) -> str:
@@ -36,7 +36,7 @@ def report() -> str:
     ]
     for device, description in devices:
         x = torch.empty((1, 1), device=device)
-        lines += ["", f"{device}: {description}", f"  default backend for float32: {choose_backend(x)}"]
+        lines += ["", f"{device}: {description}", f"  default backend for float32: {choose(x).name}"]
         for name, backend in BACKENDS.items():
             lines.append(f"  {name:<7} {'; '.join(backend.not_supported_reasons(x)) or 'available'}")
     return "\n".join(lines)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
-from contrastive_kernels.diagnostics.common import check_positive, wide_rows
-from contrastive_kernels.functional.common import rows
-from contrastive_kernels.similarity import row_dot, similarity_logsumexp
+from contrastive_kernels.diagnostics.common import wide_rows
+from contrastive_kernels.losses import uniformity_loss
+from contrastive_kernels.primitives import checks, row_dot
 
 __all__ = ["InfoNCESplit", "alignment", "info_nce_split", "uniformity"]
 
@@ -53,7 +51,7 @@ def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0, normalize: bool = 
     checks.features("y", y)
     checks.alike("x", x, "y", y)
     checks.not_empty("x", x)
-    check_positive("exponent", exponent)
+    checks.positive("exponent", exponent)
     squares = (wide_rows(x, normalize) - wide_rows(y, normalize)).square().sum(1)
     if exponent == 2:
         return squares.mean()
@@ -86,15 +84,8 @@ def uniformity(z: Tensor, *, t: float = 2.0, normalize: bool = False, backend: s
         >>> round(uniformity(torch.eye(4)).item(), 4)
         -4.0
     """
-    checks.features("z", z)
-    if z.shape[0] < 2:
-        raise ValueError(f"z {checks.shape(z)} must have at least 2 rows: uniformity is a mean over pairs")
-    check_positive("t", t)
-    z, n = rows(z, normalize), z.shape[0]
-    bias = -t * row_dot(z, z)
-    ids = torch.arange(n, device=z.device)
-    lse = similarity_logsumexp(z, scale=2.0 * t, x_ids=ids, y_bias=bias, backend=backend)
-    return (lse + bias).logsumexp(0) - math.log(n * (n - 1))
+    checks.positive("t", t)
+    return uniformity_loss(z, t=t, normalize=normalize, backend=backend)
 
 
 def info_nce_split(query: Tensor, positive: Tensor, negative: Tensor, *, normalize: bool = True) -> InfoNCESplit:

@@ -8,16 +8,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
 from contrastive_kernels.diagnostics.common import (
-    check_count,
     check_labels,
     check_means,
-    check_positive,
     chunks,
     class_index,
     wide_rows,
 )
+from contrastive_kernels.primitives import checks
 
 __all__ = [
     "CentreBound",
@@ -107,7 +105,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int, *, normalize
     """
     features = _as_views(features)
     labels = check_labels(labels, features)
-    check_count("num_classes", num_classes)
+    checks.count("num_classes", num_classes)
     features = wide_rows(features, normalize).mean(1)
     index, known = class_index(labels, num_classes)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=features.device).index_add(0, index, known.long())
@@ -246,13 +244,13 @@ def centre_bound(
     """
     checks.views("views", views)
     labels = check_labels(labels, views)
-    check_count("num_classes", num_classes)
-    check_positive("sigma", sigma)
+    checks.count("num_classes", num_classes)
+    checks.positive("sigma", sigma)
     if sigma > 1:
         raise ValueError(f"sigma {sigma} is a probability: it must be at most 1")
     for name, value in (("delta", delta), ("lipschitz", lipschitz), ("epsilon", epsilon)):
-        check_positive(name, value, zero=True)
-    check_positive("radius", radius)
+        checks.positive(name, value, zero=True)
+    checks.positive("radius", radius)
     views = wide_rows(views, normalize) * (radius if normalize else 1)
     means, counts = class_means(views, labels, num_classes, normalize=False)
     known = class_index(labels, num_classes)[1]

@@ -7,9 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
-from contrastive_kernels.functional.common import rows
-from contrastive_kernels.sweep import compute_dtype
+from contrastive_kernels.primitives import checks, compute_dtype, unit_rows
 
 # Elements of one chunk's scores: the workspace of a diagnostic, 16 MiB in float32 a tile.
 CHUNK_ELEMENTS = 1 << 22
@@ -23,27 +21,12 @@ def chunks(n: int, columns: int) -> Iterator[slice]:
 
 def wide_rows(x: Tensor, normalize: bool) -> Tensor:
     """The rows in the compute dtype, of unit norm if asked for."""
-    return rows(x, normalize).to(compute_dtype(x))
+    return unit_rows(x, normalize).to(compute_dtype(x))
 
 
 def check_labels(labels: Tensor, x: Tensor) -> Tensor:
     """Integer labels, one per sample, -1 for none."""
     return checks.ids("labels", labels, x.shape[0], x)
-
-
-def check_positive(name: str, value: float, *, zero: bool = False) -> None:
-    """A number above 0, or not below it."""
-    checks.number(name, value)
-    if not (value >= 0 if zero else value > 0):
-        raise ValueError(f"{name} {value} must {'not be negative' if zero else 'be positive'}")
-
-
-def check_count(name: str, value: int) -> None:
-    """A positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} {value} must be positive")
 
 
 def check_means(means: Tensor, x: Tensor) -> None:

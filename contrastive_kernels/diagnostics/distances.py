@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
-from contrastive_kernels.diagnostics.common import check_count, chunks, wide_rows
-from contrastive_kernels.sweep import Band
+from contrastive_kernels.diagnostics.common import chunks, wide_rows
+from contrastive_kernels.primitives import Band, checks
 
 __all__ = ["BandCount", "DistanceHistogram", "band_count", "distance_histogram"]
 
@@ -148,7 +147,7 @@ def distance_histogram(
         >>> distance_histogram(torch.eye(3), bins=4).counts.tolist()
         [0, 0, 6, 0]
     """
-    check_count("bins", bins)
+    checks.count("bins", bins)
     z, y, ids, y_ids = _checked(z, y, ids, y_ids, same, normalize)
     # One place more for the pairs that do not count, and one for NaN.
     counts = torch.zeros(bins + 2, dtype=torch.int64, device=z.device)

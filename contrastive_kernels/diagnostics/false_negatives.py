@@ -7,10 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
 from contrastive_kernels.diagnostics.common import check_labels
-from contrastive_kernels.functional.common import rows, scale_from
-from contrastive_kernels.similarity import row_dot, similarity_logsumexp
+from contrastive_kernels.losses._options import scale_from
+from contrastive_kernels.primitives import checks, row_dot, similarity_logsumexp, unit_rows
 
 __all__ = ["FalseNegativeMass", "false_negative_mass"]
 
@@ -63,13 +62,10 @@ def false_negative_mass(
         >>> [round(s, 3) for s in false_negative_mass(z, z, labels).share.tolist()[:4]]
         [0.333, 0.333, 0.0, 0.0]
     """
-    checks.features("z0", z0)
-    checks.features("z1", z1)
-    checks.alike("z0", z0, "z1", z1)
-    checks.not_empty("z0", z0)
+    checks.paired("z0", z0, "z1", z1)
     labels = check_labels(labels, z0)
     scale = scale_from(temperature, logit_scale, z0, default=0.5)
-    first, second = rows(z0, normalize), rows(z1, normalize)
+    first, second = unit_rows(z0, normalize), unit_rows(z1, normalize)
     z, positive = torch.cat([first, second]), scale * row_dot(first, second).repeat(2)
     index = torch.arange(len(first), device=z.device)
     lse = similarity_logsumexp(z, scale=scale, x_ids=index.repeat(2), backend=backend)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from contrastive_kernels.functional.margin import MMCLStats, mmcl_loss
+from contrastive_kernels.losses.mmcl import MMCLStats, mmcl_loss
 
 __all__ = ["mmcl_dual"]
 
 
 @torch.no_grad()
-def mmcl_dual(z0: Tensor, *, solver: Literal["inverse", "pgd"] = "inverse", **options) -> MMCLStats:
+def mmcl_dual(z0: Tensor, *, solver: Literal["inverse", "pgd"] = "inverse", **options: Any) -> MMCLStats:
     """Sparsity, coefficients at the bound, dual objective and KKT residual of MMCL, which are those of view 1 alone.
 
     Args:

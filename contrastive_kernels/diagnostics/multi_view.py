@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
 from contrastive_kernels.diagnostics.classes import Classification, decide, joined
 from contrastive_kernels.diagnostics.common import check_means, chunks, wide_rows
+from contrastive_kernels.primitives import checks
 
 __all__ = ["classify_views"]
 

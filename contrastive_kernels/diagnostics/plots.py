@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
 from contrastive_kernels.diagnostics.classes import class_similarity
-from contrastive_kernels.diagnostics.common import check_count
 from contrastive_kernels.diagnostics.distances import DistanceHistogram, distance_histogram
-from contrastive_kernels.sweep import Band
+from contrastive_kernels.primitives import Band, checks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,7 +160,7 @@ def plot_rank_distribution(ranks: Tensor, keys: int, *, axes: Axes | None = None
     if ranks.dim() != 1 or not len(ranks):
         raise ValueError(f"ranks {checks.shape(ranks)} must have shape (N,), N >= 1")
     checks.ids("ranks", ranks, len(ranks), ranks)
-    check_count("keys", keys)
+    checks.count("keys", keys)
     axes = _axes(axes)
     ordered = ranks.sort().values.cpu()
     heights = [(i + 1) / len(ordered) for i in range(len(ordered))]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
-from contrastive_kernels.diagnostics.common import check_count, chunks, wide_rows
+from contrastive_kernels.diagnostics.common import chunks, wide_rows
+from contrastive_kernels.primitives import checks
 
 __all__ = ["positive_rank", "retrieval_accuracy"]
 
@@ -105,7 +105,7 @@ def retrieval_accuracy(
     """
     several = [k] if isinstance(k, int) else list(k)
     for value in several:
-        check_count("k", value)
+        checks.count("k", value)
     ranks = positive_rank(query, keys, target, query_ids=query_ids, key_ids=key_ids, normalize=normalize)
     limits = torch.tensor(several, device=ranks.device)
     accuracy = (ranks[:, None] <= limits).to(query.dtype if query.dtype == torch.float64 else torch.float32).mean(0)

@@ -7,15 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
 from contrastive_kernels.diagnostics.common import (
     check_labels,
     check_means,
-    check_positive,
     chunks,
     class_index,
     wide_rows,
 )
+from contrastive_kernels.primitives import checks
 
 __all__ = ["adversarial_radius"]
 
@@ -68,7 +67,7 @@ def adversarial_radius(
     labels = check_labels(labels, features)
     check_means(means, features)
     checks.choice("bound", bound, ("certified", "notes"))
-    check_positive("lipschitz", lipschitz)
+    checks.positive("lipschitz", lipschitz)
     features, means = wide_rows(features, normalize), wide_rows(means, normalize_means)
     index, known = class_index(labels, len(means))
     radius = features.new_empty(len(features))

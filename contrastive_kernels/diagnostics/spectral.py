@@ -7,9 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels import checks
-from contrastive_kernels.diagnostics.common import check_count
-from contrastive_kernels.sweep import compute_dtype
+from contrastive_kernels.primitives import checks, compute_dtype
 
 __all__ = ["SpectralOptimum", "normalized_adjacency", "spectral_optimum", "spectral_population_loss"]
 
@@ -134,7 +132,7 @@ def spectral_optimum(joint: Tensor, k: int, *, two_towers: bool = False) -> Spec
         -2.0
     """
     joint = _joint(joint, symmetric=not two_towers)
-    check_count("k", k)
+    checks.count("k", k)
     if k > min(joint.shape):
         raise ValueError(f"k {k} is more than joint {checks.shape(joint)} has rows or columns")
     if two_towers:

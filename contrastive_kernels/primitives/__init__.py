@@ -14,6 +14,7 @@ from contrastive_kernels.engine.terms import (
     Term,
 )
 from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives.devices import available_bytes, reading_is_free, reading_is_possible
 from contrastive_kernels.primitives.logsumexp import similarity_logsumexp
 from contrastive_kernels.primitives.moments import cross_moments, row_squares
 from contrastive_kernels.primitives.rows import (
@@ -43,6 +44,7 @@ __all__ = [
     "Statistics",
     "Student",
     "Term",
+    "available_bytes",
     "cast_for_autocast",
     "checks",
     "compute_dtype",
@@ -51,6 +53,8 @@ __all__ = [
     "kept_sums",
     "min_view_similarity",
     "nan_unless_finite",
+    "reading_is_free",
+    "reading_is_possible",
     "row_dot",
     "row_select",
     "row_squares",

@@ -1,4 +1,4 @@
-"""Second moments of the features, from D x D or N x N products, whichever are cheaper, with gradients of few products."""
+"""Second moments of the features, from D x D or N x N products, and their gradients in few products."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def row_squares(x: Tensor, y: Tensor) -> Tensor:
 
 
 def cross_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the diagonal (D,) of ``a.T @ b`` and the sum of the squares off it, from the smaller of D x D and N x N."""
+    """Return the diagonal (D,) of ``a.T @ b`` and the sum of squares off it, from the smaller of D x D and N x N."""
     n, d = a.shape
     with wide_products(a):
         if n > d:

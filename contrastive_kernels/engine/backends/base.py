@@ -24,8 +24,8 @@ class Backend(Protocol):
     def operators(self) -> Mapping[str, Callable[..., Any] | None]:
         """The operators of `engine.spec.SCHEMAS` that it has; None for one that the C++ extension registers.
 
-        Every backend has ``forward``, ``backward``, ``unit_rows``, ``unit_rows_backward`` and ``views``. Implementations
-        of the first two take grouped arguments:
+        Every backend has ``forward``, ``backward``, ``unit_rows``, ``unit_rows_backward`` and ``views``. The first two
+        take grouped arguments:
 
         - ``forward(inputs: Inputs, what: Description, *, maximum: bool, save_scores: bool) -> Statistics``;
         - ``backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None)

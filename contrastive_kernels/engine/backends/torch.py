@@ -169,7 +169,7 @@ def _split(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None) -> Gradients:
-    """Return the gradients that `engine.spec` describes, differentiable in their turn; `scores` are never saved here."""
+    """Return the gradients that `engine.spec` describes, differentiable in their turn; no scores are saved here."""
     matrix, term, x = _Scores(inputs, what), _term(what), inputs.x
     dtype, totals_dtype, scale = matrix.dtype, statistic_dtype(x), inputs.scale
     wants_y = wanted.y or (wanted.x and inputs.y is None)
@@ -326,7 +326,7 @@ def _dropped(
 
 
 def _leading(key: Tensor, k: int) -> Tensor:
-    """Return the positions of the k largest entries (or all) of each row in order, equal ones by position, NaN first."""
+    """Return the positions of the k largest entries of each row in order, equal ones by position, NaN first."""
     width = key.shape[1]
     k = min(k, width)
     if k == 1:

@@ -1,8 +1,8 @@
 """The sweep in Triton, on GPUs, and in Triton's interpreter on the CPU.
 
-Importing this module imports no Triton and asks no driver. `forward` has the kernels of the forward sweep, `backward` and
-`chunks` those of the backward, `rows` the normalisation and the positives, `views` the view minimum; `epilogue` is what
-the sweep's kernels share on the device, `launch` on the host, `tiles` the tile table.
+Importing this module imports no Triton and asks no driver. `forward` has the kernels of the forward sweep, `backward`
+and `chunks` those of the backward, `rows` the normalisation and the positives, `views` the view minimum; `epilogue` is
+what the sweep's kernels share on the device, `launch` on the host, `tiles` the tile table.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def statistic_dtype(x: Tensor) -> torch.dtype:
 
 
 def score_dtype(x: Tensor, y: Tensor | None) -> torch.dtype | None:
-    """Return the dtype of saved similarities, see `epilogue.store_scores`; None where gradients are made in registers."""
+    """Return the dtype of saved similarities, see `epilogue.store_scores`; None for gradients made in registers."""
     if x.dtype == torch.float32:
         return torch.float32
     return torch.int16 if x.shape[1] > REGISTER_DEPTH else None

@@ -1,0 +1,141 @@
+"""Options that losses share: the scale, the reduction, the cutoff, their checks, and all of a softmax loss together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from contrastive_kernels.losses._polarization import Polarization
+from contrastive_kernels.primitives import checks, compute_dtype
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def scale_from(
+    temperature: float | Tensor | None, logit_scale: float | Tensor | None, x: Tensor, default: float | None = None
+) -> float | Tensor:
+    """Return the factor of the similarities: logit_scale or 1 / temperature."""
+    if temperature is not None and logit_scale is not None:
+        raise ValueError("temperature and logit_scale are both given; one is the inverse of the other, pass one")
+    if logit_scale is not None:
+        return checks.scalar("logit_scale", logit_scale, x)
+    if temperature is None:
+        if default is None:
+            raise ValueError("neither logit_scale nor temperature is given; pass one of them")
+        temperature = default
+    temperature = checks.temperature(temperature, x)
+    return temperature.to(compute_dtype(x)).reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+
+
+def check_reduction(
+    x: Tensor, reduction: str, weight: Tensor | None = None, reductions: tuple[str, ...] = REDUCTIONS
+) -> None:
+    """Raise unless the reduction is known and there is one weight per row of x."""
+    checks.choice("reduction", reduction, reductions)
+    if weight is not None:
+        checks.vector("weight", weight, x, "the features")
+
+
+def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Return the weighted mean or sum, or the weighted losses; a weight per sample serves every view or direction.
+
+    "sum_directions" is twice the mean: the sum of the means of the two views' halves.
+    """
+    if weight is not None:
+        weight = weight.to(losses.dtype).repeat(losses.numel() // weight.numel()).reshape(losses.shape)
+        losses = losses * weight
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    mean = losses.mean() if weight is None else losses.sum() / weight.sum()
+    return 2 * mean if reduction == "sum_directions" else mean
+
+
+def row_factors(x: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Return (N,), the factor of each row's loss in a weighted "mean" or "sum"."""
+    dtype = compute_dtype(x)
+    factors = torch.ones(len(x), dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
+    return factors if reduction == "sum" else factors / factors.sum()
+
+
+def check_cutoff(
+    x: Tensor, cutoff: float | Tensor | None, cutoff_margin: float | Tensor | None, views: int = 1
+) -> None:
+    """Raise unless at most one is given: a number, or a vector with an entry per row of x, or per row of every view."""
+    if cutoff is not None and cutoff_margin is not None:
+        raise ValueError("cutoff and cutoff_margin are both given; pass one of them")
+    name, value = ("cutoff", cutoff) if cutoff_margin is None else ("cutoff_margin", cutoff_margin)
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        checks.number(name, value)
+    elif value.dim() == 0:
+        checks.same_device(name, value, x)
+    else:
+        rows = x.new_empty(1).expand(views * len(x)) if value.shape == (views * len(x),) else x
+        checks.vector(name, value, rows, "the features")
+
+
+def cutoff_from(
+    cutoff: float | Tensor | None, cutoff_margin: float | Tensor | None, positive_similarity: Tensor, views: int = 1
+) -> Tensor | None:
+    """Return the similarity above which a negative is dropped, per anchor, without gradient; arguments as checked.
+
+    A vector per sample serves every view of it.
+    """
+    anchors = positive_similarity.detach()
+    value = cutoff if cutoff_margin is None else cutoff_margin
+    if isinstance(value, Tensor) and value.dim() == 1 and len(value) < len(anchors):
+        value = value.repeat(views)
+    threshold = checks.per_row("cutoff", value, anchors)
+    return threshold if cutoff_margin is None or threshold is None else anchors + threshold
+
+
+def softplus(x: Tensor) -> Tensor:
+    """Return ``log(1 + exp(x))`` to the last digit; F.softplus by default ends where float32 does."""
+    return F.softplus(x, threshold=50.0)
+
+
+def detached(value: float | Tensor) -> float | Tensor:
+    """Return a number as it is, a tensor without its graph."""
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+@dataclass(frozen=True)
+class SoftmaxOptions:
+    """The options of a candidate softmax, checked."""
+
+    scale: float | Tensor
+    reduction: str = "mean"
+    weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    polarization: Polarization | None = None
+    return_stats: bool = False
+    backend: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        *,
+        temperature: float | Tensor | None,
+        logit_scale: float | Tensor | None,
+        default_temperature: float | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        polarization: Polarization | None = None,
+        return_stats: bool = False,
+        backend: str | None = None,
+        reductions: tuple[str, ...] = REDUCTIONS,
+    ) -> SoftmaxOptions:
+        """Check the options of a loss of features x, whose rows are the samples."""
+        check_reduction(x, reduction, weight, reductions)
+        checks.label_smoothing(label_smoothing)
+        checks.backend(x, backend)
+        scale = scale_from(temperature, logit_scale, x, default_temperature)
+        return cls(scale, reduction, weight, label_smoothing, polarization, return_stats, backend)

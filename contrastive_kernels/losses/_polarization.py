@@ -1,0 +1,44 @@
+"""Distance polarization as an argument of another loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from contrastive_kernels.primitives import Band
+
+__all__ = ["Polarization", "add_polarization"]
+
+
+@dataclass(frozen=True)
+class Polarization:
+    r"""The regulariser as an argument of another loss: ``polarization=Polarization(0.1, 0.5, weight=0.1)``.
+
+    Adds ``weight`` times the mean of :math:`\max(0, (d - \mathrm{lower})(\mathrm{upper} - d))`, ``d = (1 - s) / 2``,
+    over the loss's negative pairs, computed in the same sweep as the loss.
+
+    The defaults are placeholders: the paper's values are not known to us. Choose them for your data.
+
+    Source: Chen, Niu, Gong, Li, Yang, Sugiyama, ICML 2021, large-margin contrastive learning.
+    """
+
+    lower: float = 0.1
+    upper: float = 0.5
+    weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        self.band()
+
+    def band(self) -> Band:
+        """Return the term of the sweep; raise ValueError for bounds that are no band."""
+        return Band(self.lower, self.upper)
+
+
+def add_polarization(
+    loss: Tensor, band_sum: Tensor, pair_count: Tensor, polarization: Polarization, reduction: str
+) -> Tensor:
+    """Return the reduced loss plus the weighted mean of the band over the kept pairs; for "none" over each row's."""
+    if reduction != "none":
+        band_sum, pair_count = band_sum.sum(), pair_count.sum()
+    return loss + polarization.weight * (band_sum / pair_count.clamp(min=1))

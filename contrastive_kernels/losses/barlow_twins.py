@@ -1,0 +1,110 @@
+"""Barlow Twins: the function and its module."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from typing_extensions import TypedDict, Unpack
+
+from contrastive_kernels.losses._arguments import loss_function
+from contrastive_kernels.losses._module import LossModule
+from contrastive_kernels.losses._moments import check_batches
+from contrastive_kernels.primitives import checks, compute_dtype, cross_moments, unit_rows
+
+__all__ = ["BarlowTwinsLoss", "barlow_twins_loss"]
+
+
+class BarlowTwinsArguments(TypedDict, total=False):
+    """Keyword arguments of `barlow_twins_loss`."""
+
+    std: Literal["biased", "unbiased"]
+    normalize: bool
+
+
+@loss_function
+def barlow_twins_loss(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    lambd: float | Tensor = 0.0051,
+    std: Literal["biased", "unbiased"] = "biased",
+    normalize: bool = False,
+) -> Tensor:
+    r"""Return the loss of Barlow Twins, which takes the cross-correlation of two views' features towards the identity.
+
+    .. math:: L = \sum_a (1 - C_{aa})^2 + \lambda \sum_{a \ne b} C_{ab}^2, \qquad
+        C = \hat z_0^\top \hat z_1 / N
+
+    with :math:`\hat z` the columns of z with mean 0 and variance 1 over the batch. Formed from D x D or N x N products,
+    whichever is smaller.
+
+    Args:
+        z0: ``(N, D)``, N >= 2, the first view.
+        z1: ``(N, D)``, the second view.
+        lambd: weight of the redundancy term; float or 0-dim tensor (differentiable).
+        std: ``"biased"``: divide by ``sqrt(var + 1e-5)`` with the variance over N, as batch normalisation does;
+            ``"unbiased"``: by the root of the variance over N - 1, without epsilon (a constant column gives NaN).
+        normalize: rows to unit norm before.
+
+    Returns:
+        0-dim, float32 (float64 for float64 inputs). The batch enters through its moments: there is no loss per row.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two rows, an unknown std.
+        TypeError: dtypes that differ or are not floating.
+        RuntimeError: tensors on different devices.
+
+    Source: Zbontar, Jing, Misra, LeCun, Deny, ICML 2021, arXiv:2103.03230, eq. 1 and 2.
+
+    Example:
+        >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
+        >>> barlow_twins_loss(z0, z1).shape
+        torch.Size([])
+    """
+    check_batches(z0, z1)
+    checks.choice("std", std, ("biased", "unbiased"))
+    lambd = checks.scalar("lambd", lambd, z0)
+    first, second = (_standard_columns(unit_rows(z, normalize), std) for z in (z0, z1))
+    diagonal, off_diagonal = cross_moments(first, second)
+    n = first.shape[0]
+    return (1 - diagonal / n).square().sum() + lambd * (off_diagonal / n**2)
+
+
+class BarlowTwinsLoss(LossModule):
+    """`barlow_twins_loss` as a module.
+
+    Args:
+        lambd: weight of the redundancy term.
+        options: further keyword arguments of `barlow_twins_loss`.
+
+    Example:
+        >>> BarlowTwinsLoss(5e-3)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(barlow_twins_loss)
+
+    def __init__(
+        self,
+        lambd: float | Tensor = 0.0051,
+        **options: Unpack[BarlowTwinsArguments],
+    ) -> None:
+        super().__init__(lambd=lambd, **options)
+
+    def forward(
+        self,
+        z0: Tensor,
+        z1: Tensor,
+    ) -> Tensor:
+        """Return the loss."""
+        return self.function(z0, z1, **self.options())
+
+
+def _standard_columns(x: Tensor, std: str) -> Tensor:
+    """Return the columns of x with mean 0 and variance 1."""
+    wide = x.to(compute_dtype(x))
+    centred = wide - wide.mean(0)
+    if std == "biased":
+        return centred * (centred.square().mean(0) + 1e-5).rsqrt()
+    return centred * (centred.square().sum(0) / (x.shape[0] - 1)).rsqrt()

@@ -1,0 +1,253 @@
+"""InfoNCE: the function and its module."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArguments, Loss, SoftmaxArguments
+from contrastive_kernels.losses._module import LossModule
+from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
+from contrastive_kernels.losses._polarization import Polarization
+from contrastive_kernels.losses._softmax import (
+    Negatives,
+    Positives,
+    list_negatives,
+    softmax_loss,
+    sweep_both_directions,
+    sweep_negatives,
+    union,
+)
+from contrastive_kernels.primitives import Pairs, checks, row_dot, unit_rows
+
+__all__ = ["InfoNCELoss", "info_nce_loss"]
+
+
+class InfoNCEArguments(SoftmaxArguments, CutoffArguments, total=False):
+    """Keyword arguments of `info_nce_loss`."""
+
+    logit_scale: float | Tensor | None
+    negative_mode: Literal["unpaired", "paired"]
+    in_batch_negatives: bool | None
+    symmetric: bool
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    polarization: Polarization | None
+
+
+@overload
+def info_nce_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[InfoNCEArguments],
+) -> Loss: ...
+@overload
+def info_nce_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    return_stats: Literal[True],
+    **options: Unpack[InfoNCEArguments],
+) -> tuple[Loss, ContrastiveStats]: ...
+@overload
+def info_nce_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    return_stats: bool,
+    **options: Unpack[InfoNCEArguments],
+) -> Loss | tuple[Loss, ContrastiveStats]: ...
+def info_nce_loss(
+    query: Tensor,
+    positive_key: Tensor,
+    negative_keys: Tensor | None = None,
+    *,
+    temperature: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    negative_mode: Literal["unpaired", "paired"] = "unpaired",
+    in_batch_negatives: bool | None = None,
+    symmetric: bool = False,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    cutoff: float | Tensor | None = None,
+    cutoff_margin: float | Tensor | None = None,
+    polarization: Polarization | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, ContrastiveStats]:
+    r"""Return the InfoNCE loss: each query picks its positive key among all candidates. No N x M similarity matrix.
+
+    .. math:: L = \frac1N \sum_i \Bigl[ \log\bigl(e^{u_i^+} + \sum_j e^{u_{ij}}\bigr) - u_i^+ \Bigr],
+        \qquad u_{ij} = \langle q_i, k_j \rangle / T
+
+    The sum runs over the other rows' positive keys (in-batch negatives), over ``negative_keys``, or over both.
+
+    Args:
+        query: ``(N, D)``.
+        positive_key: ``(N, D)``; row i is the positive of query i.
+        negative_keys: ``(M, D)``, shared by all queries, or ``(N, M, D)``, each query's own, with
+            ``negative_mode="paired"``. None: in-batch negatives only.
+        temperature: T, float or 0-dim tensor (differentiable); 0.07 unless ``logit_scale`` is given.
+        logit_scale: 1 / T instead.
+        negative_mode: ``"unpaired"`` or ``"paired"``.
+        in_batch_negatives: whether the other rows' positives are negatives; None: only without negative_keys.
+        symmetric: mean of this loss and of the one with queries and positive keys exchanged; needs in-batch negatives.
+        normalize: rows to unit norm first.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: ``(N,)`` per anchor; the mean is then sum(w l) / sum(w).
+        label_smoothing: share of the target spread over all kept candidates.
+        query_ids: ``(N,)`` integers; a candidate with the query's id that is not its positive is no negative.
+        key_ids: ids of the negatives: ``(N,)`` for in-batch keys (None: query_ids), ``(M,)`` or ``(N, M)`` for
+            negative_keys, ``(N + M,)`` for in-batch and shared ones.
+        cutoff: float or ``(N,)``; negatives more similar than this are dropped, the positive never is.
+        cutoff_margin: the same, as the positive's similarity plus a margin.
+        polarization: adds `Polarization` over the negatives, from the same sweep.
+        return_stats: also return `ContrastiveStats`.
+        backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+
+    Returns:
+        0-dim, or ``(N,)`` for ``"none"``, ``(2, N)`` when symmetric; float32 (float64 for float64 inputs). With
+        ``return_stats`` the pair (loss, stats).
+
+    Raises:
+        ValueError: shapes that do not fit, an empty batch, options that exclude each other, temperature near 0.
+        TypeError: dtypes that differ or are not floating (ids: not integer).
+        RuntimeError: tensors on different devices.
+
+    Source: van den Oord, Li, Vinyals 2018, arXiv:1807.03748, eq. 4.
+
+    Example:
+        >>> query, key = torch.randn(2, 16, 8).unbind(0)
+        >>> info_nce_loss(query, key, temperature=0.1).shape
+        torch.Size([])
+    """
+    checks.paired("query", query, "positive_key", positive_key)
+    checks.choice("negative_mode", negative_mode, ("unpaired", "paired"))
+    paired = negative_mode == "paired"
+    in_batch = negative_keys is None if in_batch_negatives is None else in_batch_negatives
+    if negative_keys is not None:
+        _check_negatives(query, negative_keys, paired)
+    elif paired or not in_batch:
+        raise ValueError(f"negative_keys is needed with negative_mode={negative_mode!r}, in_batch_negatives={in_batch}")
+    if symmetric and not in_batch:
+        raise ValueError("symmetric=True exchanges queries and in-batch keys; it needs in_batch_negatives=True")
+    check_cutoff(query, cutoff, cutoff_margin)
+    query_ids, batch_ids, negative_ids = _split_ids(query, query_ids, key_ids, negative_keys, in_batch)
+    options = SoftmaxOptions.of(
+        query,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        default_temperature=0.07,
+        reduction=reduction,
+        weight=weight,
+        label_smoothing=label_smoothing,
+        polarization=polarization,
+        return_stats=return_stats,
+        backend=backend,
+    )
+
+    query, positive_key = unit_rows(query, normalize, backend), unit_rows(positive_key, normalize, backend)
+    positive_similarity = row_dot(query, positive_key, backend)
+    limit = cutoff_from(cutoff, cutoff_margin, positive_similarity)
+    directions: list[Negatives] = []
+    if in_batch:
+        pairs = Pairs(query_ids, batch_ids, limit, diagonals=1)
+        if symmetric:
+            directions = sweep_both_directions(query, positive_key, pairs, options)
+        else:
+            directions = [sweep_negatives(query, positive_key, pairs, options)]
+    if negative_keys is not None:
+        negative_keys = unit_rows(negative_keys, normalize, backend)
+        if paired:
+            similarity = row_dot(query[:, None], negative_keys, backend)
+            further = list_negatives(similarity, _dropped(similarity, query_ids, negative_ids, limit), options)
+        else:
+            pairs = Pairs(None if negative_ids is None else query_ids, negative_ids, limit)
+            further = sweep_negatives(query, negative_keys, pairs, options)
+        directions[:1] = [union(directions[0], further) if directions else further]
+    return softmax_loss(directions, Positives.single(options.scale * positive_similarity), options)
+
+
+class InfoNCELoss(LossModule):
+    """`info_nce_loss` as a module.
+
+    Args:
+        temperature: 0.07 unless ``logit_scale`` is given; an ``nn.Parameter`` is trained.
+        options: further keyword arguments of `info_nce_loss`.
+
+    Example:
+        >>> InfoNCELoss(0.1, symmetric=True)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(info_nce_loss)
+
+    def __init__(
+        self,
+        temperature: float | Tensor | None = None,
+        *,
+        return_stats: bool = False,
+        **options: Unpack[InfoNCEArguments],
+    ) -> None:
+        super().__init__(temperature=temperature, return_stats=return_stats, **options)
+
+    def forward(
+        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None, **inputs: Tensor
+    ) -> Tensor | tuple[Tensor, ContrastiveStats]:
+        """Return the loss; `inputs` are per-batch keyword arguments: weight, query_ids, key_ids, cutoff."""
+        return self.function(query, positive_key, negative_keys, **self.options(), **inputs)
+
+
+def _check_negatives(query: Tensor, negative_keys: Tensor, paired: bool) -> None:
+    if not paired:
+        checks.features("negative_keys", negative_keys)
+        checks.alike("query", query, "negative_keys", negative_keys, rows=False)
+        return
+    checks.views("negative_keys", negative_keys, minimum=1)
+    checks.alike("query", query, "negative_keys", negative_keys)
+
+
+def _split_ids(
+    query: Tensor, query_ids: Tensor | None, key_ids: Tensor | None, negative_keys: Tensor | None, in_batch: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the ids of the queries, of the in-batch keys and of the negative keys; None where there are none."""
+    if query_ids is None:
+        if key_ids is not None:
+            raise ValueError("key_ids is given but query_ids is not; a key is no negative when its id is its query's")
+        return None, None, None
+    n = query.shape[0]
+    query_ids = checks.ids("query_ids", query_ids, n, query)
+    if key_ids is None:
+        return query_ids, query_ids, None
+    if negative_keys is None:
+        return query_ids, checks.ids("key_ids", key_ids, n, query), None
+    if negative_keys.dim() == 3:
+        return query_ids, query_ids, checks.ids("key_ids", key_ids, tuple(negative_keys.shape[:2]), query)
+    m = negative_keys.shape[0]
+    key_ids = checks.ids("key_ids", key_ids, n + m if in_batch else m, query)
+    return query_ids, key_ids[:n] if in_batch else None, key_ids[-m:] if m else key_ids[:0]
+
+
+def _dropped(
+    similarity: Tensor, query_ids: Tensor | None, negative_ids: Tensor | None, limit: Tensor | None
+) -> Tensor | None:
+    """Return the mask of the paired negatives that are none, None when all are."""
+    dropped = None if query_ids is None or negative_ids is None else query_ids[:, None] == negative_ids
+    if limit is None:
+        return dropped
+    above = similarity > limit[:, None]
+    return above if dropped is None else dropped | above

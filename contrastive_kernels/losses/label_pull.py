@@ -1,0 +1,143 @@
+"""The pull to label embeddings: the function and its module."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from contrastive_kernels.losses._arguments import BackendArguments, ReductionArguments, loss_function
+from contrastive_kernels.losses._labels import UNLABELLED, mean_over
+from contrastive_kernels.losses._module import LossModule
+from contrastive_kernels.losses._options import SoftmaxOptions, reduce
+from contrastive_kernels.losses._softmax import Positives, softmax_value, sweep_negatives
+from contrastive_kernels.primitives import Pairs, checks, row_dot, unit_rows
+
+__all__ = ["LabelPullLoss", "label_pull_loss"]
+
+
+class LabelPullArguments(BackendArguments, ReductionArguments, total=False):
+    """Keyword arguments of `label_pull_loss`."""
+
+    temperature: float | Tensor | None
+    logit_scale: float | Tensor | None
+
+
+@loss_function
+def label_pull_loss(
+    z: Tensor,
+    labels: Tensor,
+    label_embeddings: Tensor,
+    *,
+    form: Literal["pull", "softmax"] = "pull",
+    temperature: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    normalize: bool = True,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Return the loss that pulls labelled rows to the embeddings of their labels, such as word vectors of class names.
+
+    .. math::
+        \text{pull:} \quad L_i = 1 - \langle z_i, w_{y_i} \rangle, \qquad
+        \text{softmax:} \quad L_i = \log \sum_{c=1}^K e^{u_{ic}} - u_{i y_i},
+        \quad u_{ic} = \langle z_i, w_c \rangle / T
+
+    A term to be added to another loss with a weight of the user's; no published weight is known to us.
+
+    Args:
+        z: ``(N, D)``.
+        labels: y, ``(N,)`` integers below K; -1 for a row without label, which contributes 0. Any other value makes
+            the loss NaN: it is found without reading the labels back.
+        label_embeddings: w, ``(K, D)``, usually fixed; they get a gradient if they require one.
+        form: ``"pull"``, half the squared distance of unit rows, or ``"softmax"``, InfoNCE over the K embeddings.
+        temperature: T of ``"softmax"``, float or 0-dim tensor (differentiable); 0.1 unless ``logit_scale`` is given.
+        logit_scale: 1 / T instead.
+        normalize: rows of z and of label_embeddings to unit norm first.
+        reduction: ``"mean"`` over the labelled rows, ``"sum"`` or ``"none"``.
+        weight: ``(N,)`` per row; the mean is then sum(w l) / sum(w) over the labelled rows.
+        backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+
+    Returns:
+        0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). 0 when no row is labelled.
+
+    Raises:
+        ValueError: shapes that do not fit, an empty batch, no embeddings, an unknown option, temperature near 0.
+        TypeError: dtypes that differ or are not floating (labels: not integer).
+        RuntimeError: tensors on different devices.
+
+    Source: no paper is known to us for ``"pull"``; related to Frome et al., NeurIPS 2013 (DeViSE).
+
+    Example:
+        >>> z, labels, words = torch.randn(16, 8), torch.randint(-1, 4, (16,)), torch.randn(4, 8)
+        >>> label_pull_loss(z, labels, words).shape
+        torch.Size([])
+    """
+    checks.features("z", z)
+    checks.features("label_embeddings", label_embeddings)
+    checks.alike("z", z, "label_embeddings", label_embeddings, rows=False)
+    checks.not_empty("z", z)
+    checks.not_empty("label_embeddings", label_embeddings)
+    checks.choice("form", form, ("pull", "softmax"))
+    labels = checks.ids("labels", labels, len(z), z)
+    options = SoftmaxOptions.of(
+        z,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        default_temperature=0.1,
+        reduction=reduction,
+        weight=weight,
+        backend=backend,
+    )
+
+    z, embeddings = unit_rows(z, normalize, backend), unit_rows(label_embeddings, normalize, backend)
+    classes = embeddings.shape[0]
+    similarity = row_dot(z, embeddings[labels.clamp(0, classes - 1)], backend)
+    if form == "pull":
+        losses = 1 - similarity
+    else:
+        pairs = Pairs(labels, torch.arange(classes, device=z.device))
+        negatives = sweep_negatives(z, embeddings, pairs, options)
+        each = replace(options, reduction="none", weight=None)
+        losses = softmax_value([negatives], Positives.single(options.scale * similarity), each)
+    labelled = labels != UNLABELLED
+    # A product, so that a NaN in a row without label is not lost.
+    losses = losses * labelled.to(losses.dtype)
+    losses = losses.masked_fill(labelled & ((labels < 0) | (labels >= classes)), torch.nan)
+    return mean_over(losses, labelled, weight) if reduction == "mean" else reduce(losses, weight, reduction)
+
+
+class LabelPullLoss(LossModule):
+    """`label_pull_loss` as a module; the label embeddings belong to the caller and come with every call.
+
+    Args:
+        form: ``"pull"`` or ``"softmax"``.
+        options: further keyword arguments of `label_pull_loss`.
+
+    Example:
+        >>> LabelPullLoss("softmax")(torch.randn(8, 4), torch.randint(3, (8,)), torch.randn(3, 4)).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(label_pull_loss)
+
+    def __init__(
+        self,
+        form: Literal["pull", "softmax"] = "pull",
+        **options: Unpack[LabelPullArguments],
+    ) -> None:
+        super().__init__(form=form, **options)
+
+    def forward(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        label_embeddings: Tensor,
+        **inputs: Tensor,
+    ) -> Tensor:
+        """Return the loss; `inputs` are per-batch keyword arguments: weight."""
+        return self.function(z, labels, label_embeddings, **self.options(), **inputs)

@@ -1,0 +1,114 @@
+"""VICReg: the function and its module."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from typing_extensions import TypedDict, Unpack
+
+from contrastive_kernels.losses._arguments import loss_function
+from contrastive_kernels.losses._module import LossModule
+from contrastive_kernels.losses._moments import check_batches
+from contrastive_kernels.primitives import checks, compute_dtype, cross_moments, unit_rows
+
+__all__ = ["VICRegLoss", "vicreg_loss"]
+
+
+class VICRegArguments(TypedDict, total=False):
+    """Keyword arguments of `vicreg_loss`."""
+
+    eps: float
+    normalize: bool
+
+
+@loss_function
+def vicreg_loss(
+    z0: Tensor,
+    z1: Tensor,
+    *,
+    sim_weight: float | Tensor = 25.0,
+    var_weight: float | Tensor = 25.0,
+    cov_weight: float | Tensor = 1.0,
+    eps: float = 1e-4,
+    normalize: bool = False,
+) -> Tensor:
+    r"""Return VICReg: invariance between the views, variance and decorrelation of the features within each.
+
+    .. math:: L = \alpha\, \mathrm{mse}(x, y)
+        + \frac{\beta}{2} \sum_{z \in \{x, y\}} \frac1D \sum_a \max\bigl(0, 1 - \sqrt{\mathrm{var}_a z + \epsilon}\bigr)
+        + \frac{\gamma}{D} \sum_{z \in \{x, y\}} \sum_{a \ne b} \mathrm{cov}(z)_{ab}^2
+
+    with the variance and covariance over N - 1. Formed from D x D or N x N products, whichever is smaller.
+
+    Args:
+        z0: x, ``(N, D)``, N >= 2, the first view.
+        z1: y, ``(N, D)``, the second view.
+        sim_weight: :math:`\alpha`, float or 0-dim tensor (differentiable), as the other weights.
+        var_weight: :math:`\beta`, shared by both views: each counts half.
+        cov_weight: :math:`\gamma`.
+        eps: added to the variance under the root.
+        normalize: rows to unit norm before.
+
+    Returns:
+        0-dim, float32 (float64 for float64 inputs). The batch enters through its moments: there is no loss per row.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer than two rows, a negative eps.
+        TypeError: dtypes that differ or are not floating.
+        RuntimeError: tensors on different devices.
+
+    Source: Bardes, Ponce, LeCun, ICLR 2022, arXiv:2105.04906, eq. 1 to 6, with the constants of its code.
+
+    Example:
+        >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
+        >>> vicreg_loss(z0, z1).shape
+        torch.Size([])
+    """
+    check_batches(z0, z1)
+    checks.number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps {eps} must not be negative: it is added to a variance under a root")
+    weights = {"sim_weight": sim_weight, "var_weight": var_weight, "cov_weight": cov_weight}
+    alpha, beta, gamma = (checks.scalar(name, value, z0) for name, value in weights.items())
+    rows = (unit_rows(z, normalize) for z in (z0, z1))
+    views = [z.to(compute_dtype(z)) for z in rows]
+    n, d = views[0].shape
+    hinge, covariance = [], []
+    for view in views:
+        centred = view - view.mean(0)
+        diagonal, off_diagonal = cross_moments(centred, centred)
+        hinge.append((1 - (diagonal / (n - 1) + eps).sqrt()).relu().mean())
+        covariance.append(off_diagonal / ((n - 1) ** 2 * d))
+    similarity = (views[0] - views[1]).square().mean()
+    return alpha * similarity + beta * (hinge[0] + hinge[1]) / 2 + gamma * (covariance[0] + covariance[1])
+
+
+class VICRegLoss(LossModule):
+    """`vicreg_loss` as a module.
+
+    Args:
+        sim_weight, var_weight, cov_weight: of the invariance, variance and covariance terms.
+        options: further keyword arguments of `vicreg_loss`.
+
+    Example:
+        >>> VICRegLoss()(torch.randn(8, 4), torch.randn(8, 4)).shape
+        torch.Size([])
+    """
+
+    function = staticmethod(vicreg_loss)
+
+    def __init__(
+        self,
+        sim_weight: float | Tensor = 25.0,
+        var_weight: float | Tensor = 25.0,
+        cov_weight: float | Tensor = 1.0,
+        **options: Unpack[VICRegArguments],
+    ) -> None:
+        super().__init__(sim_weight=sim_weight, var_weight=var_weight, cov_weight=cov_weight, **options)
+
+    def forward(
+        self,
+        z0: Tensor,
+        z1: Tensor,
+    ) -> Tensor:
+        """Return the loss."""
+        return self.function(z0, z1, **self.options())
