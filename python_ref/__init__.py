@@ -3,20 +3,39 @@
 ``getattr(python_ref, name)(*inputs, **arguments)`` is the oracle of ``getattr(contrastive_kernels, name)``.
 """
 
-from .alignment import alignment_loss, augmentation_robust_loss
-from .dense import Statistics, unit_rows
-from .distance import t_simclr_loss, uniformity_loss
-from .labels import label_pull_loss, sup_con_loss
-from .margin import mmcl_loss
-from .moments import barlow_twins_loss, spectral_contrastive_loss, vicreg_loss
-from .negatives import debiased_loss, hard_negative_loss
-from .neighbors import easy_negative_loss, false_negative_loss, nnclr_loss, row_select
-from .pairwise import siglip_loss, triplet_margin_loss
-from .polarization import distance_polarization, polarization_term
-from .similarity import min_view_similarity, similarity_logsumexp, similarity_sum
-from .softmax import clip_loss, info_nce_loss, moco_loss, nt_xent_loss
-from .variants import decoupled_loss, quick_thoughts_loss
-from .views import arcl_loss, moco_arcl_loss
+from ._dense import unit_rows
+from ._polarization import polarization_term
+from ._softmax import Statistics
+from .alignment import alignment_loss
+from .arcl import arcl_loss
+from .augmentation_robust import augmentation_robust_loss
+from .barlow_twins import barlow_twins_loss
+from .clip import clip_loss
+from .debiased import debiased_loss
+from .decoupled import decoupled_loss
+from .distance_polarization import distance_polarization
+from .easy_negative import easy_negative_loss
+from .false_negative import false_negative_loss
+from .hard_negative import hard_negative_loss
+from .info_nce import info_nce_loss
+from .label_pull import label_pull_loss
+from .logsumexp import similarity_logsumexp
+from .mmcl import mmcl_loss
+from .moco import moco_loss
+from .moco_arcl import moco_arcl_loss
+from .nnclr import nnclr_loss
+from .nt_xent import nt_xent_loss
+from .quick_thoughts import quick_thoughts_loss
+from .select import row_select
+from .siglip import siglip_loss
+from .spectral_contrastive import spectral_contrastive_loss
+from .sums import similarity_sum
+from .sup_con import sup_con_loss
+from .t_simclr import t_simclr_loss
+from .triplet_margin import triplet_margin_loss
+from .uniformity import uniformity_loss
+from .vicreg import vicreg_loss
+from .views import min_view_similarity
 
 __all__ = [
     "Statistics",

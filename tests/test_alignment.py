@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from testing import assert_matches, assert_outcomes_match, differentiate, dtype_id
 
 import contrastive_kernels as ck
+import python_ref as reference
 from contrastive_kernels.functional import alignment
 from contrastive_kernels.modules.alignment import AlignmentLoss, AugmentationRobustLoss
-from python_ref import alignment as reference
 
 # (N, V, D) and what it is for.
 SHAPES = {

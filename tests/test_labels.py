@@ -27,11 +27,11 @@ from testing import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive_kernels as ck
+import python_ref as reference
 from contrastive_kernels.functional.labels import label_pull_loss, sup_con_loss
 from contrastive_kernels.functional.softmax import nt_xent_loss
 from contrastive_kernels.modules.labels import LabelPullLoss, SupConLoss
-from python_ref import labels as reference
-from python_ref.similarity import TERMS
+from python_ref.sums import TERMS
 
 OURS = SimpleNamespace(sup_con_loss=sup_con_loss, label_pull_loss=label_pull_loss)
 MEANINGS = ("out", "in", "pairwise")

@@ -23,7 +23,7 @@ from testing import (
 from contrastive_kernels.functional import margin
 from contrastive_kernels.functional.margin import mmcl_loss
 from contrastive_kernels.modules.margin import MMCLLoss
-from python_ref import margin as reference
+from python_ref import mmcl as reference
 
 D = 12
 PGD = {"solver": "pgd", "max_iterations": 150}

@@ -34,8 +34,8 @@ import python_ref
 from contrastive_kernels.functional import negatives
 from contrastive_kernels.functional.negatives import debiased_loss, hard_negative_loss
 from contrastive_kernels.modules.negatives import DebiasedLoss, HardNegativeLoss
-from python_ref.negatives import debiased_loss as debiased_reference
-from python_ref.negatives import hard_negative_loss as hard_negative_reference
+from python_ref import debiased_loss as debiased_reference
+from python_ref import hard_negative_loss as hard_negative_reference
 
 SHAPE = (65, 129, 24)
 FUNCTIONS = {

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import contrastive_kernels as ck
+import python_ref as reference
 from contrastive_kernels import select
 from contrastive_kernels.functional import neighbors
 from contrastive_kernels.modules.neighbors import EasyNegativeLoss, FalseNegativeLoss, NNCLRLoss
 from contrastive_kernels.select import row_select
-from python_ref import neighbors as reference
 
 # (N, M, D) and what it is for.
 SHAPES = {

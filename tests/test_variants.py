@@ -32,8 +32,8 @@ import python_ref
 from contrastive_kernels.functional import variants
 from contrastive_kernels.functional.variants import decoupled_loss, quick_thoughts_loss
 from contrastive_kernels.modules.variants import DecoupledLoss, QuickThoughtsLoss
-from python_ref.variants import decoupled_loss as decoupled_reference
-from python_ref.variants import quick_thoughts_loss as quick_thoughts_reference
+from python_ref import decoupled_loss as decoupled_reference
+from python_ref import quick_thoughts_loss as quick_thoughts_reference
 
 SHAPE = (65, 129, 24)
 FUNCTIONS = {

@@ -1,24 +1,13 @@
-"""Debiased and hard-negative contrastive loss: negatives corrected for the positives among them."""
+"""The debiased contrastive loss with weighted negatives."""
 
 from __future__ import annotations
 
 import torch
 
-from .dense import below, different, reduced, scale_of, softmax_statistics, threshold, unit_rows
-from .polarization import polarization_term
-
-
-def two_views(z0, z1, normalize, ids, cutoff, cutoff_margin):
-    """S of all rows of both views, the positive's similarity, the kept negatives: rows of other samples."""
-    z, count = unit_rows(torch.cat([z0, z1]), normalize), len(z0)
-    similarity = z @ z.mT
-    positive = torch.cat([similarity.diagonal(count), similarity.diagonal(-count)])
-    ids = torch.arange(count, device=z.device) if ids is None else ids
-    thresholds = (
-        t.repeat(2) if torch.is_tensor(t) and t.dim() and len(t) == count else t for t in (cutoff, cutoff_margin)
-    )
-    kept = different(ids.repeat(2), ids.repeat(2)) & below(similarity, threshold(positive, *thresholds))
-    return similarity, positive, kept
+from ._dense import reduced, scale_of
+from ._polarization import polarization_term
+from ._softmax import softmax_statistics
+from ._views import two_views
 
 
 def corrected_negatives(logits, positive, kept, scale, tau_plus, beta, detach_weights):
@@ -31,11 +20,6 @@ def corrected_negatives(logits, positive, kept, scale, tau_plus, beta, detach_we
     estimate = (total - tau_plus * count * positive.exp()) / (1 - tau_plus)
     least = count * torch.exp(-abs(torch.as_tensor(scale).to(logits)))
     return torch.where(estimate >= least, estimate, least).masked_fill(empty, 0.0)
-
-
-def debiased_loss(z0, z1, **arguments):
-    """``hard_negative_loss`` with equal weights. Source: Chuang et al. 2020, arXiv:2007.00224."""
-    return hard_negative_loss(z0, z1, beta=0.0, **arguments)
 
 
 def hard_negative_loss(

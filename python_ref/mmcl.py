@@ -1,4 +1,4 @@
-"""MMCL: N support vector machines, each solved by itself, with its own (N - 1) x (N - 1) matrix."""
+"""MMCL: a support vector machine per anchor, each with its own (N - 1) x (N - 1) matrix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dense import reduced, unit_rows
+from ._dense import reduced, unit_rows
 
 
 class DualStatistics(NamedTuple):

@@ -1,19 +1,12 @@
-"""Distance polarization: push pairwise distances out of an ambiguous band."""
+"""The distance polarization regulariser alone."""
 
 from __future__ import annotations
 
 import torch
 
-from .dense import different, unit_rows
-from .similarity import band
-
-
-def polarization_term(similarity, kept, polarization, reduction="mean"):
-    """``weight * sum h / #kept``; for ``none`` every row's own mean."""
-    values = band(similarity, polarization.lower, polarization.upper).masked_fill(~kept, 0.0)
-    if reduction == "none":
-        return polarization.weight * values.sum(1) / kept.sum(1).clamp(min=1)
-    return polarization.weight * values.sum() / kept.sum().clamp(min=1)
+from ._dense import unit_rows
+from ._pairs import different
+from .sums import band
 
 
 def distance_polarization(z, ids=None, *, lower=0.1, upper=0.5, reduction="mean", normalize=True):

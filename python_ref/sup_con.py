@@ -1,15 +1,11 @@
-"""Losses with labels: SupCon in its three meanings, partial labels, and the pull to label embeddings."""
+"""The supervised contrastive loss in its three meanings."""
 
 from __future__ import annotations
 
 import torch
 
-from .dense import INFINITY, Statistics, kept_logsumexp, kept_mean, reduced, scale_of, unit_rows
-
-
-def softplus(x):
-    """``log(1 + e^x)`` without the switch to the identity of ``F.softplus``."""
-    return torch.logaddexp(x, torch.zeros_like(x))
+from ._dense import INFINITY, kept_logsumexp, kept_mean, reduced, scale_of, softplus, unit_rows
+from ._softmax import Statistics
 
 
 def sup_con_masks(count, count_views, labels=None, same_label="positive", mask=None):
@@ -96,32 +92,3 @@ def sup_con_loss(
         each = torch.ones_like(share) if weight is None else weight.to(values).repeat(len(values) // count)
         loss = reduced(values, reduction, each * share)
     return (loss, sup_con_statistics(logits, positive, negative, positives)) if return_stats else loss
-
-
-def label_pull_loss(
-    z,
-    labels,
-    label_embeddings,
-    *,
-    form="pull",
-    temperature=0.1,
-    logit_scale=None,
-    normalize=True,
-    reduction="mean",
-    weight=None,
-):
-    """Mean over the labelled rows of ``1 - z_i w_y``, or of the cross-entropy of ``z w / T``."""
-    similarity = unit_rows(z, normalize) @ unit_rows(label_embeddings, normalize).mT
-    labelled = labels != -1
-    own = torch.nn.functional.one_hot(labels.clamp(min=0), len(label_embeddings)).bool()
-    target = similarity[own]
-    if form == "pull":
-        values = 1 - target
-    else:
-        logits = scale_of(temperature, logit_scale) * similarity
-        values = softplus(kept_logsumexp(logits, ~own) - logits[own])
-    values = values.masked_fill(~labelled, 0.0)
-    if reduction == "mean" and not labelled.any():
-        return values.sum()
-    each = torch.ones_like(values) if weight is None else weight.to(values)
-    return reduced(values, reduction, each * labelled if reduction == "mean" else each)

@@ -1,4 +1,4 @@
-"""What every dense loss shares: unit rows, the candidate softmax, the reductions, the statistics."""
+"""The softmax over a positive and its negatives: loss per anchor, statistics, both reduced."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-INFINITY = float("inf")
+from ._dense import INFINITY, kept_logsumexp, kept_mean, reduced
 
 
 class Statistics(NamedTuple):
@@ -16,59 +16,6 @@ class Statistics(NamedTuple):
     positive_logit: torch.Tensor
     lse: torch.Tensor
     logit_max: torch.Tensor
-
-
-def unit_rows(x, normalize=True):
-    """``x / max(|x|, 1e-12)`` with gradient 0 where ``|x| < 1e-12``.
-
-    Source: ``F.normalize``.
-    """
-    if not normalize:
-        return x
-    squares = x.square().sum(-1, keepdim=True)
-    tiny = squares.sqrt() < 1e-12
-    norm = squares.masked_fill(tiny, 1.0).sqrt()
-    return torch.where(tiny, (x / 1e-12).detach(), x / norm)
-
-
-def scale_of(temperature, logit_scale):
-    """``a = logit_scale`` or ``1 / temperature``."""
-    return 1.0 / temperature if logit_scale is None else logit_scale
-
-
-def different(row_ids, column_ids):
-    """``row_ids[i] != column_ids[j]`` as an (N, M) mask; all pairs where there are no ids."""
-    return row_ids[:, None] != column_ids[None, :]
-
-
-def threshold(similarity_of_positive, cutoff, cutoff_margin):
-    """Per-anchor cutoff ``c_i``, given or ``sg(s_p) + margin``, or None."""
-    if cutoff is not None and cutoff_margin is not None:
-        raise ValueError("cutoff and cutoff_margin exclude each other")
-    if cutoff_margin is not None:
-        return similarity_of_positive.detach() + cutoff_margin
-    if cutoff is not None:
-        return torch.as_tensor(cutoff).to(similarity_of_positive) + torch.zeros_like(similarity_of_positive)
-    return None
-
-
-def below(similarity, cutoffs):
-    """Pairs that survive ``s_ij <= c_i``; a NaN similarity survives."""
-    if cutoffs is None:
-        return torch.ones_like(similarity, dtype=torch.bool)
-    return ~(similarity.detach() > cutoffs[:, None])
-
-
-def kept_logsumexp(logits, kept, dim=-1):
-    """``log sum_kept exp(logits)``; -inf without gradient where nothing is kept."""
-    empty = ~kept.any(dim, keepdim=True)
-    total = logits.masked_fill(~(kept | empty), -INFINITY).logsumexp(dim)
-    return total.masked_fill(empty.squeeze(dim), -INFINITY)
-
-
-def kept_mean(values, kept):
-    """Mean over the kept entries of each row; 0 where nothing is kept."""
-    return values.masked_fill(~kept, 0.0).sum(-1) / kept.sum(-1).clamp(min=1)
 
 
 def softmax_loss(target, own, negative, kept, label_smoothing=0.0):
@@ -115,15 +62,3 @@ def softmax_outcome(
         return loss, statistics[0]
     accuracy = torch.stack([s.accuracy for s in statistics]).mean()
     return loss, Statistics(accuracy, *(torch.stack(field) for field in list(zip(*statistics, strict=True))[1:]))
-
-
-def reduced(values, reduction, weight=None):
-    """``mean`` (``sum w l / sum w``), ``sum`` (``sum w l``), ``none`` (``w l``), ``sum_directions`` (2 mean)."""
-    weight = torch.ones_like(values) if weight is None else weight.to(values)
-    if values.dim() == 1:
-        weight = weight.repeat(len(values) // len(weight))
-    weight = weight.expand_as(values)
-    if reduction == "none":
-        return weight * values
-    total = (weight * values).sum()
-    return total if reduction == "sum" else {"mean": 1, "sum_directions": 2}[reduction] * total / weight.sum()

@@ -1,21 +1,10 @@
-"""Losses of squared distances between raw rows: uniformity and t-SimCLR."""
+"""The loss of t-SimCLR."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from .dense import unit_rows
-
-
-def uniformity_loss(z, *, t=2.0, normalize=False):
-    """``log mean_{i < j} exp(-t |z_i - z_j|^2)``.
-
-    Source: Wang & Isola 2020, arXiv:2005.10242.
-    """
-    squares = torch.pdist(unit_rows(z, normalize)).square()
-    return (-t * squares).logsumexp(0) - math.log(len(squares))
+from ._dense import unit_rows
 
 
 def student(squares, temperature, df):

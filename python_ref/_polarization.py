@@ -1,0 +1,13 @@
+"""The distance polarization as a term of another loss."""
+
+from __future__ import annotations
+
+from .sums import band
+
+
+def polarization_term(similarity, kept, polarization, reduction="mean"):
+    """``weight * sum h / #kept``; for ``none`` every row's own mean."""
+    values = band(similarity, polarization.lower, polarization.upper).masked_fill(~kept, 0.0)
+    if reduction == "none":
+        return polarization.weight * values.sum(1) / kept.sum(1).clamp(min=1)
+    return polarization.weight * values.sum() / kept.sum().clamp(min=1)

@@ -1,0 +1,42 @@
+"""The loss of CLIP."""
+
+from __future__ import annotations
+
+import torch
+
+from ._dense import scale_of, unit_rows
+from ._pairs import below, different, threshold
+from ._softmax import softmax_outcome
+
+
+def clip_loss(
+    image_features,
+    text_features,
+    logit_scale=None,
+    logit_bias=None,
+    *,
+    temperature=None,
+    normalize=False,
+    reduction="mean",
+    weight=None,
+    label_smoothing=0.0,
+    ids=None,
+    cutoff=None,
+    cutoff_margin=None,
+    return_stats=False,
+):
+    """Mean of the cross-entropies of the rows and of the columns of ``a S + b``.
+
+    Source: Radford et al. 2021, arXiv:2103.00020.
+    """
+    similarity = unit_rows(image_features, normalize) @ unit_rows(text_features, normalize).mT
+    positive, scale = similarity.diagonal(), scale_of(temperature, logit_scale)
+    bias = 0.0 if logit_bias is None else logit_bias
+    kept = ~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    if ids is not None:
+        kept = kept & different(ids, ids)
+    cutoffs, logit = threshold(positive, cutoff, cutoff_margin), scale * positive + bias
+    directions = [
+        (logit, logit[:, None], scale * s + bias, kept & below(s, cutoffs)) for s in (similarity, similarity.mT)
+    ]
+    return softmax_outcome(directions, reduction, weight, label_smoothing, return_stats)

@@ -1,0 +1,16 @@
+"""The primitive of the softmax losses: log-sum-exps of the rows and columns of a similarity matrix."""
+
+from __future__ import annotations
+
+from ._dense import kept_logsumexp
+from ._pairs import pairs_kept, self_pairs
+
+
+def similarity_logsumexp(x, y=None, *, scale=1.0, x_ids=None, y_ids=None, y_bias=None, cutoff=None, columns=False):
+    """``log sum_j exp(a <x_i, y_j> + b_j)`` over the kept pairs, and over rows of a column."""
+    y, y_ids = self_pairs(x, y, x_ids, y_ids)
+    similarity = x @ y.mT
+    kept = pairs_kept(similarity, x_ids, y_ids, cutoff)
+    logits = scale * similarity
+    rows = kept_logsumexp(logits if y_bias is None else logits + y_bias, kept, 1)
+    return (rows, kept_logsumexp(logits, kept, 0)) if columns else rows
