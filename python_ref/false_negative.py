@@ -18,7 +18,6 @@ def false_negative_loss(
     mode="eliminate",
     threshold=0.7,
     top_k=10,
-    score="anchor",
     factor=2.0,
     temperature=0.5,
     logit_scale=None,
@@ -31,8 +30,7 @@ def false_negative_loss(
 ):
     """NT-Xent without the flagged negatives, or with them as positives, times factor.
 
-    Flagged: of another sample, above the threshold and among the top_k of the row, by the anchor's own similarity or,
-    with ``score="image"``, by the largest one of its sample's views.
+    Flagged: of another sample, above the threshold and among the top_k of the row.
 
     Source: Huynh et al. 2022, arXiv:2011.11765.
     """
@@ -46,8 +44,6 @@ def false_negative_loss(
     negative = different(ids, ids)
 
     scores = similarity.detach()
-    if score == "image":
-        scores = scores.unflatten(0, (count_views, count)).amax(0).repeat(count_views, 1)
     columns = ranked(scores, negative, len(z) if top_k is None else top_k)[1]
     # the columns -1 of rows with fewer negatives go to an extra place
     flagged = torch.zeros(len(z), len(z) + 1, dtype=torch.bool, device=z.device)
