@@ -1,4 +1,4 @@
-"""Unit rows, masked reductions and what else most of the dense losses share."""
+"""What most of the dense losses share: unit rows, masked sums, reductions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ INFINITY = float("inf")
 
 
 def unit_rows(x, normalize=True):
-    """``x / max(|x|, 1e-12)`` with gradient 0 where ``|x| < 1e-12``.
+    """Return ``x / max(|x|, 1e-12)``, with gradient 0 where ``|x| < 1e-12``; x itself without normalize.
 
     Source: ``F.normalize``.
     """
@@ -21,34 +21,37 @@ def unit_rows(x, normalize=True):
 
 
 def scale_of(temperature, logit_scale):
-    """``a = logit_scale`` or ``1 / temperature``."""
+    """Return the factor a of the similarities: logit_scale, or ``1 / temperature`` without one."""
     return 1.0 / temperature if logit_scale is None else logit_scale
 
 
 def softplus(x):
-    """``log(1 + e^x)``."""
+    """Return ``log(1 + e^x)``; `F.softplus` switches to x above a threshold."""
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
 def kept_logsumexp(logits, kept, dim=-1):
-    """``log sum_kept exp(logits)``; -inf without gradient where nothing is kept."""
+    """Return ``log sum_kept exp(logits)``; -inf, without a gradient, where nothing is kept."""
     empty = ~kept.any(dim, keepdim=True)
     total = logits.masked_fill(~(kept | empty), -INFINITY).logsumexp(dim)
     return total.masked_fill(empty.squeeze(dim), -INFINITY)
 
 
 def kept_mean(values, kept):
-    """Mean over the kept entries of each row; 0 where nothing is kept."""
+    """Return the mean over the kept entries of each row; 0 where nothing is kept."""
     return values.masked_fill(~kept, 0.0).sum(-1) / kept.sum(-1).clamp(min=1)
 
 
 def off_diagonal(matrix):
-    """The matrix with zeros on its diagonal."""
+    """Return the matrix with zeros on its diagonal."""
     return matrix.masked_fill(torch.eye(len(matrix), dtype=torch.bool, device=matrix.device), 0.0)
 
 
-def reduced(values, reduction, weight=None):
-    """``mean`` (``sum w l / sum w``), ``sum`` (``sum w l``), ``none`` (``w l``), ``sum_directions`` (2 mean)."""
+def reduce(values, reduction, weight=None):
+    """Return ``sum w l / sum w`` (mean), ``sum w l`` (sum), ``w l`` (none) or twice the mean (sum_directions).
+
+    The weights of N samples are repeated for the V N values of all views.
+    """
     weight = torch.ones_like(values) if weight is None else weight.to(values)
     if values.dim() == 1:
         weight = weight.repeat(len(values) // len(weight))

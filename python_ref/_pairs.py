@@ -1,4 +1,4 @@
-"""Masks of the pairs (i, j) that a loss keeps."""
+"""Masks of the pairs (i, j) that a loss keeps: by ids, by the diagonal, by a cutoff."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 
 
 def different(row_ids, column_ids):
-    """``row_ids[i] != column_ids[j]`` as an (N, M) mask; all pairs where there are no ids."""
+    """Return the (N, M) mask ``row_ids[i] != column_ids[j]``."""
     return row_ids[:, None] != column_ids[None, :]
 
 
-def others(count, ids, device):
-    """Mask of the pairs i != j whose ids differ."""
+def other_rows(count, ids, device):
+    """Return the (N, N) mask of the pairs i != j, of those with different ids if there are ids."""
     kept = ~torch.eye(count, dtype=torch.bool, device=device)
     return kept if ids is None else kept & different(ids, ids)
 
 
 def threshold(similarity_of_positive, cutoff, cutoff_margin):
-    """Per-anchor cutoff ``c_i``, given or ``sg(s_p) + margin``, or None."""
+    """Return the cutoff ``c_i`` of each anchor, given or ``stop_gradient(s_p) + margin``; None without either."""
     if cutoff is not None and cutoff_margin is not None:
         raise ValueError("cutoff and cutoff_margin exclude each other")
     if cutoff_margin is not None:
@@ -28,19 +28,19 @@ def threshold(similarity_of_positive, cutoff, cutoff_margin):
 
 
 def below(similarity, cutoffs):
-    """Pairs that survive ``s_ij <= c_i``; a NaN similarity survives."""
+    """Return the mask ``s_ij <= c_i``, True for a NaN similarity; all True without cutoffs."""
     if cutoffs is None:
         return torch.ones_like(similarity, dtype=torch.bool)
     return ~(similarity.detach() > cutoffs[:, None])
 
 
-def self_pairs(x, y, x_ids, y_ids):
-    """``y = None`` means x against itself, with its ids."""
+def second_rows(x, y, x_ids, y_ids):
+    """Return y and its ids; x and its ids where y is None, for x against itself."""
     return (x, x_ids if y_ids is None else y_ids) if y is None else (y, y_ids)
 
 
-def pairs_kept(similarity, x_ids=None, y_ids=None, cutoff=None):
-    """Mask of the pairs with different ids and ``s_ij <= cutoff_i``."""
+def kept_pairs(similarity, x_ids=None, y_ids=None, cutoff=None):
+    """Return the mask of the pairs with different ids and ``s_ij <= cutoff_i``."""
     kept = torch.ones_like(similarity, dtype=torch.bool)
     if x_ids is not None:
         kept = kept & different(x_ids, y_ids)

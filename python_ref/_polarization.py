@@ -6,7 +6,7 @@ from .sums import band
 
 
 def polarization_term(similarity, kept, polarization, reduction="mean"):
-    """``weight * sum h / #kept``; for ``none`` every row's own mean."""
+    """Return weight times the mean of the band over the kept pairs; for ``none`` over those of each row."""
     values = band(similarity, polarization.lower, polarization.upper).masked_fill(~kept, 0.0)
     if reduction == "none":
         return polarization.weight * values.sum(1) / kept.sum(1).clamp(min=1)

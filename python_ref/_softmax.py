@@ -1,4 +1,4 @@
-"""The softmax over a positive and its negatives: loss per anchor, statistics, both reduced."""
+"""The softmax over positives and negatives: the loss of each anchor, its statistics, the reduced result."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from ._dense import INFINITY, kept_logsumexp, kept_mean, reduced
+from ._dense import INFINITY, kept_logsumexp, kept_mean, reduce
 
 
 class Statistics(NamedTuple):
-    """Detached by-products of a softmax loss; per anchor except the accuracy."""
+    """Detached by-products of a softmax loss, one number per anchor except the accuracy."""
 
     accuracy: torch.Tensor
     positive_logit: torch.Tensor
@@ -19,16 +19,16 @@ class Statistics(NamedTuple):
 
 
 def softmax_loss(target, own, negative, kept, label_smoothing=0.0):
-    r"""``log(sum_own e^u + sum_kept e^u) - target`` per anchor; 0 for an anchor without any candidate.
+    """Return ``log(sum_own e^u + sum_kept e^u) - target`` of each anchor; 0 for an anchor without any candidate.
 
-    Label smoothing: ``(1 - eps) (lse - target) + eps (lse - mean over own and kept u)``.
+    Label smoothing gives ``(1 - eps) (lse - target) + eps (lse - mean u)``, the mean over own and kept logits.
     """
     everything = torch.cat([own, negative], dim=1)
     kept = torch.cat([torch.ones_like(own, dtype=torch.bool), kept], dim=1)
     empty = ~kept.any(1)
     if own.shape[1]:
         negatives, positives = kept_logsumexp(negative, kept[:, own.shape[1] :]), own.logsumexp(1)
-        # not the difference of two log-sum-exps: a loss of 1e-8 keeps its digits
+        # the difference of two log-sum-exps would lose the digits of a loss of 1e-8
         loss = torch.logaddexp(negatives - positives, torch.zeros_like(target)) + (positives - target)
     else:
         loss = (kept_logsumexp(negative, kept).masked_fill(empty, 0.0) - target).masked_fill(empty, 0.0)
@@ -38,7 +38,7 @@ def softmax_loss(target, own, negative, kept, label_smoothing=0.0):
 
 
 def softmax_statistics(target, own, negative, kept):
-    """Top-1 accuracy (a tie is no win), the positive's logit, log-sum-exp of own and kept, largest logit."""
+    """Return the top-1 accuracy (a tie is no win), the positive's logit, the log-sum-exp, the largest logit."""
     target, own, negative = target.detach(), own.detach(), negative.detach()
     nothing = target.new_full((len(target), 1), -INFINITY)
     largest = torch.cat([nothing, negative.masked_fill(~kept, -INFINITY)], 1).amax(1)
@@ -50,9 +50,9 @@ def softmax_statistics(target, own, negative, kept):
 def softmax_outcome(
     directions, reduction="mean", weight=None, label_smoothing=0.0, return_stats=False, polarization=None
 ):
-    """Reduced loss, and the statistics, of one or two directions of (target, own, negative, kept)."""
+    """Return the reduced loss of one or two directions, each (target, own, negative, kept), perhaps with statistics."""
     losses = [softmax_loss(*direction, label_smoothing) for direction in directions]
-    loss = reduced(torch.stack(losses) if len(losses) > 1 else losses[0], reduction, weight)
+    loss = reduce(torch.stack(losses) if len(losses) > 1 else losses[0], reduction, weight)
     if polarization is not None:
         loss = loss + polarization
     if not return_stats:

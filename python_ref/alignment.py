@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from ._dense import reduced, unit_rows
+from ._dense import reduce, unit_rows
 from ._views import view_distances
 
 
 def alignment_loss(views, *, normalize=False, reduction="mean", weight=None):
-    """``mean_i mean_{j < k} |z_ij - z_ik|**2``. Source: Wang, Isola 2020, arXiv:2005.10242."""
-    return reduced(view_distances(unit_rows(views, normalize)).mean(1), reduction, weight)
+    """Return ``mean_i mean_{j < k} |z_ij - z_ik|**2``.
+
+    Source: Wang & Isola 2020, arXiv:2005.10242.
+    """
+    return reduce(view_distances(unit_rows(views, normalize)).mean(1), reduction, weight)

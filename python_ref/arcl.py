@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._dense import scale_of, unit_rows
-from ._pairs import below, different, threshold
+from ._pairs import below, other_rows, threshold
 from ._softmax import softmax_outcome
 from .views import min_view_similarity
 
@@ -26,25 +26,22 @@ def arcl_loss(
     cutoff_margin=None,
     return_stats=False,
 ):
-    """``mean_i (log sum_Den e^u - s+_i / T)``, ``s+_i`` the least similar pair of views.
+    """Return ``mean_i (log sum_den e^u - s+_i / T)``, ``s+_i`` the similarity of the least similar pair of views.
 
     Source: Zhao et al. 2023.
     """
     views, scale = unit_rows(views, normalize), scale_of(temperature, logit_scale)
-    count = len(views)
     first, second = views[:, 0], views[:, 1]
     aligned = min_view_similarity(views, reduce=positive)[0]
     own = (first * second).sum(1)
 
-    kept = ~torch.eye(count, dtype=torch.bool, device=views.device)
-    if ids is not None:
-        kept = kept & different(ids, ids)
+    kept = other_rows(len(views), ids, views.device)
     similarity = first @ first.mT
     if denominator in ("two_view", "positive+two_view"):
         similarity, kept = torch.cat([similarity, first @ second.mT], 1), torch.cat([kept, kept], 1)
     kept = kept & below(similarity, threshold(aligned, cutoff, cutoff_margin))
     target = scale * aligned
-    # what of the anchor's own stands in the denominator
+    # the logits of the anchor's own sample in the denominator
     own = {"two_view": scale * own[:, None], "one_view": target[:, None][:, :0]}.get(denominator, target[:, None])
     directions = [(target, own, scale * similarity, kept)]
     return softmax_outcome(directions, reduction, weight, label_smoothing, return_stats)

@@ -6,13 +6,13 @@ from ._dense import off_diagonal, unit_rows
 
 
 def standard_columns(z, std="biased"):
-    """Columns of mean 0 and variance 1: over N with epsilon 1e-5, or over N - 1 without."""
+    """Return the columns with mean 0 and variance 1; the variance over N plus 1e-5, or over N - 1."""
     variance = z.var(0, correction=1) if std == "unbiased" else z.var(0, correction=0) + 1e-5
     return (z - z.mean(0)) / variance.sqrt()
 
 
 def barlow_twins_loss(z0, z1, *, lambd=0.0051, std="biased", normalize=False):
-    """``sum_a (1 - C_aa)**2 + lambd sum_{a != b} C_ab**2``, C the cross-correlation of the columns.
+    """Return ``sum_a (1 - C_aa)**2 + lambd sum_{a != b} C_ab**2``, C the cross-correlation of the columns.
 
     Source: Zbontar et al. 2021, arXiv:2103.03230, eq. 1.
     """

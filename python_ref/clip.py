@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from ._dense import scale_of, unit_rows
-from ._pairs import below, different, threshold
+from ._pairs import below, other_rows, threshold
 from ._softmax import softmax_outcome
 
 
@@ -25,16 +23,14 @@ def clip_loss(
     cutoff_margin=None,
     return_stats=False,
 ):
-    """Mean of the cross-entropies of the rows and of the columns of ``a S + b``.
+    """Return the mean of the cross-entropies of the rows and of the columns of ``a S + b``.
 
     Source: Radford et al. 2021, arXiv:2103.00020.
     """
     similarity = unit_rows(image_features, normalize) @ unit_rows(text_features, normalize).mT
     positive, scale = similarity.diagonal(), scale_of(temperature, logit_scale)
     bias = 0.0 if logit_bias is None else logit_bias
-    kept = ~torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    if ids is not None:
-        kept = kept & different(ids, ids)
+    kept = other_rows(len(similarity), ids, similarity.device)
     cutoffs, logit = threshold(positive, cutoff, cutoff_margin), scale * positive + bias
     directions = [
         (logit, logit[:, None], scale * s + bias, kept & below(s, cutoffs)) for s in (similarity, similarity.mT)

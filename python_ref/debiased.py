@@ -6,5 +6,8 @@ from .hard_negative import hard_negative_loss
 
 
 def debiased_loss(z0, z1, **arguments):
-    """``hard_negative_loss`` with equal weights. Source: Chuang et al. 2020, arXiv:2007.00224."""
+    """Return `hard_negative_loss` with equal weights.
+
+    Source: Chuang et al. 2020, arXiv:2007.00224.
+    """
     return hard_negative_loss(z0, z1, beta=0.0, **arguments)

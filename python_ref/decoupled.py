@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ._dense import reduced, scale_of, unit_rows
+from ._dense import reduce, scale_of, unit_rows
 from ._softmax import softmax_loss, softmax_statistics
-from ._views import two_views
+from ._views import two_view_pairs
 
 
 def decoupled_loss(
@@ -23,16 +23,16 @@ def decoupled_loss(
     cutoff_margin=None,
     return_stats=False,
 ):
-    """``mean_i (log sum_neg e^u - w_i u_ip)``, the sum over the rows of other samples.
+    """Return ``mean_i (log sum_neg e^u - w_i u_ip)``, the sum over the rows of other samples.
 
     Source: Yeh et al. 2022, arXiv:2110.06848.
     """
     scale = scale_of(temperature, logit_scale)
-    similarity, positive, kept = two_views(z0, z1, normalize, ids, cutoff, cutoff_margin)
+    similarity, positive, kept = two_view_pairs(z0, z1, normalize, ids, cutoff, cutoff_margin)
     if callable(positive_weight):
         positive_weight = positive_weight(unit_rows(z0, normalize), unit_rows(z1, normalize))
     share = 1.0 if positive_weight is None else positive_weight.detach().repeat(2)
     logits, positive = scale * similarity, scale * positive
     losses = softmax_loss(share * positive, logits[:, :0], logits, kept, label_smoothing)
-    loss = reduced(losses, reduction, weight)
+    loss = reduce(losses, reduction, weight)
     return (loss, softmax_statistics(positive, logits[:, :0], logits, kept)) if return_stats else loss

@@ -10,7 +10,7 @@ from .sums import band
 
 
 def distance_polarization(z, ids=None, *, lower=0.1, upper=0.5, reduction="mean", normalize=True):
-    """``R_1 = mean_{i != j} max(0, (D - lower)(upper - D))``, ``D = (1 - s) / 2``.
+    """Return ``mean_{i != j} max(0, (d - lower)(upper - d))``, ``d = (1 - s) / 2``.
 
     Source: Chen et al. 2021.
     """

@@ -1,4 +1,4 @@
-"""InfoNCE against the easiest negatives."""
+"""InfoNCE against the least similar negatives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def easy_negative_loss(
     key_ids=None,
     return_stats=False,
 ):
-    """InfoNCE with the negatives ``s_ij <= c_i``, c the threshold or the row's k-th smallest similarity."""
+    """Return InfoNCE with the negatives ``s_ij <= c_i``, c the threshold or the k-th smallest similarity of the row."""
     if select == "bottomk":
         keys = positive_key if negative_keys is None else negative_keys
         x, y = unit_rows(query, normalize).detach(), unit_rows(keys, normalize).detach()
@@ -34,7 +34,7 @@ def easy_negative_loss(
         threshold = row_select(
             x, y, k, largest=False, x_ids=row_ids, y_ids=column_ids, exclude_diagonal=negative_keys is None
         )[0][:, -1]
-        # the selection and the loss below may round the k-th similarity differently
+        # the selection and the loss may round the k-th similarity differently
         threshold = threshold + 1e-14 * threshold.abs().nan_to_num(posinf=0.0)
     return info_nce_loss(
         query,

@@ -1,4 +1,4 @@
-"""NT-Xent with false negatives eliminated or attracted."""
+"""NT-Xent with its false negatives eliminated or attracted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from ._dense import scale_of, unit_rows
 from ._pairs import different
 from ._softmax import softmax_outcome
-from ._views import two_or_more_views
-from .select import ranked
+from ._views import stack_views
+from .select import rank
 
 
 def false_negative_loss(
@@ -28,13 +28,13 @@ def false_negative_loss(
     ids=None,
     return_stats=False,
 ):
-    """NT-Xent without the flagged negatives, or with them as positives, times factor.
+    """Return factor times NT-Xent, without the flagged negatives (eliminate) or with them as positives (attract).
 
-    Flagged: of another sample, above the threshold and among the top_k of the row.
+    Flagged are the negatives whose similarity is above the threshold and among the anchor's top_k largest.
 
     Source: Huynh et al. 2022, arXiv:2011.11765.
     """
-    views, scale = unit_rows(two_or_more_views(z0, z1), normalize), scale_of(temperature, logit_scale)
+    views, scale = unit_rows(stack_views(z0, z1), normalize), scale_of(temperature, logit_scale)
     count_views, count = views.shape[:2]
     z = views.flatten(0, 1)
     similarity = z @ z.mT
@@ -44,8 +44,8 @@ def false_negative_loss(
     negative = different(ids, ids)
 
     scores = similarity.detach()
-    columns = ranked(scores, negative, len(z) if top_k is None else top_k)[1]
-    # the columns -1 of rows with fewer negatives go to an extra place
+    columns = rank(scores, negative, len(z) if top_k is None else top_k)[1]
+    # the columns -1 of a row with fewer negatives go to an extra place
     flagged = torch.zeros(len(z), len(z) + 1, dtype=torch.bool, device=z.device)
     flagged = flagged.scatter(1, columns % (len(z) + 1), True)[:, :-1]
     if threshold is not None:

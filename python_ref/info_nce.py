@@ -31,7 +31,7 @@ def info_nce_loss(
     polarization=None,
     return_stats=False,
 ):
-    """``mean_i log(1 + sum_neg e^{(s_ij - s_ip) / T})``.
+    """Return ``mean_i log(1 + sum_neg e^{(s_ij - s_ip) / T})``.
 
     Source: van den Oord et al. 2018, arXiv:1807.03748, eq. 4.
     """

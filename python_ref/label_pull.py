@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._dense import kept_logsumexp, reduced, scale_of, softplus, unit_rows
+from ._dense import kept_logsumexp, reduce, scale_of, softplus, unit_rows
 
 
 def label_pull_loss(
@@ -19,7 +19,7 @@ def label_pull_loss(
     reduction="mean",
     weight=None,
 ):
-    """Mean over the labelled rows of ``1 - z_i w_y``, or of the cross-entropy of ``z w / T``."""
+    """Return the mean over labelled rows of ``1 - z_i w_y`` (pull) or of the cross-entropy of ``z w / T`` (softmax)."""
     similarity = unit_rows(z, normalize) @ unit_rows(label_embeddings, normalize).mT
     labelled = labels != -1
     own = torch.nn.functional.one_hot(labels.clamp(min=0), len(label_embeddings)).bool()
@@ -33,4 +33,4 @@ def label_pull_loss(
     if reduction == "mean" and not labelled.any():
         return values.sum()
     each = torch.ones_like(values) if weight is None else weight.to(values)
-    return reduced(values, reduction, each * labelled if reduction == "mean" else each)
+    return reduce(values, reduction, each * labelled if reduction == "mean" else each)

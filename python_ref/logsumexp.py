@@ -1,16 +1,19 @@
-"""The primitive of the softmax losses: log-sum-exps of the rows and columns of a similarity matrix."""
+"""Log-sum-exps of the rows and columns of a similarity matrix."""
 
 from __future__ import annotations
 
 from ._dense import kept_logsumexp
-from ._pairs import pairs_kept, self_pairs
+from ._pairs import kept_pairs, second_rows
 
 
 def similarity_logsumexp(x, y=None, *, scale=1.0, x_ids=None, y_ids=None, y_bias=None, cutoff=None, columns=False):
-    """``log sum_j exp(a <x_i, y_j> + b_j)`` over the kept pairs, and over rows of a column."""
-    y, y_ids = self_pairs(x, y, x_ids, y_ids)
+    """Return ``log sum_j exp(a <x_i, y_j> + b_j)`` over the kept pairs.
+
+    With columns also return ``log sum_i exp(a <x_i, y_j>)``.
+    """
+    y, y_ids = second_rows(x, y, x_ids, y_ids)
     similarity = x @ y.mT
-    kept = pairs_kept(similarity, x_ids, y_ids, cutoff)
+    kept = kept_pairs(similarity, x_ids, y_ids, cutoff)
     logits = scale * similarity
     rows = kept_logsumexp(logits if y_bias is None else logits + y_bias, kept, 1)
     return (rows, kept_logsumexp(logits, kept, 0)) if columns else rows

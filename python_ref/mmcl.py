@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from ._dense import reduced, unit_rows
+from ._dense import reduce, unit_rows
 
 
 class DualStatistics(NamedTuple):
-    """The dual solutions in numbers; objective and residual per anchor."""
+    """Figures of the dual solutions; objective and residual have one number per anchor."""
 
     zero_fraction: torch.Tensor
     bound_fraction: torch.Tensor
@@ -20,7 +20,7 @@ class DualStatistics(NamedTuple):
 
 
 def mmcl_kernel(x, y, kernel="rbf", sigma=50.0):
-    """``K(x_i, y_j)`` of unit rows."""
+    """Return ``K(x_i, y_j)`` of unit rows."""
     if kernel == "min":
         return torch.minimum(x.relu()[:, None], y.relu()[None, :]).sum(-1)
     s = x @ y.mT
@@ -33,12 +33,12 @@ def mmcl_kernel(x, y, kernel="rbf", sigma=50.0):
 
 
 def others(n):
-    """(N, N - 1): the indices of all but i."""
+    """Return the indices of all rows but i, (N, N - 1)."""
     return torch.arange(n).expand(n, n)[~torch.eye(n, dtype=torch.bool)].reshape(n, n - 1)
 
 
 def mmcl_matrices(K, kxx="one", reg=0.1):
-    """(N, N - 1, N - 1): ``Delta_i[a, b] = K_ab + kappa_i - K_ia - K_ib + reg [a = b]`` over a, b != i."""
+    """Return ``Delta_i[a, b] = K_ab + kappa_i - K_ia - K_ib + reg [a = b]`` over a, b != i, (N, N - 1, N - 1)."""
     n = len(K)
     matrices = []
     for i, keep in enumerate(others(n)):
@@ -49,16 +49,17 @@ def mmcl_matrices(K, kxx="one", reg=0.1):
 
 
 def box(alpha, C):
+    """Clamp alpha to [0, C], to [0, inf) for C = -1."""
     return alpha.clamp(min=0) if C == -1 else alpha.clamp(0, C)
 
 
 def kkt_residual(delta, alpha, C):
-    """``max |alpha - clamp(alpha - (Delta alpha - 2), 0, C)|`` of every anchor."""
+    """Return ``max |alpha - clamp(alpha - (Delta alpha - 2), 0, C)|`` of each anchor."""
     return (alpha - box(alpha - ((delta @ alpha[..., None])[..., 0] - 2), C)).abs().amax(1)
 
 
 def mmcl_pgd(delta, alpha, C, use_norm, eta, nesterov, a0, stop, tolerance, max_iterations):
-    """Batched projected gradient descent as in the official code: coefficients, and the number of iterations."""
+    """Return the coefficients by projected gradient descent, as in the official code, and the number of iterations."""
     step = 1 / torch.linalg.matrix_norm(delta)[:, None] if use_norm else eta
     y, a = alpha, a0
     for iteration in range(max_iterations):
@@ -79,7 +80,7 @@ def mmcl_loss(
     eta=1e-3, nesterov=True, alpha0=None, a0=1.0, stop="kkt", tolerance=1e-4, max_iterations=1000, block_size=None,
     normalize=True, reduction="mean", weight=None, return_stats=False,
 ):  # fmt: skip
-    """``L_i = sum_{a != i} alpha_ia K(x_a, z_i) - sum_a alpha_ia K(x_i, z_i)``, alpha_i constant.
+    """Return the mean of ``sum_{a != i} alpha_ia K(x_a, z_i) - sum_a alpha_ia K(x_i, z_i)``, alpha_i constant.
 
     Source: Shah, Sra, Chellappa, Cherian 2022.
     """
@@ -102,7 +103,7 @@ def mmcl_loss(
         losses.append((alpha * K12.mT.gather(1, keep)).sum(1) - alpha.sum(1) * K12.diagonal())
         alphas.append(alpha.flatten())
         most = max(most, iterations)
-    loss = reduced(torch.cat(losses), reduction, weight)
+    loss = reduce(torch.cat(losses), reduction, weight)
     if not return_stats:
         return loss
     alpha = torch.cat(alphas)

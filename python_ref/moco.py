@@ -22,7 +22,7 @@ def moco_loss(
     cutoff_margin=None,
     return_stats=False,
 ):
-    """Cross-entropy of [q k ; q queue] / T with target 0; key and queue detached.
+    """Return the cross-entropy of ``[q k, q queue] / T`` with target 0; key and queue are constant.
 
     Source: He et al. 2020, arXiv:1911.05722.
     """

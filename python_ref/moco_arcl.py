@@ -29,7 +29,7 @@ def moco_arcl_loss(
     cutoff_margin=None,
     return_stats=False,
 ):
-    """``mean_i log(1 + sum_queue e^{(s_ij - s+_i) / T})``, ``s+_i = min_j q_i k_ij``.
+    """Return ``mean_i log(1 + sum_queue e^{(s_ij - s+_i) / T})``, ``s+_i = min_j q_i k_ij``.
 
     Source: Zhao et al. 2023.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ._dense import scale_of, unit_rows
-from ._pairs import below, different, threshold
+from ._pairs import below, other_rows, threshold
 from ._softmax import softmax_outcome
-from .select import ranked
+from .select import rank
 
 
 def nnclr_loss(
@@ -26,7 +26,7 @@ def nnclr_loss(
     cutoff_margin=None,
     return_stats=False,
 ):
-    """InfoNCE of the nearest support rows of z and the predictions, of both directions for (N, 2, D).
+    """Return InfoNCE of the nearest support rows of z and the predictions; for (N, 2, D) the mean of both directions.
 
     Source: Dwibedi et al. 2021, arXiv:2104.14548.
     """
@@ -37,12 +37,9 @@ def nnclr_loss(
         pairs = [(z[:, 0], predictions[:, 1]), (z[:, 1], predictions[:, 0])]
     directions = []
     for projection, prediction in pairs:
-        nearest = support[ranked(projection @ support.mT, torch.ones(1, 1, dtype=torch.bool), 1)[1][:, 0]]
+        nearest = support[rank(projection @ support.mT, torch.ones(1, 1, dtype=torch.bool), 1)[1][:, 0]]
         similarity = nearest @ prediction.mT
         positive = similarity.diagonal()
-        kept = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
-        if ids is not None:
-            kept = kept & different(ids, ids)
-        kept = kept & below(similarity, threshold(positive, cutoff, cutoff_margin))
+        kept = other_rows(len(z), ids, z.device) & below(similarity, threshold(positive, cutoff, cutoff_margin))
         directions.append((scale * positive, scale * positive[:, None], scale * similarity, kept))
     return softmax_outcome(directions, reduction, weight, label_smoothing, return_stats)

@@ -10,7 +10,7 @@ from ._dense import scale_of, unit_rows
 from ._pairs import below, different, threshold
 from ._polarization import polarization_term
 from ._softmax import softmax_outcome
-from ._views import two_or_more_views
+from ._views import per_anchor, stack_views
 
 
 def nt_xent_loss(
@@ -30,11 +30,13 @@ def nt_xent_loss(
     polarization=None,
     return_stats=False,
 ):
-    """``mean_i (lse_i - mean_p u_ip)``, lse over all rows of all views but i, p the other views of i's sample.
+    """Return ``mean_i (lse_i - mean_p u_ip)``, the lse over all rows but i, p the other views of i's sample.
+
+    ``multi_view="pairs"`` averages the losses of all pairs of views instead.
 
     Source: Chen et al. 2020, arXiv:2002.05709.
     """
-    views, scale = unit_rows(two_or_more_views(z0, z1), normalize), scale_of(temperature, logit_scale)
+    views, scale = unit_rows(stack_views(z0, z1), normalize), scale_of(temperature, logit_scale)
     count_views, count = views.shape[:2]
     options = {"reduction": reduction, "weight": weight, "label_smoothing": label_smoothing}
     if multi_view == "pairs" and count_views > 2:
@@ -50,10 +52,7 @@ def nt_xent_loss(
     kept = different(instance, instance)
     if ids is not None:
         kept = kept & different(ids.repeat(count_views), ids.repeat(count_views))
-    thresholds = (
-        t.repeat(count_views) if torch.is_tensor(t) and t.dim() and len(t) == count else t
-        for t in (cutoff, cutoff_margin)
-    )
+    thresholds = (per_anchor(value, count, count_views) for value in (cutoff, cutoff_margin))
     kept = kept & below(similarity, threshold(own.mean(1), *thresholds))
 
     directions = [(scale * own.mean(1), scale * own, scale * similarity, kept)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._dense import kept_logsumexp, kept_mean, reduced, scale_of, unit_rows
+from ._dense import kept_logsumexp, kept_mean, reduce, scale_of, unit_rows
 from ._pairs import different
 from ._polarization import polarization_term
 
@@ -24,7 +24,9 @@ def quick_thoughts_loss(
     ids=None,
     polarization=None,
 ):
-    """Cross-entropy of the logits ``<f_i, g_j>``, 0 on the diagonal, with equal targets for the neighbours.
+    """Return the cross-entropy of the logits ``<f_i, g_j>`` with equal targets for the neighbours of i.
+
+    The diagonal has logit 0 or, with ``diagonal="exclude"``, is left out.
 
     Source: Logeswaran & Lee 2018, arXiv:1803.02893.
     """
@@ -39,7 +41,7 @@ def quick_thoughts_loss(
     logits = (scale_of(temperature, logit_scale) * similarity).masked_fill(distance == 0, 0.0)
     target = kept_mean(logits, neighbour)
     losses = kept_logsumexp(logits, kept) - target + label_smoothing * (target - kept_mean(logits, kept))
-    loss = reduced(losses, reduction, weight)
+    loss = reduce(losses, reduction, weight)
     if polarization is None:
         return loss
     cosine = unit_rows(first) @ unit_rows(second).mT

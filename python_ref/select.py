@@ -1,4 +1,4 @@
-"""The primitive of the losses that rank pairs: the most or least similar columns of each row."""
+"""The most or least similar columns of each row of a similarity matrix."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ._dense import INFINITY
 from ._pairs import different
 
 
-def ranked(values, allowed, k):
-    """The k largest allowed values of each row and their columns, ties to the lower column, NaN first.
+def rank(values, allowed, k):
+    """Return the k largest allowed values of each row and their columns.
 
-    Places beyond the allowed ones hold -inf and -1.
+    A tie goes to the lower column, NaN is largest. A row with fewer values ends in values -inf and columns -1.
     """
     values = values.detach().masked_fill(~allowed, -INFINITY)
     order = values.masked_fill(values.isnan(), INFINITY).sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -23,7 +23,7 @@ def ranked(values, allowed, k):
 
 
 def row_select(x, y=None, k=1, *, largest=True, x_ids=None, y_ids=None, exclude_diagonal=False):
-    """The k largest or smallest allowed ``<x_i, y_j>`` of each row and their columns."""
+    """Return the k largest or smallest allowed ``<x_i, y_j>`` of each row and their columns."""
     y, y_ids = (x, x_ids) if y is None else (y, y_ids)
     similarity = x @ y.mT
     allowed = torch.ones_like(similarity, dtype=torch.bool)
@@ -31,5 +31,5 @@ def row_select(x, y=None, k=1, *, largest=True, x_ids=None, y_ids=None, exclude_
         allowed = allowed & different(x_ids, y_ids)
     if exclude_diagonal:
         allowed = allowed & ~torch.eye(*allowed.shape, dtype=torch.bool, device=x.device)
-    values, columns = ranked(similarity if largest else -similarity, allowed, k)
+    values, columns = rank(similarity if largest else -similarity, allowed, k)
     return (values if largest else -values), columns

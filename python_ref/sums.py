@@ -1,30 +1,31 @@
-"""The primitive of the other losses: sums of a term over the pairs of each row."""
+"""Sums of a term over the pairs of each row of a similarity matrix."""
 
 from __future__ import annotations
 
 import torch
 
-from ._pairs import pairs_kept, self_pairs
+from ._pairs import kept_pairs, second_rows
 
 
 def band(similarity, lower, upper):
-    """``h(D) = (D - lower)(upper - D)`` strictly inside the band, else 0, ``D = (1 - s) / 2``."""
+    """Return ``(d - lower)(upper - d)`` strictly inside the band, else 0, for ``d = (1 - s) / 2``."""
     distance = (1 - similarity) / 2
     outside = (distance <= lower) | (distance >= upper)
     return ((distance - lower) * (upper - distance)).masked_fill(outside, 0.0)
 
 
 def per_row(value):
-    """A number, or one per row as a column."""
+    """Return one value per row as a column, a single value as it is."""
     return value[:, None] if torch.is_tensor(value) and value.dim() == 1 else value
 
 
 def hinge(similarity, margin):
-    """``max(0, s + margin)``, gradient 0 at the kink; margin a number or one per row."""
+    """Return ``max(0, s + margin)``, with gradient 0 at the kink; margin is a number or one per row."""
     value = similarity + per_row(margin)
     return value.masked_fill(value <= 0, 0.0)
 
 
+# By the class names of `contrastive_kernels`; t is the term.
 TERMS = {
     "Identity": lambda s, t: s,
     "Count": lambda s, t: torch.ones_like(s),
@@ -39,9 +40,9 @@ TERMS = {
 
 
 def similarity_sum(x, y=None, *, term, x_ids=None, y_ids=None, cutoff=None, reduction="none"):
-    """``sum_j phi(<x_i, y_j>)`` over the kept pairs, perhaps over i too; phi by the class name of term."""
-    y, y_ids = self_pairs(x, y, x_ids, y_ids)
+    """Return ``sum_j phi(<x_i, y_j>)`` over the kept pairs, or the sum over i too; phi by the class name of term."""
+    y, y_ids = second_rows(x, y, x_ids, y_ids)
     similarity = x @ y.mT
-    kept = pairs_kept(similarity, x_ids, y_ids, cutoff)
+    kept = kept_pairs(similarity, x_ids, y_ids, cutoff)
     sums = TERMS[type(term).__name__](similarity, term).masked_fill(~kept, 0.0).sum(1)
     return sums.sum() if reduction == "sum" else sums

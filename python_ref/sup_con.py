@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ._dense import INFINITY, kept_logsumexp, kept_mean, reduced, scale_of, softplus, unit_rows
+from ._dense import INFINITY, kept_logsumexp, kept_mean, reduce, scale_of, softplus, unit_rows
 from ._softmax import Statistics
 
 
 def sup_con_masks(count, count_views, labels=None, same_label="positive", mask=None):
-    """Positives and negatives of the view-major rows, as (VN, VN) masks; ``mask`` (N, N) replaces the labels."""
+    """Return the (VN, VN) masks of positives and negatives of view-major rows; an (N, N) mask replaces the labels."""
     device = None if labels is None else labels.device
     own = torch.eye(count, dtype=torch.bool, device=device)
     same = own
@@ -24,11 +24,11 @@ def sup_con_masks(count, count_views, labels=None, same_label="positive", mask=N
 
 
 def sup_con_rows(logits, positive, negative, positives):
-    """Every anchor's loss; 0 for an anchor without positives."""
+    """Return the loss of each anchor; 0 for an anchor without positives."""
     alone = ~positive.any(1)
     negative_lse = kept_logsumexp(logits, negative)
     positive_lse = kept_logsumexp(logits, positive).masked_fill(alone, 0.0)
-    # not lse - u: a loss of 1e-8 keeps its digits
+    # lse - u would lose the digits of a loss of 1e-8
     if positives == "out":
         values = softplus(negative_lse - positive_lse) + (positive_lse - kept_mean(logits, positive))
     elif positives == "in":
@@ -39,7 +39,7 @@ def sup_con_rows(logits, positive, negative, positives):
 
 
 def sup_con_statistics(logits, positive, negative, positives):
-    """The mean positive logit, -inf where there is none, against the largest negative."""
+    """Return the statistics, with the mean positive logit (-inf without positives) against the largest negative."""
     logits, alone = logits.detach(), ~positive.any(1)
     target = kept_mean(logits, positive).masked_fill(alone, -INFINITY)
     largest = logits.masked_fill(~negative, -INFINITY).amax(1)
@@ -65,7 +65,11 @@ def sup_con_loss(
     return_stats=False,
     mask=None,
 ):
-    """``(1/k_i) sum_p (lse_i - u_ip)`` (out), ``-log mean_p e^{u_ip - lse_i}`` (in), or each positive alone (pairwise).
+    """Return the mean over the anchors (``pairwise``: over the positive pairs) of the loss in one of three meanings.
+
+    - ``out``: ``mean_p (lse_i - u_ip)``, the lse over the positives and negatives of i;
+    - ``in``: ``-log mean_p e^{u_ip - lse_i}``;
+    - ``pairwise``: ``mean_p log(1 + sum_neg e^{u_ij - u_ip})``.
 
     Source: Khosla et al. 2020, arXiv:2004.11362, 5.2.
     """
@@ -90,5 +94,5 @@ def sup_con_loss(
         loss = values.sum()
     else:
         each = torch.ones_like(share) if weight is None else weight.to(values).repeat(len(values) // count)
-        loss = reduced(values, reduction, each * share)
+        loss = reduce(values, reduction, each * share)
     return (loss, sup_con_statistics(logits, positive, negative, positives)) if return_stats else loss

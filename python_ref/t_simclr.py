@@ -8,12 +8,14 @@ from ._dense import unit_rows
 
 
 def student(squares, temperature, df):
-    """``1 + d^2 / (T df)``, whose power -(df + 1) / 2 is Student's kernel."""
+    """Return ``1 + d**2 / (T df)``, whose power -(df + 1) / 2 is Student's kernel."""
     return 1 + squares / (temperature * df)
 
 
 def t_simclr_loss(z0, z1, *, temperature=8.0, df=5.0, normalize=False):
-    """``e mean_i log q_{i, p(i)} + log sum_{i != j} q_ij^{-e}``, ``q = 1 + d^2 / (T df)``, ``e = (df + 1) / 2``.
+    """Return ``e mean_i log q_{i, p(i)} + log sum_{i != j} q_ij^{-e}``.
+
+    ``q = 1 + d**2 / (T df)`` and ``e = (df + 1) / 2``.
 
     Source: Hu et al. 2023, arXiv:2205.14814.
     """

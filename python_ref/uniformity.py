@@ -10,7 +10,7 @@ from ._dense import unit_rows
 
 
 def uniformity_loss(z, *, t=2.0, normalize=False):
-    """``log mean_{i < j} exp(-t |z_i - z_j|^2)``.
+    """Return ``log mean_{i < j} exp(-t |z_i - z_j|**2)``.
 
     Source: Wang & Isola 2020, arXiv:2005.10242.
     """

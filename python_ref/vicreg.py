@@ -6,7 +6,7 @@ from ._dense import off_diagonal, unit_rows
 
 
 def vicreg_loss(z0, z1, *, sim_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, normalize=False):
-    """``sim mse(x, y) + var / 2 sum_z mean_a max(0, 1 - sd_a) + cov / D sum_z sum_{a != b} cov_ab**2``.
+    """Return ``sim mse(x, y) + var / 2 sum_z mean_a max(0, 1 - sd_a) + cov / D sum_z sum_{a != b} cov_ab**2``.
 
     Source: Bardes et al. 2022, arXiv:2105.04906.
     """
