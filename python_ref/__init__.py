@@ -1,6 +1,7 @@
 """The dense reference: every loss as its formula, in plain PyTorch, any dtype, with the N x M matrix in memory.
 
-``getattr(python_ref, name)(*inputs, **arguments)`` is the oracle of ``getattr(contrastive_kernels, name)``.
+``getattr(python_ref, name)(*inputs, **arguments)`` is the oracle of ``getattr(contrastive_kernels, name)``, and
+`lmcl_loss` of the module ``LMCLLoss``. Each loss has its own file ``<name>.py``; underscored files hold shared parts.
 """
 
 from ._dense import unit_rows
@@ -19,6 +20,7 @@ from .false_negative import false_negative_loss
 from .hard_negative import hard_negative_loss
 from .info_nce import info_nce_loss
 from .label_pull import label_pull_loss
+from .lmcl import lmcl_loss
 from .logsumexp import similarity_logsumexp
 from .mmcl import mmcl_loss
 from .moco import moco_loss
@@ -52,6 +54,7 @@ __all__ = [
     "hard_negative_loss",
     "info_nce_loss",
     "label_pull_loss",
+    "lmcl_loss",
     "min_view_similarity",
     "mmcl_loss",
     "moco_arcl_loss",

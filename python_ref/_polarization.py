@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from .sums import band
+
+
+class Polarization(NamedTuple):
+    """The band of distances to keep clear, and the weight of the term."""
+
+    lower: float
+    upper: float
+    weight: float
 
 
 def polarization_term(similarity, kept, polarization, reduction="mean"):

@@ -191,6 +191,31 @@ def test_polarization_argument_adds_the_mean_over_negatives():
     close(extra, 3 * alone)
 
 
+@pytest.mark.parametrize("base", ["nt_xent", "info_nce", "quick_thoughts", "debiased", "hard_negative"])
+def test_lmcl_adds_the_mean_over_negatives(base):
+    """The negatives are pairs of x and y for InfoNCE and Quick-Thoughts, of all rows for the others."""
+    x, y = torch.randn(2, 6, 4)
+    band = {"lower": 0.2, "upper": 0.7}
+    extra = ref.lmcl_loss(x, y, base, **band, weight=3.0, temperature=0.4)
+    extra = extra - getattr(ref, f"{base}_loss")(x, y, temperature=0.4)
+    if base in ("info_nce", "quick_thoughts"):
+        distance = (1 - F.normalize(x) @ F.normalize(y).T) / 2
+        h = ((distance - 0.2) * (0.7 - distance)).relu()
+        index = torch.arange(6)
+        negative = (index[:, None] - index).abs() > (1 if base == "quick_thoughts" else 0)
+        mean = h[negative].mean()
+    else:
+        mean = ref.distance_polarization(torch.cat([x, y]), torch.arange(6).repeat(2), **band)
+    assert mean > 0
+    close(extra, 3 * mean)
+
+
+def test_lmcl_is_polarized_nt_xent_by_default():
+    x, y = torch.randn(2, 6, 4)
+    polarization = SimpleNamespace(lower=0.1, upper=0.5, weight=0.1)
+    assert ref.lmcl_loss(x, y) == ref.nt_xent_loss(x, y, polarization=polarization) != ref.nt_xent_loss(x, y)
+
+
 @pytest.mark.parametrize(
     ("name", "attributes", "expected"),
     [
