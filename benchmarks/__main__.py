@@ -16,7 +16,7 @@ from .run import Grid, Row, Settings, measure
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 # One of each kind besides the core.
-MORE = ["moco", "arcl", "nt_xent_polarized", "sup_con", "hard_negative", "siglip", "spectral"]
+MORE = ["moco", "arcl", "lmcl", "sup_con", "hard_negative", "siglip", "spectral_contrastive"]
 # Compiling costs more than the rest of a small case.
 PRESETS = {
     "quick": [Grid(LOSSES, [256], [64], providers=["ours", "ours-torch", "eager", "linear_cross_entropy"])],

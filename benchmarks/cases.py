@@ -206,9 +206,7 @@ LOSSES: dict[str, Loss] = {
         columns=lambda n: QUEUE,
         detached=("keys", "queue"),
     ),
-    "nt_xent_polarized": Loss(
-        _two_views, eager.nt_xent_polarized, _at_temperature(partial(ck.nt_xent_loss, polarization=BAND)), _SYMMETRIC
-    ),
+    "lmcl": Loss(_two_views, eager.lmcl, _at_temperature(partial(ck.nt_xent_loss, polarization=BAND)), _SYMMETRIC),
     "distance_polarization": Loss(
         lambda n, d: {"z": _rows(n, d)},
         eager.distance_polarization,
@@ -230,14 +228,14 @@ LOSSES: dict[str, Loss] = {
         _SYMMETRIC,
     ),
     "siglip": Loss(_siglip_inputs, eager.siglip, ck.siglip_loss, _TWO_GRADIENTS),
-    "spectral": Loss(_two_towers, eager.spectral, ck.spectral_contrastive_loss, _NONE),
+    "spectral_contrastive": Loss(_two_towers, eager.spectral_contrastive, ck.spectral_contrastive_loss, _NONE),
     "barlow_twins": Loss(_two_towers, eager.barlow_twins, ck.barlow_twins_loss, _NONE),
     "vicreg": Loss(_two_towers, eager.vicreg, ck.vicreg_loss, _NONE),
     "uniformity": Loss(lambda n, d: {"z": _rows(n, d)}, eager.uniformity, ck.uniformity_loss, _SYMMETRIC),
     "t_simclr": Loss(_two_views, eager.t_simclr, ck.t_simclr_loss, _SYMMETRIC),
-    "triplet": Loss(
+    "triplet_margin": Loss(
         lambda n, d: _pair("anchor", "positive", n, d),
-        eager.triplet,
+        eager.triplet_margin,
         partial(ck.triplet_margin_loss, margin=MARGIN),
         _TWO_GRADIENTS,
     ),

@@ -61,7 +61,7 @@ def _band(similarity: Tensor) -> Tensor:
     return F.relu((distance - BAND.lower) * (BAND.upper - distance))
 
 
-def nt_xent_polarized(z0: Tensor, z1: Tensor) -> Tensor:
+def lmcl(z0: Tensor, z1: Tensor) -> Tensor:
     """NT-Xent plus the distance polarization of its negatives."""
     similarity = _self_similarity(z0, z1)
     rows = torch.arange(len(similarity), device=similarity.device) % len(z0)
@@ -162,7 +162,7 @@ def siglip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, l
     return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
-def spectral(z0: Tensor, z1: Tensor) -> Tensor:
+def spectral_contrastive(z0: Tensor, z1: Tensor) -> Tensor:
     """Spectral contrastive loss through the N x N products."""
     n = len(z0)
     squares = (z0 @ z1.T).square()
@@ -204,7 +204,7 @@ def t_simclr(z0: Tensor, z1: Tensor) -> Tensor:
     return (degrees + 1) / 2 * q[rows, rows.roll(len(z0))].log().mean() + kernel.sum().log()
 
 
-def triplet(anchor: Tensor, positive: Tensor) -> Tensor:
+def triplet_margin(anchor: Tensor, positive: Tensor) -> Tensor:
     """Triplet loss over all in-batch negatives, on similarities."""
     similarity = F.normalize(anchor, dim=-1) @ F.normalize(positive, dim=-1).T
     n = len(similarity)

@@ -11,7 +11,7 @@ from .cases import Case, gradients, objections, provider_function
 
 ROWS = 300
 # All kinds of epilogues; then the wider and the odd rows, which take other kernels and other ways of loading.
-EPILOGUES = ("clip", "nt_xent", "nt_xent_polarized", "hard_negative", "siglip", "easy_negative")
+EPILOGUES = ("clip", "nt_xent", "lmcl", "hard_negative", "siglip", "easy_negative")
 SWEEPS = ("clip", "nt_xent")
 SHAPES = [
     (128, torch.bfloat16, EPILOGUES),
