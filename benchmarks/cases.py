@@ -168,14 +168,6 @@ def _at_temperature(function: LossFunction) -> LossFunction:
 
 
 LOSSES: dict[str, Loss] = {
-    "clip": Loss(
-        _clip_inputs,
-        eager.clip,
-        ck.clip_loss,
-        _TWO_GRADIENTS,
-        others={"linear_cross_entropy": eager.clip_by(eager.linear_cross_entropy)},
-    ),
-    "nt_xent": Loss(_two_views, eager.nt_xent, _at_temperature(ck.nt_xent_loss), _SYMMETRIC),
     "info_nce": Loss(
         _query_key,
         eager.info_nce,
@@ -183,6 +175,15 @@ LOSSES: dict[str, Loss] = {
         _TWO_GRADIENTS,
         others={"linear_cross_entropy": eager.info_nce_by(eager.linear_cross_entropy)},
     ),
+    "nt_xent": Loss(_two_views, eager.nt_xent, _at_temperature(ck.nt_xent_loss), _SYMMETRIC),
+    "clip": Loss(
+        _clip_inputs,
+        eager.clip,
+        ck.clip_loss,
+        _TWO_GRADIENTS,
+        others={"linear_cross_entropy": eager.clip_by(eager.linear_cross_entropy)},
+    ),
+    "siglip": Loss(_siglip_inputs, eager.siglip, ck.siglip_loss, _TWO_GRADIENTS),
     "moco": Loss(
         _moco_inputs,
         eager.moco,
@@ -190,6 +191,32 @@ LOSSES: dict[str, Loss] = {
         _ONE_GRADIENT,
         columns=lambda n: QUEUE,
         detached=("key", "queue"),
+    ),
+    "sup_con": Loss(_labelled, eager.sup_con, _at_temperature(ck.sup_con_loss), _SYMMETRIC),
+    "debiased": Loss(
+        _two_views, eager.debiased, partial(ck.debiased_loss, temperature=WARM, tau_plus=TAU_PLUS), _SYMMETRIC
+    ),
+    "hard_negative": Loss(
+        _two_views,
+        eager.hard_negative,
+        partial(ck.hard_negative_loss, temperature=WARM, tau_plus=TAU_PLUS, beta=BETA),
+        _SYMMETRIC,
+    ),
+    "decoupled": Loss(_two_views, eager.decoupled, _at_temperature(ck.decoupled_loss), _SYMMETRIC),
+    # The search for the nearest, and the loss, whose gradient is that of the predictions alone.
+    "nnclr": Loss(_nnclr_inputs, eager.nnclr, _at_temperature(ck.nnclr_loss), (2, 2), detached=("z", "support")),
+    # The selection, then a loss over what is left of each row, which is not symmetric any more.
+    "false_negative": Loss(
+        _two_views,
+        eager.false_negative,
+        _at_temperature(partial(ck.false_negative_loss, threshold=None, top_k=TOP_K, factor=1.0)),
+        (2, 3),
+    ),
+    "easy_negative": Loss(
+        _query_key, eager.easy_negative, _at_temperature(partial(ck.easy_negative_loss, k=EASIEST)), (2, 3)
+    ),
+    "quick_thoughts": Loss(
+        lambda n, d: _pair("first", "second", n, d), eager.quick_thoughts, ck.quick_thoughts_loss, _TWO_GRADIENTS
     ),
     "arcl": Loss(
         _multi_view,
@@ -206,31 +233,21 @@ LOSSES: dict[str, Loss] = {
         columns=lambda n: QUEUE,
         detached=("keys", "queue"),
     ),
-    "lmcl": Loss(_two_views, eager.lmcl, _at_temperature(partial(ck.nt_xent_loss, polarization=BAND)), _SYMMETRIC),
     "distance_polarization": Loss(
         lambda n, d: {"z": _rows(n, d)},
         eager.distance_polarization,
         partial(ck.distance_polarization, lower=BAND.lower, upper=BAND.upper),
         _SYMMETRIC,
     ),
-    "sup_con": Loss(_labelled, eager.sup_con, _at_temperature(ck.sup_con_loss), _SYMMETRIC),
-    "quick_thoughts": Loss(
-        lambda n, d: _pair("first", "second", n, d), eager.quick_thoughts, ck.quick_thoughts_loss, _TWO_GRADIENTS
-    ),
-    "decoupled": Loss(_two_views, eager.decoupled, _at_temperature(ck.decoupled_loss), _SYMMETRIC),
-    "debiased": Loss(
-        _two_views, eager.debiased, partial(ck.debiased_loss, temperature=WARM, tau_plus=TAU_PLUS), _SYMMETRIC
-    ),
-    "hard_negative": Loss(
-        _two_views,
-        eager.hard_negative,
-        partial(ck.hard_negative_loss, temperature=WARM, tau_plus=TAU_PLUS, beta=BETA),
-        _SYMMETRIC,
-    ),
-    "siglip": Loss(_siglip_inputs, eager.siglip, ck.siglip_loss, _TWO_GRADIENTS),
+    "lmcl": Loss(_two_views, eager.lmcl, _at_temperature(partial(ck.nt_xent_loss, polarization=BAND)), _SYMMETRIC),
     "spectral_contrastive": Loss(_two_towers, eager.spectral_contrastive, ck.spectral_contrastive_loss, _NONE),
     "barlow_twins": Loss(_two_towers, eager.barlow_twins, ck.barlow_twins_loss, _NONE),
     "vicreg": Loss(_two_towers, eager.vicreg, ck.vicreg_loss, _NONE),
+    # Pairs of the V views of a sample: no product of matrices.
+    "alignment": Loss(_multi_view, eager.alignment, ck.alignment_loss, _NONE, columns=lambda n: VIEWS),
+    "augmentation_robust": Loss(
+        _multi_view, eager.augmentation_robust, ck.augmentation_robust_loss, _NONE, columns=lambda n: VIEWS
+    ),
     "uniformity": Loss(lambda n, d: {"z": _rows(n, d)}, eager.uniformity, ck.uniformity_loss, _SYMMETRIC),
     "t_simclr": Loss(_two_views, eager.t_simclr, ck.t_simclr_loss, _SYMMETRIC),
     "triplet_margin": Loss(
@@ -239,29 +256,12 @@ LOSSES: dict[str, Loss] = {
         partial(ck.triplet_margin_loss, margin=MARGIN),
         _TWO_GRADIENTS,
     ),
-    # The search for the nearest, and the loss, whose gradient is that of the predictions alone.
-    "nnclr": Loss(_nnclr_inputs, eager.nnclr, _at_temperature(ck.nnclr_loss), (2, 2), detached=("z", "support")),
-    # The selection, then a loss over what is left of each row, which is not symmetric any more.
-    "false_negative": Loss(
-        _two_views,
-        eager.false_negative,
-        _at_temperature(partial(ck.false_negative_loss, threshold=None, top_k=TOP_K, factor=1.0)),
-        (2, 3),
-    ),
-    "easy_negative": Loss(
-        _query_key, eager.easy_negative, _at_temperature(partial(ck.easy_negative_loss, k=EASIEST)), (2, 3)
-    ),
     "label_pull": Loss(
         _label_inputs,
         eager.label_pull,
         _at_temperature(partial(ck.label_pull_loss, form="softmax")),
         _TWO_GRADIENTS,
         columns=lambda n: LABELS,
-    ),
-    # Pairs of the V views of a sample: no product of matrices.
-    "alignment": Loss(_multi_view, eager.alignment, ck.alignment_loss, _NONE, columns=lambda n: VIEWS),
-    "augmentation_robust": Loss(
-        _multi_view, eager.augmentation_robust, ck.augmentation_robust_loss, _NONE, columns=lambda n: VIEWS
     ),
     # Algebra of N x N matrices; written anchor by anchor it holds N of them.
     "mmcl": Loss(

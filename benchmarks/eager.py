@@ -27,22 +27,10 @@ class Unavailable(Exception):
     """A provider cannot run here or does not compute this loss; the message says why."""
 
 
-def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """The loss of OpenAI's and Hugging Face's CLIP: one product, cross entropy over its rows and columns."""
-    logits = logit_scale * image_features @ text_features.T
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
 def info_nce(query: Tensor, positive_key: Tensor) -> Tensor:
     """InfoNCE with in-batch negatives."""
     logits = F.normalize(query, dim=-1) @ F.normalize(positive_key, dim=-1).T / TEMPERATURE
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-
-
-def _self_similarity(z0: Tensor, z1: Tensor) -> Tensor:
-    z = F.normalize(torch.cat([z0, z1]), dim=-1)
-    return z @ z.T
 
 
 def _nt_xent_of(similarity: Tensor) -> Tensor:
@@ -51,28 +39,28 @@ def _nt_xent_of(similarity: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(n, device=logits.device).roll(n // 2))
 
 
+def _self_similarity(z0: Tensor, z1: Tensor) -> Tensor:
+    z = F.normalize(torch.cat([z0, z1]), dim=-1)
+    return z @ z.T
+
+
 def nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
     """SimCLR's loss."""
     return _nt_xent_of(_self_similarity(z0, z1))
 
 
-def _band(similarity: Tensor) -> Tensor:
-    distance = (1 - similarity) / 2
-    return F.relu((distance - BAND.lower) * (BAND.upper - distance))
+def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """The loss of OpenAI's and Hugging Face's CLIP: one product, cross entropy over its rows and columns."""
+    logits = logit_scale * image_features @ text_features.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def lmcl(z0: Tensor, z1: Tensor) -> Tensor:
-    """NT-Xent plus the distance polarization of its negatives."""
-    similarity = _self_similarity(z0, z1)
-    rows = torch.arange(len(similarity), device=similarity.device) % len(z0)
-    band = _band(similarity).masked_fill(rows[:, None] == rows, 0.0)
-    return _nt_xent_of(similarity) + BAND.weight * band.sum() / (len(rows) * (len(rows) - 2))
-
-
-def distance_polarization(z: Tensor) -> Tensor:
-    """The polarization regulariser alone; a row's distance to itself is 0, outside the band."""
-    z = F.normalize(z, dim=-1)
-    return _band(z @ z.T).sum() / (len(z) * (len(z) - 1))
+def siglip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """The sigmoid loss of SigLIP."""
+    logits = logit_scale * image_features @ text_features.T + logit_bias
+    sign = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
 def moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
@@ -80,6 +68,85 @@ def moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
     query, key, queue = F.normalize(query, dim=-1), F.normalize(key, dim=-1), F.normalize(queue, dim=-1)
     logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / TEMPERATURE
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def sup_con(features: Tensor, labels: Tensor) -> Tensor:
+    """Supervised contrastive loss, the mean of the positives outside the logarithm, as its official code."""
+    z = F.normalize(features.transpose(0, 1).flatten(0, 1), dim=-1)
+    logits = (z @ z.T / TEMPERATURE).fill_diagonal_(float("-inf"))
+    labels = labels.repeat(features.shape[1])
+    positive = (labels[:, None] == labels).fill_diagonal_(False)
+    log_probability = logits - logits.logsumexp(1, keepdim=True)
+    return -(log_probability.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
+
+
+def _corrected(positive: Tensor, total: Tensor, count: int) -> Tensor:
+    """The loss from the sum over the negatives, corrected for the positives among them."""
+    positive = positive.exp()
+    corrected = (total - TAU_PLUS * count * positive) / (1 - TAU_PLUS)
+    corrected = corrected.clamp(min=count * math.exp(-1 / WARM))
+    return -(positive / (positive + corrected)).log().mean()
+
+
+def _split(z0: Tensor, z1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Logits of the positives (2N,) and of all others (2N, 2N), -inf at a row's own and at its positive."""
+    logits = _self_similarity(z0, z1) / temperature
+    rows = torch.arange(len(logits), device=logits.device)
+    positive = logits[rows, rows.roll(len(z0))]
+    return positive, logits.masked_fill((rows % len(z0))[:, None] == rows % len(z0), float("-inf"))
+
+
+def debiased(z0: Tensor, z1: Tensor) -> Tensor:
+    """Debiased contrastive loss."""
+    positive, negatives = _split(z0, z1, WARM)
+    return _corrected(positive, negatives.exp().sum(1), 2 * len(z0) - 2)
+
+
+def hard_negative(z0: Tensor, z1: Tensor) -> Tensor:
+    """Debiased loss with negatives weighted by their hardness."""
+    positive, negatives = _split(z0, z1, WARM)
+    exponentials, weights = negatives.exp(), (BETA * negatives).exp()
+    count = 2 * len(z0) - 2
+    return _corrected(positive, count * (weights * exponentials).sum(1) / weights.sum(1), count)
+
+
+def decoupled(z0: Tensor, z1: Tensor) -> Tensor:
+    """Decoupled contrastive loss: the positive is not in the denominator."""
+    positive, negatives = _split(z0, z1, TEMPERATURE)
+    return (negatives.logsumexp(1) - positive).mean()
+
+
+def nnclr(z: Tensor, predictions: Tensor, support: Tensor) -> Tensor:
+    """NNCLR, one direction: the nearest support row of one view is to pick the prediction of the other."""
+    z, predictions, support = (F.normalize(x, dim=-1) for x in (z, predictions, support))
+    nearest = support[(z @ support.T).argmax(1)]
+    logits = nearest @ predictions.T / TEMPERATURE
+    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def false_negative(z0: Tensor, z1: Tensor) -> Tensor:
+    """NT-Xent after dropping the most similar rows of other samples."""
+    similarity = _self_similarity(z0, z1)
+    rows = torch.arange(len(similarity), device=similarity.device) % len(z0)
+    others = similarity.detach().masked_fill(rows[:, None] == rows, float("-inf"))
+    return _nt_xent_of(similarity.scatter(1, others.topk(TOP_K, 1).indices, float("-inf")))
+
+
+def easy_negative(query: Tensor, positive_key: Tensor) -> Tensor:
+    """InfoNCE against the least similar keys of each row only."""
+    similarity = F.normalize(query, dim=-1) @ F.normalize(positive_key, dim=-1).T
+    itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    easiest = similarity.masked_fill(itself, float("inf")).topk(EASIEST, 1, largest=False).values
+    logits = torch.cat([similarity.diagonal()[:, None], easiest], 1) / TEMPERATURE
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def quick_thoughts(first: Tensor, second: Tensor) -> Tensor:
+    """Quick-Thoughts: the neighbours of a sentence among all, its own logit set to 0."""
+    logits = (first @ second.T).fill_diagonal_(0)
+    neighbours = torch.ones(len(first) - 1, device=first.device)
+    target = torch.diag(neighbours, 1) + torch.diag(neighbours, -1)
+    return F.cross_entropy(logits, target / target.sum(1, keepdim=True))
 
 
 def arcl(views: Tensor) -> Tensor:
@@ -101,65 +168,23 @@ def moco_arcl(query: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
-def sup_con(features: Tensor, labels: Tensor) -> Tensor:
-    """Supervised contrastive loss, the mean of the positives outside the logarithm, as its official code."""
-    z = F.normalize(features.transpose(0, 1).flatten(0, 1), dim=-1)
-    logits = (z @ z.T / TEMPERATURE).fill_diagonal_(float("-inf"))
-    labels = labels.repeat(features.shape[1])
-    positive = (labels[:, None] == labels).fill_diagonal_(False)
-    log_probability = logits - logits.logsumexp(1, keepdim=True)
-    return -(log_probability.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
+def _band(similarity: Tensor) -> Tensor:
+    distance = (1 - similarity) / 2
+    return F.relu((distance - BAND.lower) * (BAND.upper - distance))
 
 
-def quick_thoughts(first: Tensor, second: Tensor) -> Tensor:
-    """Quick-Thoughts: the neighbours of a sentence among all, its own logit set to 0."""
-    logits = (first @ second.T).fill_diagonal_(0)
-    neighbours = torch.ones(len(first) - 1, device=first.device)
-    target = torch.diag(neighbours, 1) + torch.diag(neighbours, -1)
-    return F.cross_entropy(logits, target / target.sum(1, keepdim=True))
+def distance_polarization(z: Tensor) -> Tensor:
+    """The polarization regulariser alone; a row's distance to itself is 0, outside the band."""
+    z = F.normalize(z, dim=-1)
+    return _band(z @ z.T).sum() / (len(z) * (len(z) - 1))
 
 
-def _split(z0: Tensor, z1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits of the positives (2N,) and of all others (2N, 2N), -inf at a row's own and at its positive."""
-    logits = _self_similarity(z0, z1) / temperature
-    rows = torch.arange(len(logits), device=logits.device)
-    positive = logits[rows, rows.roll(len(z0))]
-    return positive, logits.masked_fill((rows % len(z0))[:, None] == rows % len(z0), float("-inf"))
-
-
-def decoupled(z0: Tensor, z1: Tensor) -> Tensor:
-    """Decoupled contrastive loss: the positive is not in the denominator."""
-    positive, negatives = _split(z0, z1, TEMPERATURE)
-    return (negatives.logsumexp(1) - positive).mean()
-
-
-def _corrected(positive: Tensor, total: Tensor, count: int) -> Tensor:
-    """The loss from the sum over the negatives, corrected for the positives among them."""
-    positive = positive.exp()
-    corrected = (total - TAU_PLUS * count * positive) / (1 - TAU_PLUS)
-    corrected = corrected.clamp(min=count * math.exp(-1 / WARM))
-    return -(positive / (positive + corrected)).log().mean()
-
-
-def debiased(z0: Tensor, z1: Tensor) -> Tensor:
-    """Debiased contrastive loss."""
-    positive, negatives = _split(z0, z1, WARM)
-    return _corrected(positive, negatives.exp().sum(1), 2 * len(z0) - 2)
-
-
-def hard_negative(z0: Tensor, z1: Tensor) -> Tensor:
-    """Debiased loss with negatives weighted by their hardness."""
-    positive, negatives = _split(z0, z1, WARM)
-    exponentials, weights = negatives.exp(), (BETA * negatives).exp()
-    count = 2 * len(z0) - 2
-    return _corrected(positive, count * (weights * exponentials).sum(1) / weights.sum(1), count)
-
-
-def siglip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-    """The sigmoid loss of SigLIP."""
-    logits = logit_scale * image_features @ text_features.T + logit_bias
-    sign = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(logits)
+def lmcl(z0: Tensor, z1: Tensor) -> Tensor:
+    """NT-Xent plus the distance polarization of its negatives."""
+    similarity = _self_similarity(z0, z1)
+    rows = torch.arange(len(similarity), device=similarity.device) % len(z0)
+    band = _band(similarity).masked_fill(rows[:, None] == rows, 0.0)
+    return _nt_xent_of(similarity) + BAND.weight * band.sum() / (len(rows) * (len(rows) - 2))
 
 
 def spectral_contrastive(z0: Tensor, z1: Tensor) -> Tensor:
@@ -189,6 +214,21 @@ def vicreg(z0: Tensor, z1: Tensor) -> Tensor:
     return loss
 
 
+def _view_distances(views: Tensor) -> Tensor:
+    first, second = torch.triu_indices(views.shape[1], views.shape[1], 1, device=views.device)
+    return (views[:, first] - views[:, second]).square().sum(2)
+
+
+def alignment(views: Tensor) -> Tensor:
+    """Mean squared distance of all pairs of views."""
+    return _view_distances(views).mean()
+
+
+def augmentation_robust(views: Tensor) -> Tensor:
+    """Squared distance of the farthest pair of views."""
+    return _view_distances(views).max(1).values.mean()
+
+
 def uniformity(z: Tensor) -> Tensor:
     """Uniformity, as Wang and Isola's code."""
     return torch.pdist(z).square().mul(-2).exp().mean().log()
@@ -210,46 +250,6 @@ def triplet_margin(anchor: Tensor, positive: Tensor) -> Tensor:
     n = len(similarity)
     hinge = F.relu(MARGIN + similarity - similarity.diagonal()[:, None])
     return (hinge.sum() - hinge.diagonal().sum()) / (n * (n - 1))
-
-
-def nnclr(z: Tensor, predictions: Tensor, support: Tensor) -> Tensor:
-    """NNCLR, one direction: the nearest support row of one view is to pick the prediction of the other."""
-    z, predictions, support = (F.normalize(x, dim=-1) for x in (z, predictions, support))
-    nearest = support[(z @ support.T).argmax(1)]
-    logits = nearest @ predictions.T / TEMPERATURE
-    return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-
-
-def false_negative(z0: Tensor, z1: Tensor) -> Tensor:
-    """NT-Xent after dropping the most similar rows of other samples."""
-    similarity = _self_similarity(z0, z1)
-    rows = torch.arange(len(similarity), device=similarity.device) % len(z0)
-    others = similarity.detach().masked_fill(rows[:, None] == rows, float("-inf"))
-    return _nt_xent_of(similarity.scatter(1, others.topk(TOP_K, 1).indices, float("-inf")))
-
-
-def easy_negative(query: Tensor, positive_key: Tensor) -> Tensor:
-    """InfoNCE against the least similar keys of each row only."""
-    similarity = F.normalize(query, dim=-1) @ F.normalize(positive_key, dim=-1).T
-    itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    easiest = similarity.masked_fill(itself, float("inf")).topk(EASIEST, 1, largest=False).values
-    logits = torch.cat([similarity.diagonal()[:, None], easiest], 1) / TEMPERATURE
-    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
-
-
-def alignment(views: Tensor) -> Tensor:
-    """Mean squared distance of all pairs of views."""
-    return _view_distances(views).mean()
-
-
-def augmentation_robust(views: Tensor) -> Tensor:
-    """Squared distance of the farthest pair of views."""
-    return _view_distances(views).max(1).values.mean()
-
-
-def _view_distances(views: Tensor) -> Tensor:
-    first, second = torch.triu_indices(views.shape[1], views.shape[1], 1, device=views.device)
-    return (views[:, first] - views[:, second]).square().sum(2)
 
 
 def label_pull(z: Tensor, labels: Tensor, label_embeddings: Tensor) -> Tensor:
