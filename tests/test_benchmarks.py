@@ -1,7 +1,6 @@
-"""The benchmark: its eager forms, its checks, what a report says, and the GPU command as far as it goes without one."""
+"""The benchmark: its eager forms, its checks, its reports, and the GPU command on a machine without a GPU."""
 
 import importlib.machinery
-import inspect
 import json
 import pathlib
 import stat
@@ -22,16 +21,15 @@ for package in ("matplotlib", "rich"):
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import contrastive_kernels as ck  # noqa: E402, only once its packages are known to be there
-from benchmarks import aims, cases, gpu, measure, peers, report, run, small_shapes  # noqa: E402
-from contrastive_kernels import functional  # noqa: E402
+import contrastive_kernels as ck  # noqa: E402, after the check for its packages
+from benchmarks import aims, cases, eager, gpu, measure, peers, report, run, small_shapes  # noqa: E402
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def short_queue(monkeypatch):
-    """MoCo against a queue that takes no seconds, and no check remembered from another test."""
+    """Give MoCo a short queue, and forget the checks of other tests."""
     monkeypatch.setattr(cases, "QUEUE", 512)
     cases.objections.cache_clear()
     yield
@@ -42,12 +40,24 @@ def short_queue(monkeypatch):
 
 
 def test_every_loss_is_measured():
-    def unwrapped(function):
-        return function.func if isinstance(function, partial) else function
+    """The keys are the names of the losses; ours and the eager form are the functions of that name."""
+    functions = {name.removesuffix("_loss"): getattr(ck, name) for name in ck.__all__ if name.endswith("_loss")}
+    functions |= {"distance_polarization": ck.distance_polarization, "lmcl": ck.nt_xent_loss}
+    assert set(cases.LOSSES) == set(functions)
+    for name, loss in cases.LOSSES.items():
+        ours = loss.ours
+        while isinstance(ours, partial):
+            ours = ours.func
+        assert ours is functions[name]
+        assert loss.eager is getattr(eager, name)
 
-    measured = {unwrapped(loss.ours) for loss in cases.LOSSES.values()}
-    losses = {getattr(functional, name) for name in functional.__all__}
-    assert {loss for loss in losses if inspect.isfunction(loss)} <= measured
+
+def test_lmcl_is_its_module():
+    case = cases.Case("lmcl", 64, 8, torch.float64)
+    band = {name: getattr(cases.BAND, name) for name in ("lower", "upper", "weight")}
+    module = ck.LMCLLoss("nt_xent", temperature=cases.TEMPERATURE, **band)
+    inputs = case.inputs(CPU)
+    assert module(*inputs.values()).item() == cases.LOSSES["lmcl"].ours(**inputs).item()
 
 
 @pytest.mark.parametrize("loss", cases.LOSSES)
@@ -57,7 +67,7 @@ def test_ours_is_the_eager_form(loss):
 
 @pytest.mark.parametrize("loss", cases.LOSSES)
 def test_check_notices(loss, monkeypatch):
-    """A value that is off by a percent, with the right gradients, and a right value whose gradients are off."""
+    """The check rejects a value off by a percent with right gradients, and wrong gradients with the right value."""
     right = cases.LOSSES[loss]
     case = cases.Case(loss, 256, 64, torch.float32)
 
@@ -77,7 +87,7 @@ def test_check_notices(loss, monkeypatch):
 
 
 def test_dense_forms_are_bounded():
-    """An eager form that would not fit is left out by its estimate; of MMCL that counts N matrices."""
+    """An eager form whose estimate exceeds the limit is left out; that of MMCL counts N matrices."""
     settings = run.Settings(CPU, 0.0, 1, memory_limit_gib=0.01)
     for loss, n in (("clip", 2048), ("mmcl", 128)):
         rows = run.measure_case(cases.Case(loss, n, 8, torch.float32), ["eager"], settings, run.environment(CPU), print)
@@ -102,7 +112,7 @@ def test_a_provider_that_raises_is_noted(monkeypatch):
 
 
 def test_workspace_limit_holds_in_both_halves(monkeypatch):
-    """Forward and backward run within the limit, and nothing after them does."""
+    """The limit holds in forward and backward, and is reset after them."""
     limits, seen = [None], []
     monkeypatch.setattr(ck, "set_workspace_limit", limits.append, raising=False)
 
@@ -130,8 +140,8 @@ def test_workspace_limit_holds_in_both_halves(monkeypatch):
 
 
 def test_saved_scores_are_those_of_one_provider():
-    """Without limit for that one, the default for others."""
-    case, kept = cases.Case("clip", 64, 8, torch.float32), {}
+    """This provider saves scores without limit, others by the default."""
+    case, saved = cases.Case("clip", 64, 8, torch.float32), {}
     for provider in ("ours", "ours-saved"):
         sizes = []
         with (
@@ -140,13 +150,13 @@ def test_saved_scores_are_those_of_one_provider():
         ):
             assert ck.saved_scores_limit() == (2**62 if provider == "ours-saved" else None)
             cases.provider_function(provider, case, CPU)(**case.inputs(CPU))
-        kept[provider] = sizes
+        saved[provider] = sizes
     assert ck.saved_scores_limit() is None
-    assert max(kept["ours-saved"]) == 64 * 64
+    assert max(saved["ours-saved"]) == 64 * 64
 
 
 def test_graph_takes_the_inputs_in_order(monkeypatch):
-    """With a capture that replays the function itself."""
+    """The capture is replaced by one that replays the function itself."""
     captured = []
 
     def capture(function, sample):
@@ -167,7 +177,7 @@ def test_graph_needs_a_gpu():
         cases.provider_function("graph", cases.Case("clip", 64, 8, torch.float32), CPU)
 
 
-# Peers: each package stands in as a dense loss behind the signature that it documents.
+# Peers: a stand-in for each package is a dense loss with the documented signature.
 
 
 def _rows_mean(query, key, target):
@@ -255,7 +265,7 @@ def test_peer_without_this_loss(monkeypatch):
         cases.check("siglip-kernel", cases.Case("clip", 192, 128, torch.float32), CPU)
 
 
-# The stopwatch on a GPU, with one that is made up
+# The times of a GPU, with made-up measurements
 
 
 def test_queue_is_short_for_long_iterations(monkeypatch):
@@ -316,7 +326,7 @@ def test_results_without_kernel_counts_are_read(tmp_path):
 
 
 def cells(text, *start):
-    """The table rows of a report that begin so."""
+    """Return the table rows of a report that begin with these cells."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return [cells for cells in rows if cells[: len(start)] == list(start)]
 
@@ -325,7 +335,7 @@ def same(n):
     return n
 
 
-# What of one aim is too slow, not faster enough, or just right: clip at N = 32,768, D = 128.
+# The aims of clip at N = 32,768, D = 128: met exactly, missed in time, missed in gain, without a time of eager.
 @pytest.mark.parametrize(
     ("ms", "eager", "met"), [(3.0, 15.0, "yes"), (3.1, 90.0, "no"), (2.9, 14.0, "no"), (2.9, None, "no")]
 )
@@ -387,7 +397,7 @@ def no_gpu(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [[], ["--parts", "report"], ["--parts", "d128", "tests"]])
 def test_gpu_command_without_a_gpu(arguments, tmp_path, no_gpu, capsys):
-    """A report whose measured columns are empty, a line that says why, and status 2."""
+    """The report has empty measured columns, a line gives the reason, and the status is 2."""
     assert gpu.main([*arguments, "--output", str(tmp_path)]) == 2
     assert "sees no CUDA device" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["report.md"]
@@ -403,7 +413,7 @@ def test_gpu_report_of_results_from_elsewhere(tmp_path, no_gpu):
 
 @pytest.fixture
 def rehearse(monkeypatch, tmp_path):
-    """The command on the CPU at tiny sizes, one D of every part, with a test run that is made up."""
+    """Return the command on the CPU at tiny sizes, with one D of each part and a made-up test run."""
     some = {
         "d128": gpu.GRIDS["d128"],
         "large": [gpu.GRIDS["large"][0], replace(gpu.GRIDS["large"][1], dims=[128])],
@@ -422,7 +432,7 @@ def rehearse(monkeypatch, tmp_path):
 
 
 def test_gpu_command_rehearsed(rehearse, tmp_path, capsys, monkeypatch):
-    """Every part runs, the report holds what was measured, and a second call has nothing left to do."""
+    """Every part runs, the report holds the measurements, and a second call measures nothing."""
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
     assert rehearse() == 0
     finished = json.loads((tmp_path / "parts.json").read_text())
@@ -452,7 +462,7 @@ def test_gpu_command_out_of_time(rehearse, tmp_path, capsys):
 
 
 def test_gpu_command_out_of_time_within_a_part(rehearse, tmp_path, monkeypatch):
-    """The case that was measured is kept; the part is not finished."""
+    """The rows of the measured case are written; the part is not finished."""
     left = iter([1.0, 0.0])
     monkeypatch.setattr(gpu.Run, "seconds_left", lambda self: next(left))
     assert rehearse("--parts", "d128") == 0
@@ -469,7 +479,7 @@ def test_gpu_command_when_ours_fails(rehearse, tmp_path, monkeypatch):
 
 
 def test_gpu_command_when_a_part_breaks(rehearse, tmp_path, monkeypatch):
-    """It is named in the report, and the next call goes on behind it."""
+    """The report names the failure, and the next call goes on after that part."""
 
     def broken(run):
         raise RuntimeError("illegal access")
@@ -495,7 +505,7 @@ def _sanitizer(folder, text):
 
 
 def test_sanitizers(rehearse, tmp_path, monkeypatch):
-    """Each tool gets the small shapes and uncached memory; one that finds something makes the part fail."""
+    """Each tool runs the small shapes with uncached memory; an error of one tool fails the part."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(gpu, "SANITIZE_SECONDS", 120.0)
     _sanitizer(
@@ -512,7 +522,7 @@ def test_sanitizers(rehearse, tmp_path, monkeypatch):
 
 
 def test_what_takes_too_long_is_stopped(tmp_path):
-    """Also what it started itself."""
+    """The processes that the command started are stopped too."""
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     start = time.monotonic()
     with (tmp_path / "log").open("w") as log:
