@@ -1,1 +1,1 @@
-"""Time and memory of the losses beside what else computes them: ``python -m benchmarks --help``."""
+"""Time and memory of the losses and of other ways to compute them: ``python -m benchmarks --help``."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: time, memory and efficiency of the losses on the device that is here."""
+"""``python -m benchmarks``: time, memory and efficiency of the losses on this device."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .cases import ALL_PROVIDERS, CORE, LOSSES, PROVIDERS
 from .run import Grid, Row, Settings, measure
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
-# One of each kind besides the core.
+# One loss of each other kind.
 MORE = ["moco", "arcl", "lmcl", "sup_con", "hard_negative", "siglip", "spectral_contrastive"]
-# Compiling costs more than the rest of a small case.
+# Only large cases are compiled: the compilation of a small one would take most of its time.
 PRESETS = {
     "quick": [Grid(LOSSES, [256], [64], providers=["ours", "ours-torch", "eager", "linear_cross_entropy"])],
     "demo": [
@@ -32,14 +32,14 @@ PRESETS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, measure, print the tables, write the files."""
+    """Parse the command line, measure, print the tables and write the files."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--preset", choices=PRESETS, help="a fixed list of cases, instead of the five options below")
+    parser.add_argument("--preset", choices=PRESETS, help="a fixed list of cases instead of the next five options")
     parser.add_argument(
         "--losses", nargs="+", default=CORE, choices=[*LOSSES, "all"], metavar="LOSS", help=", ".join(LOSSES)
     )
     parser.add_argument(
-        "--sizes", nargs="+", type=int, metavar="N", help="rows N (default: 1024 to 8192; of mmcl 128 to 512)"
+        "--sizes", nargs="+", type=int, metavar="N", help="rows N (default: 1024 to 8192, for mmcl 128 to 512)"
     )
     parser.add_argument("--dims", nargs="+", type=int, default=[128], metavar="D", help="features D")
     parser.add_argument(
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=1.5, help="timing budget of a case, shared by its providers")
-    parser.add_argument("--min-rounds", type=int, default=3, help="times each provider runs at least, budget or not")
+    parser.add_argument("--min-rounds", type=int, default=3, help="least runs of each provider, whatever the budget")
     parser.add_argument("--memory-limit", type=float, default=8.0, help="GiB that a provider may take")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the CSV, JSON and PNG files")
     options = parser.parse_args(arguments)
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def publish(rows: Sequence[Row], folder: Path, memory_limit_gib: float, console: Console) -> None:
-    """Print the tables and leave the CSV, the JSON and the pictures in ``folder``."""
+    """Print the tables and write the CSV, the JSON and the pictures into ``folder``."""
     report.write(rows, folder)
     pictures = plot.draw(rows, folder)
     console.print(report.main_table(rows))

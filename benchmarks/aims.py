@@ -1,4 +1,4 @@
-"""What a GPU should reach, what the cost model predicts, and the report that puts both beside what was measured."""
+"""The aims for a GPU, the predictions of a cost model, and the report of both beside the measurements."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ AIM_N, LARGE_N, MILLION = 32768, 65536, 2**20
 SMALL_SIZES = (256, 512, 1024, 2048)
 SMALL_PROVIDERS = ("ours", "graph", "ours-torch", "eager", "compile")
 BASELINES = ("eager", "autocast", "compile", "linear_cross_entropy")
-# How much slower at most ours may be within 128 MB of scratch memory.
+# Allowed ratio of the time of ours within 128 MB of scratch memory to its time without limit.
 LIMITED_SLOWDOWN = 1.15
 
 
 @dataclass(frozen=True)
 class Aim:
-    """What ours should reach on an H100 in bfloat16, forward and backward: at most ``ms`` and ``mb`` (10⁶ bytes beyond
-    inputs and gradients), at least ``gain`` times as fast as eager. ``public`` is the best published figure.
+    """An aim for ours on an H100 in bfloat16, forward + backward.
+
+    At most ``ms`` and ``mb`` (10⁶ bytes beyond inputs and gradients), at least ``gain`` times as fast as eager;
+    ``public`` is the best published figure.
     """
 
     loss: str
@@ -54,8 +56,8 @@ AIMS = [
     Aim("clip", MILLION, 512),
 ]
 
-# Milliseconds at N = M = 65,536 by a model of an H100 (arithmetic, memory traffic, exponentials), by D. They grow with
-# N · M. Ours: the best strategy for each D of those that the kernels can take. The model has no SigLIP.
+# Milliseconds at N = M = 65,536 for each D by a model of an H100 (arithmetic, memory traffic, exponentials); they grow
+# with N · M. Ours takes the best strategy of the kernels for each D. The model has no SigLIP.
 _MODEL_DIMS = (128, 256, 512, 768, 1024)
 _MODEL_MS = {
     ("clip", "ours"): (10.7, 16.0, 30.1, 44.2, 58.3),
@@ -71,7 +73,7 @@ _MODEL_MS = {
 
 
 def modelled_ms(loss: str, provider: str, n: int, d: int) -> float | None:
-    """What the model predicts; None where it says nothing."""
+    """Return the milliseconds that the model predicts; None outside the model."""
     times = _MODEL_MS.get((loss, provider))
     return times[_MODEL_DIMS.index(d)] * (n / LARGE_N) ** 2 if times and d in _MODEL_DIMS else None
 
@@ -84,7 +86,7 @@ _EXPLANATION = (
 
 
 class Measured:
-    """The timed rows of one device in bfloat16, by loss, N, D and provider; ``size`` says at which N each was run."""
+    """The timed rows of one device in bfloat16; ``size`` maps the N of an aim to the N that was run."""
 
     def __init__(self, rows: Iterable[Row], size: Callable[[int], int]) -> None:
         self.size = size
@@ -93,28 +95,28 @@ class Measured:
         self.left_out = {(row.loss, row.n, row.d, row.provider) for row in both if row.note}
 
     def row(self, loss: str, n: int, d: int, provider: str) -> Row | None:
-        """The row of a forward and backward."""
+        """Return the row of forward + backward, None without one."""
         return self.rows.get((loss, self.size(n), d, provider))
 
     def ms(self, loss: str, n: int, d: int, provider: str) -> float | None:
-        """Its median."""
+        """Return the median of that row."""
         row = self.row(loss, n, d, provider)
         return row.ms_50 if row else None
 
     def cell(self, loss: str, n: int, d: int, provider: str) -> str:
-        """The median as the tables show it: empty if this was never tried."""
+        """Return the median as text, ``"not available"`` if the provider could not run, empty if it was not tried."""
         tried = (loss, self.size(n), d, provider) in self.left_out
         return "not available" if tried else _number(self.ms(loss, n, d, provider))
 
     def providers(self, loss: str, n: int, d: int) -> list[str]:
-        """Who was timed."""
+        """Return the providers that were timed."""
         return [provider for *case, provider in self.rows if case == [loss, self.size(n), d]]
 
 
 def markdown(
     rows: Sequence[Row], parts: Mapping[str, Mapping], size: Callable[[int], int], unfinished: Sequence[str]
 ) -> str:
-    """The whole report. ``parts`` holds how each finished part ended, ``size`` maps an N to the one that was run."""
+    """Return the report; ``parts`` has the end of each finished part, ``size`` maps an N to the N that was run."""
     lines = ["# GPU results", ""]
     lines += [f"- {part}: {ended['summary']}" for part, ended in parts.items()]
     if unfinished:
@@ -151,7 +153,7 @@ def _table(headers: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _number(value: float | None, form: str = "") -> str:
-    """Three digits, or as ``form`` says; empty for None."""
+    """Format with three digits, or by ``form``; empty for None."""
     if value is None:
         return ""
     return format(value, form or (",.0f" if value >= 100 else ".3g"))

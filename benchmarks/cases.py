@@ -1,4 +1,4 @@
-"""What is compared: for every loss its inputs, its plain PyTorch form, ours, and what else computes it."""
+"""The losses to compare: inputs, plain PyTorch form, our function, other providers; and the check of a provider."""
 
 from __future__ import annotations
 
@@ -26,12 +26,19 @@ VIEWS = 4
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss to compare. ``n`` counts the rows of the similarity matrix (for NT-Xent both views together).
+    """A loss to compare. N is the number of rows of its similarity matrix, for two views of one batch both together.
 
-    ``products`` counts the matrix products that the loss and its gradients need when the similarities are not stored,
-    forward and backward, in units of 2·N·M·D FLOP. The same count serves every provider, so that work a provider
-    repeats does not look like speed. ``detached`` are the inputs without gradient, ``sizes`` the N measured by default,
-    ``elements`` those of the largest tensor of the eager form.
+    Attributes:
+        inputs: makes the inputs from N and D.
+        eager: the loss in plain PyTorch.
+        ours: the loss of this package.
+        products: how many matrix products forward and backward need without stored similarities, in units of 2·N·M·D
+            FLOP. All providers share this count, so repeated work does not look like speed.
+        columns: the number M of columns of the similarity matrix.
+        others: further functions that compute this loss, by provider.
+        detached: inputs without gradient.
+        sizes: the N measured by default.
+        elements: how many elements the largest tensor of the eager form has.
     """
 
     inputs: Callable[[int, int], Inputs]
@@ -56,25 +63,26 @@ class Case:
 
     @property
     def m(self) -> int:
-        """Columns of the similarity matrix."""
+        """Number of columns of the similarity matrix."""
         return LOSSES[self.loss].columns(self.n)
 
     @property
     def pairs(self) -> int:
+        """Number of entries of the similarity matrix."""
         return self.n * self.m
 
     @property
     def dense_gib(self) -> float:
-        """About what a provider takes that holds the N × M matrices."""
+        """Estimated memory of a provider that holds the N × M matrices."""
         return DENSE_COPIES * LOSSES[self.loss].elements(self.n, self.m) * self.dtype.itemsize / 2**30
 
     def flop(self, mode: str) -> float:
-        """FLOP of the products that this loss needs, for ``"fwd"``, ``"bwd"`` or ``"both"``."""
+        """Return the FLOP of the products that the loss needs in mode ``"fwd"``, ``"bwd"`` or ``"both"``."""
         forward, backward = LOSSES[self.loss].products
         return 2.0 * self.pairs * self.d * {"fwd": forward, "bwd": backward, "both": forward + backward}[mode]
 
     def inputs(self, device: torch.device) -> Inputs:
-        """Inputs from a fixed seed, drawn on the CPU so that every device gets the same."""
+        """Return inputs from a fixed seed, drawn on the CPU so that every device gets the same."""
         torch.manual_seed(0)
         inputs = {}
         for name, value in LOSSES[self.loss].inputs(self.n, self.d).items():
@@ -91,11 +99,11 @@ class Case:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for ``torch.float32``."""
+    """Return ``"float32"`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
-# Inputs. Two views are one row disturbed twice (cosine about 0.7), as in the middle of training.
+# Inputs. Two views are one row plus noise (cosine about 0.7), as in the middle of training.
 
 
 def _rows(n: int, d: int) -> Tensor:
@@ -156,8 +164,8 @@ def _multi_view(n: int, d: int) -> Inputs:
     return {"views": _views(n, d, VIEWS)}
 
 
-# Without stored similarities: the product S itself, once forward and once again backward, and one product a gradient.
-# Self-similarity is symmetric: half of S, and a single gradient product. A queue and its keys get no gradient.
+# Products without stored similarities: S in the forward, S again in the backward, and one product for each gradient.
+# A symmetric S needs half the product and has one gradient. A queue and its keys have none.
 _TWO_GRADIENTS, _ONE_GRADIENT, _SYMMETRIC = (1, 3), (1, 2), (0.5, 1.5)
 # Products of size D x D only.
 _NONE = (0, 0)
@@ -203,9 +211,9 @@ LOSSES: dict[str, Loss] = {
         _SYMMETRIC,
     ),
     "decoupled": Loss(_two_views, eager.decoupled, _at_temperature(ck.decoupled_loss), _SYMMETRIC),
-    # The search for the nearest, and the loss, whose gradient is that of the predictions alone.
+    # A search for the nearest rows, then the loss, with a gradient for the predictions only.
     "nnclr": Loss(_nnclr_inputs, eager.nnclr, _at_temperature(ck.nnclr_loss), (2, 2), detached=("z", "support")),
-    # The selection, then a loss over what is left of each row, which is not symmetric any more.
+    # A selection, then a loss over the kept pairs, which are no longer symmetric.
     "false_negative": Loss(
         _two_views,
         eager.false_negative,
@@ -243,7 +251,7 @@ LOSSES: dict[str, Loss] = {
     "spectral_contrastive": Loss(_two_towers, eager.spectral_contrastive, ck.spectral_contrastive_loss, _NONE),
     "barlow_twins": Loss(_two_towers, eager.barlow_twins, ck.barlow_twins_loss, _NONE),
     "vicreg": Loss(_two_towers, eager.vicreg, ck.vicreg_loss, _NONE),
-    # Pairs of the V views of a sample: no product of matrices.
+    # Distances of the V views of each sample: no matrix product.
     "alignment": Loss(_multi_view, eager.alignment, ck.alignment_loss, _NONE, columns=lambda n: VIEWS),
     "augmentation_robust": Loss(
         _multi_view, eager.augmentation_robust, ck.augmentation_robust_loss, _NONE, columns=lambda n: VIEWS
@@ -263,7 +271,7 @@ LOSSES: dict[str, Loss] = {
         _TWO_GRADIENTS,
         columns=lambda n: LABELS,
     ),
-    # Algebra of N x N matrices; written anchor by anchor it holds N of them.
+    # Linear algebra of N x N matrices; the eager form holds one for each of the N anchors.
     "mmcl": Loss(
         _two_towers,
         eager.mmcl,
@@ -275,20 +283,20 @@ LOSSES: dict[str, Loss] = {
 }
 CORE = ("clip", "nt_xent", "info_nce")
 
-# Providers that hold N × M matrices, and about how many at their peak.
+# Providers that hold N × M matrices, and about how many they hold at their peak.
 DENSE, DENSE_COPIES = ("eager", "autocast", "compile"), 4
 PROVIDERS = ("ours", "ours-torch", *DENSE, "linear_cross_entropy")
-# Ours with a limit of the scratch memory of a call, in bytes.
+# Ours with limited scratch memory, in bytes.
 LIMITED = {"ours-128MB": 128 * 10**6, "ours-512MB": 512 * 10**6}
-# Ours with all similarities saved for the backward.
+# Ours with saved similarities.
 SAVED = "ours-saved"
 ALL_PROVIDERS = (*PROVIDERS, "graph", *LIMITED, SAVED, *peers.PEERS)
 
 
 def provider_function(provider: str, case: Case, device: torch.device) -> LossFunction:
-    """The callable that computes ``case`` the way of ``provider``; raises `Unavailable` with the reason.
+    """Return the function by which ``provider`` computes ``case``; raise `Unavailable` with the reason if it does not.
 
-    Call it, and its backward, inside `memory_of`.
+    The function and its backward must run inside `memory_of`.
     """
     loss = LOSSES[case.loss]
     if provider in ("ours", SAVED, *LIMITED):
@@ -302,7 +310,7 @@ def provider_function(provider: str, case: Case, device: torch.device) -> LossFu
     if provider == "eager":
         return loss.eager
     if provider == "compile":
-        # One program a size, as for the fixed batch of a training run. Dynamo gives up after a few without the reset.
+        # One program per size, as for the fixed batch of a training run. Without a reset Dynamo stops after a few.
         torch.compiler.reset()
         return torch.compile(loss.eager, dynamic=False)
     if provider == "autocast":
@@ -317,7 +325,7 @@ def provider_function(provider: str, case: Case, device: torch.device) -> LossFu
 
 
 def _graphed(function: LossFunction, case: Case, device: torch.device) -> LossFunction:
-    """Ours as two CUDA graphs, forward and backward; a call copies its inputs into theirs."""
+    """Return the function as two CUDA graphs, forward and backward; a call copies its inputs into theirs."""
     if device.type != "cuda":
         raise Unavailable("CUDA graphs need a CUDA device")
     inputs = case.inputs(device)
@@ -329,7 +337,7 @@ def _graphed(function: LossFunction, case: Case, device: torch.device) -> LossFu
 
 @contextmanager
 def memory_of(provider: str) -> Iterator[None]:
-    """The provider's limits of scratch memory and of saved scores, if it has any, for as long as this lasts."""
+    """Set the limits of scratch memory and of saved scores that belong to the provider, and reset them at the end."""
     ck.set_workspace_limit(LIMITED.get(provider))
     ck.set_saved_scores_limit(2**62 if provider == SAVED else None)
     try:
@@ -339,8 +347,8 @@ def memory_of(provider: str) -> Iterator[None]:
         ck.set_saved_scores_limit(None)
 
 
-# How far off a provider may be at the size of the check: three times as far as eager in the same dtype, plus this. It
-# tells a wrong formula from rounding; how accurate the losses are is what the tests are for.
+# A provider may have three times the error of eager in the same dtype, plus this floor. The check tells a wrong formula
+# from rounding; the tests bound the error itself.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 _CHECK_ROWS = 192
 
@@ -353,7 +361,7 @@ def check(provider: str, case: Case, device: torch.device) -> None:
 
 @cache
 def objections(provider: str, case: Case, device: torch.device) -> str:
-    """What of a provider is farther from plain PyTorch in float64 than rounding explains; empty if nothing is."""
+    """Return as text the errors against plain PyTorch in float64 that rounding does not explain; empty without any."""
     allowed = _errors("eager", case, device)
     errors = _errors(provider, case, device).items()
     wrong = [(name, error) for name, error in errors if not error <= 3 * allowed[name] + _FLOOR[case.dtype]]
@@ -361,7 +369,7 @@ def objections(provider: str, case: Case, device: torch.device) -> str:
 
 
 def _errors(provider: str, case: Case, device: torch.device) -> dict[str, float]:
-    """Relative error (of a gradient the RMS) of the value and every gradient."""
+    """Return the relative error of the value and of each gradient (in the 2-norm)."""
     inputs = case.inputs(device)
     exact_inputs = {
         name: value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
@@ -379,6 +387,6 @@ def _value_and_gradients(function: LossFunction, inputs: Inputs) -> Inputs:
 
 
 def gradients(loss: Tensor, inputs: Inputs) -> Inputs:
-    """Gradients of ``loss`` with respect to the inputs that want one, by name."""
+    """Return the gradients of ``loss`` for the inputs that require one, by name."""
     leaves = {name: value for name, value in inputs.items() if value.requires_grad}
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))

@@ -1,4 +1,7 @@
-"""The losses as people write them in plain PyTorch, and as ``F.linear_cross_entropy`` computes them."""
+"""The losses in plain PyTorch as they are usually written, and two of them by ``F.linear_cross_entropy``.
+
+One function per loss, by its name and in the order of `LOSSES`.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,29 @@ import contrastive_kernels as ck
 
 TEMPERATURE = 0.1
 BAND = ck.Polarization(lower=0.1, upper=0.5, weight=0.1)
-# So warm that the correction leaves something of the negatives: at 0.1 every row ends on its floor.
+# At a temperature of 0.1 the corrected sum of every row would be its lower bound.
 TAU_PLUS, BETA, WARM = 0.1, 1.0, 0.5
-MARGIN = 0.8  # so large that most hinges are active
+MARGIN = 0.8  # most hinges are active
 CLASSES = 100
-LABELS = 1000  # that label embeddings are chosen from
-TOP_K = 10  # negatives of a row that count as false
-EASIEST = 64  # negatives of a row that easy negatives keep
+LABELS = 1000  # rows of the label embeddings
+TOP_K = 10  # false negatives of each row
+EASIEST = 64  # kept negatives of each row
 MMCL = {"sigma": 50.0, "C": 100.0, "reg": 0.1}
 
 
 class Unavailable(Exception):
-    """A provider cannot run here or does not compute this loss; the message says why."""
+    """Raised when a provider cannot run here or does not compute a loss; the message is the reason."""
 
 
 def info_nce(query: Tensor, positive_key: Tensor) -> Tensor:
-    """InfoNCE with in-batch negatives."""
+    """Return InfoNCE with in-batch negatives."""
     logits = F.normalize(query, dim=-1) @ F.normalize(positive_key, dim=-1).T / TEMPERATURE
     return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+
+
+def _self_similarity(z0: Tensor, z1: Tensor) -> Tensor:
+    z = F.normalize(torch.cat([z0, z1]), dim=-1)
+    return z @ z.T
 
 
 def _nt_xent_of(similarity: Tensor) -> Tensor:
@@ -39,39 +47,34 @@ def _nt_xent_of(similarity: Tensor) -> Tensor:
     return F.cross_entropy(logits, torch.arange(n, device=logits.device).roll(n // 2))
 
 
-def _self_similarity(z0: Tensor, z1: Tensor) -> Tensor:
-    z = F.normalize(torch.cat([z0, z1]), dim=-1)
-    return z @ z.T
-
-
 def nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
-    """SimCLR's loss."""
+    """Return NT-Xent, the loss of SimCLR."""
     return _nt_xent_of(_self_similarity(z0, z1))
 
 
 def clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
-    """The loss of OpenAI's and Hugging Face's CLIP: one product, cross entropy over its rows and columns."""
+    """Return the loss of CLIP as in OpenAI's and Hugging Face's code: cross entropies of rows and columns."""
     logits = logit_scale * image_features @ text_features.T
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def siglip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-    """The sigmoid loss of SigLIP."""
+    """Return the sigmoid loss of SigLIP."""
     logits = logit_scale * image_features @ text_features.T + logit_bias
     sign = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - 1
     return -F.logsigmoid(sign * logits).sum() / len(logits)
 
 
 def moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
-    """MoCo: the positive beside a queue of past keys."""
+    """Return the loss of MoCo: the positive against a queue of past keys."""
     query, key, queue = F.normalize(query, dim=-1), F.normalize(key, dim=-1), F.normalize(queue, dim=-1)
     logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], 1) / TEMPERATURE
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
 def sup_con(features: Tensor, labels: Tensor) -> Tensor:
-    """Supervised contrastive loss, the mean of the positives outside the logarithm, as its official code."""
+    """Return the supervised contrastive loss, the mean over positives outside the logarithm as in the official code."""
     z = F.normalize(features.transpose(0, 1).flatten(0, 1), dim=-1)
     logits = (z @ z.T / TEMPERATURE).fill_diagonal_(float("-inf"))
     labels = labels.repeat(features.shape[1])
@@ -80,44 +83,44 @@ def sup_con(features: Tensor, labels: Tensor) -> Tensor:
     return -(log_probability.masked_fill(~positive, 0).sum(1) / positive.sum(1)).mean()
 
 
-def _corrected(positive: Tensor, total: Tensor, count: int) -> Tensor:
-    """The loss from the sum over the negatives, corrected for the positives among them."""
-    positive = positive.exp()
-    corrected = (total - TAU_PLUS * count * positive) / (1 - TAU_PLUS)
-    corrected = corrected.clamp(min=count * math.exp(-1 / WARM))
-    return -(positive / (positive + corrected)).log().mean()
-
-
-def _split(z0: Tensor, z1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits of the positives (2N,) and of all others (2N, 2N), -inf at a row's own and at its positive."""
+def _split_logits(z0: Tensor, z1: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the logits of the positives, (2N,), and of the negatives, (2N, 2N) with -inf within a sample."""
     logits = _self_similarity(z0, z1) / temperature
     rows = torch.arange(len(logits), device=logits.device)
     positive = logits[rows, rows.roll(len(z0))]
     return positive, logits.masked_fill((rows % len(z0))[:, None] == rows % len(z0), float("-inf"))
 
 
+def _corrected_loss(positive: Tensor, total: Tensor, count: int) -> Tensor:
+    """Return the loss from the sum over the negatives, corrected for the positives among them."""
+    positive = positive.exp()
+    corrected = (total - TAU_PLUS * count * positive) / (1 - TAU_PLUS)
+    corrected = corrected.clamp(min=count * math.exp(-1 / WARM))
+    return -(positive / (positive + corrected)).log().mean()
+
+
 def debiased(z0: Tensor, z1: Tensor) -> Tensor:
-    """Debiased contrastive loss."""
-    positive, negatives = _split(z0, z1, WARM)
-    return _corrected(positive, negatives.exp().sum(1), 2 * len(z0) - 2)
+    """Return the debiased contrastive loss."""
+    positive, negatives = _split_logits(z0, z1, WARM)
+    return _corrected_loss(positive, negatives.exp().sum(1), 2 * len(z0) - 2)
 
 
 def hard_negative(z0: Tensor, z1: Tensor) -> Tensor:
-    """Debiased loss with negatives weighted by their hardness."""
-    positive, negatives = _split(z0, z1, WARM)
+    """Return the debiased loss with negatives weighted by their hardness."""
+    positive, negatives = _split_logits(z0, z1, WARM)
     exponentials, weights = negatives.exp(), (BETA * negatives).exp()
     count = 2 * len(z0) - 2
-    return _corrected(positive, count * (weights * exponentials).sum(1) / weights.sum(1), count)
+    return _corrected_loss(positive, count * (weights * exponentials).sum(1) / weights.sum(1), count)
 
 
 def decoupled(z0: Tensor, z1: Tensor) -> Tensor:
-    """Decoupled contrastive loss: the positive is not in the denominator."""
-    positive, negatives = _split(z0, z1, TEMPERATURE)
+    """Return the decoupled contrastive loss, without the positive in the denominator."""
+    positive, negatives = _split_logits(z0, z1, TEMPERATURE)
     return (negatives.logsumexp(1) - positive).mean()
 
 
 def nnclr(z: Tensor, predictions: Tensor, support: Tensor) -> Tensor:
-    """NNCLR, one direction: the nearest support row of one view is to pick the prediction of the other."""
+    """Return one direction of NNCLR: InfoNCE of the support rows nearest to one view and the other's predictions."""
     z, predictions, support = (F.normalize(x, dim=-1) for x in (z, predictions, support))
     nearest = support[(z @ support.T).argmax(1)]
     logits = nearest @ predictions.T / TEMPERATURE
@@ -125,7 +128,7 @@ def nnclr(z: Tensor, predictions: Tensor, support: Tensor) -> Tensor:
 
 
 def false_negative(z0: Tensor, z1: Tensor) -> Tensor:
-    """NT-Xent after dropping the most similar rows of other samples."""
+    """Return NT-Xent without the most similar negatives of each row."""
     similarity = _self_similarity(z0, z1)
     rows = torch.arange(len(similarity), device=similarity.device) % len(z0)
     others = similarity.detach().masked_fill(rows[:, None] == rows, float("-inf"))
@@ -133,7 +136,7 @@ def false_negative(z0: Tensor, z1: Tensor) -> Tensor:
 
 
 def easy_negative(query: Tensor, positive_key: Tensor) -> Tensor:
-    """InfoNCE against the least similar keys of each row only."""
+    """Return InfoNCE against the least similar keys of each row."""
     similarity = F.normalize(query, dim=-1) @ F.normalize(positive_key, dim=-1).T
     itself = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     easiest = similarity.masked_fill(itself, float("inf")).topk(EASIEST, 1, largest=False).values
@@ -142,7 +145,7 @@ def easy_negative(query: Tensor, positive_key: Tensor) -> Tensor:
 
 
 def quick_thoughts(first: Tensor, second: Tensor) -> Tensor:
-    """Quick-Thoughts: the neighbours of a sentence among all, its own logit set to 0."""
+    """Return the loss of Quick-Thoughts: the neighbours of a sentence are its targets, its own logit is 0."""
     logits = (first @ second.T).fill_diagonal_(0)
     neighbours = torch.ones(len(first) - 1, device=first.device)
     target = torch.diag(neighbours, 1) + torch.diag(neighbours, -1)
@@ -150,7 +153,7 @@ def quick_thoughts(first: Tensor, second: Tensor) -> Tensor:
 
 
 def arcl(views: Tensor) -> Tensor:
-    """ArCL on SimCLR: the least similar pair of views is the positive, both first views are in the denominator."""
+    """Return ArCL on SimCLR: the positive is the least similar pair of views, the denominator has the first two."""
     views = F.normalize(views, dim=-1)
     first, second = torch.triu_indices(views.shape[1], views.shape[1], 1, device=views.device)
     positive = (views @ views.mT)[:, first, second].min(1).values / TEMPERATURE
@@ -161,7 +164,7 @@ def arcl(views: Tensor) -> Tensor:
 
 
 def moco_arcl(query: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
-    """ArCL on MoCo: the least similar key view is the positive."""
+    """Return ArCL on MoCo: the positive is the least similar key view."""
     query, keys, queue = F.normalize(query, dim=-1), F.normalize(keys, dim=-1), F.normalize(queue, dim=-1)
     positive = (keys @ query[:, :, None]).squeeze(-1).min(1, keepdim=True).values
     logits = torch.cat([positive, query @ queue.T], 1) / TEMPERATURE
@@ -174,13 +177,14 @@ def _band(similarity: Tensor) -> Tensor:
 
 
 def distance_polarization(z: Tensor) -> Tensor:
-    """The polarization regulariser alone; a row's distance to itself is 0, outside the band."""
+    """Return the polarization regulariser."""
     z = F.normalize(z, dim=-1)
+    # the distance of a row to itself is 0, outside the band
     return _band(z @ z.T).sum() / (len(z) * (len(z) - 1))
 
 
 def lmcl(z0: Tensor, z1: Tensor) -> Tensor:
-    """NT-Xent plus the distance polarization of its negatives."""
+    """Return NT-Xent plus the distance polarization of its negatives."""
     similarity = _self_similarity(z0, z1)
     rows = torch.arange(len(similarity), device=similarity.device) % len(z0)
     band = _band(similarity).masked_fill(rows[:, None] == rows, 0.0)
@@ -188,14 +192,14 @@ def lmcl(z0: Tensor, z1: Tensor) -> Tensor:
 
 
 def spectral_contrastive(z0: Tensor, z1: Tensor) -> Tensor:
-    """Spectral contrastive loss through the N x N products."""
+    """Return the spectral contrastive loss from the N x N similarities."""
     n = len(z0)
     squares = (z0 @ z1.T).square()
     return -2 * (z0 * z1).sum(1).mean() + (squares.sum() - squares.diagonal().sum()) / (n * (n - 1))
 
 
 def barlow_twins(z0: Tensor, z1: Tensor) -> Tensor:
-    """Barlow Twins through the D x D cross-correlation."""
+    """Return the loss of Barlow Twins from the D x D cross-correlation."""
     z0, z1 = (F.batch_norm(z, None, None, training=True) for z in (z0, z1))
     correlation = z0.T @ z1 / len(z0)
     diagonal = correlation.diagonal()
@@ -203,7 +207,7 @@ def barlow_twins(z0: Tensor, z1: Tensor) -> Tensor:
 
 
 def vicreg(z0: Tensor, z1: Tensor) -> Tensor:
-    """VICReg through two D x D covariances."""
+    """Return the loss of VICReg from two D x D covariances."""
     loss = 25 * F.mse_loss(z0, z1)
     for z in (z0, z1):
         centred = z - z.mean(0)
@@ -220,22 +224,22 @@ def _view_distances(views: Tensor) -> Tensor:
 
 
 def alignment(views: Tensor) -> Tensor:
-    """Mean squared distance of all pairs of views."""
+    """Return the mean squared distance of all pairs of views."""
     return _view_distances(views).mean()
 
 
 def augmentation_robust(views: Tensor) -> Tensor:
-    """Squared distance of the farthest pair of views."""
+    """Return the mean squared distance of the farthest pair of views."""
     return _view_distances(views).max(1).values.mean()
 
 
 def uniformity(z: Tensor) -> Tensor:
-    """Uniformity, as Wang and Isola's code."""
+    """Return the uniformity as in the code of Wang and Isola."""
     return torch.pdist(z).square().mul(-2).exp().mean().log()
 
 
 def t_simclr(z0: Tensor, z1: Tensor) -> Tensor:
-    """t-SimCLR: a Student kernel of the distances, one normalisation for all pairs."""
+    """Return the loss of t-SimCLR: a Student kernel of the distances, normalised over all pairs."""
     z, degrees = torch.cat([z0, z1]), 5.0
     norms = z.square().sum(1)
     q = 1 + (norms[:, None] + norms - 2 * z @ z.T) / (8 * degrees)
@@ -245,7 +249,7 @@ def t_simclr(z0: Tensor, z1: Tensor) -> Tensor:
 
 
 def triplet_margin(anchor: Tensor, positive: Tensor) -> Tensor:
-    """Triplet loss over all in-batch negatives, on similarities."""
+    """Return the triplet loss of similarities over all in-batch negatives."""
     similarity = F.normalize(anchor, dim=-1) @ F.normalize(positive, dim=-1).T
     n = len(similarity)
     hinge = F.relu(MARGIN + similarity - similarity.diagonal()[:, None])
@@ -253,13 +257,13 @@ def triplet_margin(anchor: Tensor, positive: Tensor) -> Tensor:
 
 
 def label_pull(z: Tensor, labels: Tensor, label_embeddings: Tensor) -> Tensor:
-    """Cross entropy over the embeddings of all labels."""
+    """Return the cross entropy over the embeddings of all labels."""
     logits = F.normalize(z, dim=-1) @ F.normalize(label_embeddings, dim=-1).T / TEMPERATURE
     return F.cross_entropy(logits, labels)
 
 
 def mmcl(z0: Tensor, z1: Tensor) -> Tensor:
-    """MMCL by one linear system of N - 1 unknowns for each of the N anchors, solved in float32 at least."""
+    """Return MMCL from one linear system of N - 1 unknowns for each of the N anchors, solved in float32 at least."""
     x, z = (F.normalize(view.to(torch.promote_types(view.dtype, torch.float32)), dim=-1) for view in (z0, z1))
     n = len(x)
     rows = torch.arange(n, device=x.device)
@@ -274,12 +278,12 @@ def mmcl(z0: Tensor, z1: Tensor) -> Tensor:
     return (coefficients * (across.gather(1, others) - across.diagonal()[:, None])).sum(1).mean()
 
 
-# Cross entropy of a linear layer is InfoNCE where the keys are the weight; CLIP takes it once a direction. The scale
-# goes into the query.
+# The cross entropy of a linear layer is InfoNCE with the keys as weight; CLIP is its mean over both directions. The
+# scale multiplies the query.
 
 
 def info_nce_by(row_loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """InfoNCE through ``row_loss(query, key)``, the mean cross entropy of the rows of query keyᵀ."""
+    """Return InfoNCE as a call of ``row_loss(query, key)``, the mean cross entropy of the rows of query keyᵀ."""
 
     def loss(query: Tensor, positive_key: Tensor) -> Tensor:
         return row_loss(F.normalize(query, dim=-1) / TEMPERATURE, F.normalize(positive_key, dim=-1))
@@ -288,7 +292,7 @@ def info_nce_by(row_loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., T
 
 
 def clip_by(row_loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
-    """CLIP as two calls of ``row_loss(query, key)``."""
+    """Return CLIP as two calls of ``row_loss(query, key)``."""
 
     def loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
         rows = row_loss(logit_scale * image_features, text_features)
@@ -298,7 +302,7 @@ def clip_by(row_loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tenso
 
 
 def linear_cross_entropy(query: Tensor, key: Tensor) -> Tensor:
-    """The mean cross entropy of the rows in chunks, by ``F.linear_cross_entropy``."""
+    """Return the mean cross entropy of the rows by ``F.linear_cross_entropy``, which works in chunks."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable(f"needs torch 2.13, this is {torch.__version__}")
     target = torch.arange(len(query), device=query.device)

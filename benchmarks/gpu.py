@@ -1,7 +1,7 @@
-"""``python -m benchmarks.gpu``: GPU tests, compute-sanitizer and the GPU benchmark; all results in one folder.
+"""``python -m benchmarks.gpu``: GPU tests, compute-sanitizer and the GPU benchmark, with all results in one folder.
 
-It runs in parts. Each adds to what the folder holds, and rows are kept as soon as they are measured; the same command
-again does the parts that are not finished. ``--parts d128`` measures that part anew.
+The command has parts. Each part adds to the folder, row by row; the same command again runs the unfinished parts.
+``--parts d128`` repeats that part.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ GRIDS = {
     "million": [Grid(["clip"], [MILLION], [512], BF16, ["ours"])],
     "small": [Grid(PAIR, SMALL_SIZES, [128], BF16, SMALL_PROVIDERS)],
 }
-# The profiler slows down what is launched after it: last.
+# The counts of launches come last: the profiler slows down all later launches.
 PARTS = ("tests", "sanitize", *GRIDS, "launches")
 
-# Compiling the kernels takes most of the time of the tests.
+# Most of the time of the tests is the compilation of kernels, which runs in parallel.
 ABREAST = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 TEST_COMMAND = ["-m", "pytest", "-m", "gpu", "-q", *ABREAST]
 TEST_SECONDS, SANITIZE_SECONDS = 180.0, 60.0
@@ -53,7 +53,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
 @dataclass(frozen=True)
 class Run:
-    """One call of the command: where results go, how to measure, and until when another case may begin."""
+    """One call of the command: the folder of the results, the settings, and the deadline for the start of a case."""
 
     folder: Path
     settings: Settings
@@ -63,38 +63,39 @@ class Run:
     without: tuple[str, ...] = ()
 
     def size(self, n: int) -> int:
-        """The N at which a case of N rows is run."""
+        """Return the N at which a case of N rows is run."""
         return max(64, n // 512) if self.tiny else n
 
     def cases(self, part: str) -> Iterator[tuple[Case, list[str]]]:
-        """The cases of a part and their providers."""
+        """Yield the cases of a part and their providers."""
         found = {replace(case, n=self.size(case.n)): providers for grid in GRIDS[part] for case, providers in grid}
         for case, providers in found.items():
             yield case, [provider for provider in providers if provider not in self.without]
 
     def seconds_left(self) -> float:
+        """Return the seconds until the deadline."""
         return self.deadline - time.monotonic()
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a part ended; ``status`` as of a command."""
+    """The end of a part; ``status`` is an exit status."""
 
     summary: str
     status: int = 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the chosen parts and write the report; returns the exit status, 2 if there is no GPU to run them on."""
+    """Run the chosen parts and write the report; return the exit status, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument(
         "--parts",
         nargs="+",
         choices=[*PARTS, "report"],
-        help=f"{', '.join(PARTS)}, or report for the report alone (default: what the folder does not hold yet)",
+        help=f"{', '.join(PARTS)}, or report for the report alone (default: the unfinished parts)",
     )
     parser.add_argument("--output", type=Path, default=Path("results/gpu"), help="folder of all results")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no case begins later; the last ones take a minute")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no case begins later; the last may take a minute")
     parser.add_argument("--without", nargs="+", default=[], metavar="PROVIDER", help="providers to leave out")
     parser.add_argument("--device", default="cuda", help="cpu to rehearse the command")
     parser.add_argument("--tiny", action="store_true", help="every N divided by 512, for a rehearsal")
@@ -104,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     missing = device.type == "cuda" and not torch.cuda.is_available()
     on_cuda = device.type == "cuda" and not missing
     memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30 if on_cuda else 8.0
-    # Three rounds and a second a case on a GPU; a rehearsal is not about time.
+    # Three rounds and a second per case on a GPU; the times of a rehearsal mean nothing.
     settings = Settings(device, *((0.0, 1) if options.tiny else (1.0, 3)), memory_gib)
     console = Console(width=None if sys.stdout.isatty() else 100)
     deadline = time.monotonic() + 60 * options.minutes
@@ -122,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             try:
                 ended = run_part(part, run)
             except Exception as error:
-                # Kept as an end of this part, or the next command would stop here again. Nothing else runs on a GPU
-                # after an illegal access.
+                # The failure ends this part, so that the next command goes on after it. It ends this command too:
+                # nothing runs on a GPU after an illegal access.
                 _finish(part, Ended(f"FAILED: {type(error).__name__}: {error}", 1), run)
                 raise
             if ended is None:
@@ -157,7 +158,7 @@ def _finish(part: str, ended: Ended, run: Run) -> None:
 
 
 def run_part(part: str, run: Run) -> Ended | None:
-    """Run one part; None if the time was up before its end."""
+    """Run one part; return None if time ran out before its end."""
     own: dict[str, Callable[[Run], Ended | None]] = {
         "tests": run_tests,
         "sanitize": run_sanitizers,
@@ -167,7 +168,7 @@ def run_part(part: str, run: Run) -> Ended | None:
 
 
 def measure_part(part: str, run: Run) -> Ended | None:
-    """Measure the cases of a part, keeping each one's rows as they come; what ours cannot do counts as failed."""
+    """Measure the cases of a part and write the rows of each; a case that ours cannot compute counts as failed."""
     cases, failed, timed = list(run.cases(part)), [], 0
     for rows in measure(cases, run.settings, run.console):
         failed += [f"{row.loss} D = {row.d}: {row.note}" for row in rows if row.provider == "ours" and row.note]
@@ -210,18 +211,18 @@ def count_launches(run: Run) -> Ended | None:
 
 
 def run_tests(run: Run) -> Ended:
-    """Run the GPU-marked tests."""
+    """Run the tests marked ``gpu``."""
     with (run.folder / "tests.txt").open("w") as log:
         status, last = run_logged([sys.executable, *TEST_COMMAND], log, min(TEST_SECONDS, run.seconds_left()))
     return Ended(last, status)
 
 
 def run_sanitizers(run: Run) -> Ended:
-    """Run the small shapes as they are, compared with float64, and then under every tool of compute-sanitizer."""
+    """Compare the small shapes with float64, then run them under every tool of compute-sanitizer."""
     places = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in [os.environ.get("CUDA_HOME")] if home)]
     program = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
     script = [sys.executable, "-m", "benchmarks.small_shapes", "--device", run.settings.device.type]
-    # Every tensor an allocation of its own, or what is read beside it looks like memory in use.
+    # Each tensor needs its own allocation, or an access beyond it would hit memory in use.
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     commands = {"small shapes": [*script, "--check"]}
     if program:
@@ -236,7 +237,7 @@ def run_sanitizers(run: Run) -> Ended:
 
 
 def run_logged(command: Sequence[str], log: TextIO, seconds: float, **environment: str) -> tuple[int, str]:
-    """Run a command, its output on the screen and in ``log``; its status and last line. Stops it after ``seconds``."""
+    """Run a command for at most ``seconds``, output to screen and ``log``; return its status and last line."""
     stopped = threading.Event()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **environment},

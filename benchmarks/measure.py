@@ -1,4 +1,4 @@
-"""The stopwatch, the memory gauge and the matmul yardstick, for CPU and CUDA alike."""
+"""Times, peak memory and the matmul yardstick, on CPU and CUDA."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from torch import Tensor
 MIB = 2**20
 MODES = ("fwd", "bwd", "both")
 
-# A CUDA launch is asynchronous: several short iterations are queued at a time, or the host is what gets timed.
+# CUDA launches are asynchronous: short iterations are queued together, or the time would be that of the host.
 _CUDA_QUEUE, _SHORT_MS = 5, 50.0
-# A GPU starts at clocks that it cannot hold.
+# A GPU starts at clocks that it cannot sustain.
 _WARM_UP_SECONDS = 0.3
-# Elements of the largest product that the yardstick writes; a taller one runs at the same rate.
+# Most elements of a product of the yardstick; a taller one has the same rate.
 _YARDSTICK_PAIRS = 2**26
 
 
 class Step(NamedTuple):
-    """One iteration in two halves; ``backward`` takes what ``forward`` returned."""
+    """One iteration in two halves; ``backward`` takes the result of ``forward``."""
 
     forward: Callable[[], Tensor]
     backward: Callable[[Tensor], Mapping[str, Tensor]]
 
     def run(self) -> Mapping[str, Tensor]:
-        """Both halves; returns the gradients."""
+        """Run both halves and return the gradients."""
         return self.backward(self.forward())
 
 
 class Spread(NamedTuple):
-    """Median and the 20 % and 80 % quantiles, in milliseconds."""
+    """Median, 20 % and 80 % quantiles, in milliseconds."""
 
     ms_50: float
     ms_20: float
@@ -69,13 +69,13 @@ def _time_cuda(step: Step, queue: int) -> list[tuple[float, float]]:
 def time_interleaved(
     steps: Mapping[str, Step], device: torch.device, *, seconds: float, min_rounds: int, max_rounds: int = 100
 ) -> dict[str, dict[str, Spread]]:
-    """Time all steps in turn, round after round, so that noise and clock changes meet them alike.
+    """Time all steps in turn, round after round, so that noise and clock changes affect them alike.
 
-    Rounds go on for about ``seconds`` and at least ``min_rounds``. The steps should have run before. Returns the spread
-    of ``"fwd"``, ``"bwd"`` and ``"both"`` by step.
+    The rounds last about ``seconds``; there are at least ``min_rounds``, at most ``max_rounds``. The steps should have
+    run before. Return the spread of ``"fwd"``, ``"bwd"`` and ``"both"`` by step.
     """
     time_once = _time_cuda if device.type == "cuda" else _time_cpu
-    queues = _warmed_up(steps) if device.type == "cuda" else dict.fromkeys(steps, 1)
+    queues = _warm_up(steps) if device.type == "cuda" else dict.fromkeys(steps, 1)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     start = time.perf_counter()
     for finished in range(max_rounds):
@@ -86,8 +86,8 @@ def time_interleaved(
     return {name: _spreads(times) for name, times in samples.items()}
 
 
-def _warmed_up(steps: Mapping[str, Step]) -> dict[str, int]:
-    """Run all steps until the clocks have settled; returns how many iterations of each to queue at a time."""
+def _warm_up(steps: Mapping[str, Step]) -> dict[str, int]:
+    """Run all steps until the clocks have settled; return how many iterations of each to queue at a time."""
     start = time.perf_counter()
     while True:
         times = {name: sum(_time_cuda(step, 1)[0]) for name, step in steps.items()}
@@ -103,9 +103,9 @@ def _spreads(times: list[tuple[float, float]]) -> dict[str, Spread]:
 
 
 def matmul_step(n: int, m: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Step, float]:
-    """The two products that a dense loss is made of, X Yᵀ and S Y, as plain ``torch.mm``, and the FLOP of each.
+    """Return the two products of a dense loss, X Yᵀ and S Y, by ``torch.mm``, and the FLOP of each.
 
-    The faster of the two is the yardstick: with few features the first is bound by writing S.
+    The faster one is the yardstick: with few features the first is bound by writing S.
     """
     rows = max(1, min(n, _YARDSTICK_PAIRS // m))
     x, y = (torch.randn(length, d, device=device).to(dtype) for length in (rows, m))
@@ -114,7 +114,7 @@ def matmul_step(n: int, m: int, d: int, dtype: torch.dtype, device: torch.device
 
 
 def kernel_launches(step: Step) -> int:
-    """How many kernels one iteration runs on the GPU; copies and fills by the driver do not count."""
+    """Return how many kernels one iteration runs on the GPU, without copies and fills by the driver."""
     step.run()
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -126,10 +126,10 @@ def kernel_launches(step: Step) -> int:
 
 
 def peak_extra_mib(step: Step, device: torch.device) -> float | None:
-    """MiB that one iteration takes at its peak beyond what is there before (the inputs) and after it (the gradients).
+    """Return the MiB that one iteration takes at its peak beyond its inputs and gradients; None if they are unknown.
 
-    On CUDA that is PyTorch's allocator; on Linux the process's resident memory, whose high-water mark the kernel resets
-    on request; elsewhere None.
+    On CUDA they are measured in PyTorch's allocator, on Linux in the resident memory of the process, whose high-water
+    mark the kernel resets on request.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -137,7 +137,7 @@ def peak_extra_mib(step: Step, device: torch.device) -> float | None:
         return _extra_mib(step, torch.cuda.memory_allocated, torch.cuda.max_memory_allocated)
     if not Path("/proc/self/clear_refs").exists():
         return None
-    # Memory that the C library keeps for reuse would hide what the step takes.
+    # The C library could serve the step from memory that it keeps for reuse.
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

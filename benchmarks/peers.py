@@ -1,6 +1,6 @@
-"""Public kernels as providers, each through the call that it documents. Every one needs a GPU and is optional.
+"""Public kernels as providers, each through its documented call. They need a GPU.
 
-None of them comes with this package; what is installed is measured, after the same check against float64 as ours.
+None of them comes with this package; those that are installed are measured after the same check as ours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .eager import Unavailable, clip_by, info_nce_by
 
-# A package is imported by the first call: some ask the driver when they are.
+# Each package is imported at its first call, because some query the driver at import.
 
 
 def _target(query: Tensor) -> Tensor:
@@ -25,21 +25,21 @@ def _target(query: Tensor) -> Tensor:
 def _inf_cl(query: Tensor, key: Tensor) -> Tensor:
     from inf_cl import cal_flash_loss
 
-    # It wants D to be a multiple of the columns that it works on at a time.
+    # head_dim, the columns of a tile, must divide D.
     return cal_flash_loss(query, key, head_dim=math.gcd(256, query.shape[1])).mean()
 
 
 def _liger(query: Tensor, key: Tensor) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    # Its gradient of the weight is otherwise added up in bfloat16.
+    # By default the gradient of the weight is summed in bfloat16.
     return LigerFusedLinearCrossEntropyLoss(accum_dtype=torch.float32)(key, query, _target(query))
 
 
 def _cce(query: Tensor, key: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    # Otherwise it leaves out small gradients, which are those of the negatives.
+    # By default small gradients, those of the negatives, are skipped.
     return linear_cross_entropy(query, key, _target(query), filter_eps=None)
 
 
@@ -52,7 +52,7 @@ def _quack(query: Tensor, key: Tensor) -> Tensor:
 def _memeff(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
     from memeff import MemoryEfficientCLIPLoss
 
-    # Its temperature is a float without gradient, so the scale goes into the rows; stable=True changes the gradient.
+    # The temperature is a float without gradient, so the scale multiplies the rows; stable=True changes the gradient.
     loss = MemoryEfficientCLIPLoss(temperature=1.0, normalized_inputs=True, stable=False)
     return loss(logit_scale * image_features, text_features)
 
@@ -64,7 +64,7 @@ def _siglip_kernel(image_features: Tensor, text_features: Tensor, logit_scale: T
 
 
 class Peer(NamedTuple):
-    """A package, by the name it is imported under, and the losses that it computes."""
+    """A package, by its import name, and the losses that it computes."""
 
     package: str
     losses: Mapping[str, Callable[..., Tensor]]
@@ -85,12 +85,12 @@ PEERS = {
 
 
 def importable() -> list[str]:
-    """The peers that are installed."""
+    """Return the names of the installed peers."""
     return [name for name, peer in PEERS.items() if importlib.util.find_spec(peer.package) is not None]
 
 
 def loss_function(name: str, loss: str) -> Callable[..., Tensor]:
-    """How a peer computes a loss; raises `Unavailable` if it does not, or is not installed."""
+    """Return a peer's function for a loss; raise `Unavailable` if there is none or the peer is not installed."""
     peer = PEERS[name]
     if loss not in peer.losses:
         raise Unavailable("does not compute this loss")

@@ -1,4 +1,4 @@
-"""The picture: time and memory over the batch, one panel above the other for every loss."""
+"""Pictures of time and memory over the batch, two panels for each loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .measure import MIB
 from .report import significant, timed
 from .run import Row
 
-# Okabe and Ito's colours, told apart with any colour vision; the markers do the same in black and white.
+# The colours of Okabe and Ito are distinct for any colour vision, the markers in black and white.
 STYLES = {
     "ours": ("#0072B2", "o", "contrastive_kernels"),
     "ours-torch": ("#56B4E9", "v", "ours, torch backend"),
@@ -35,7 +35,7 @@ MEMORY_UNITS = (1024, "GiB"), (1, "MiB"), (1 / 1024, "KiB")
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """One PNG in ``folder`` for every D and dtype in which a loss was measured at three sizes or more."""
+    """Write a PNG for each D and dtype with a loss measured at three sizes or more; return the files."""
     files = []
     rows = timed(rows)
     for d, dtype in dict.fromkeys((row.d, row.dtype) for row in rows):
@@ -124,7 +124,7 @@ def _set_axes(axes: Axes, sizes: Sequence[int], units: Sequence[tuple[float, str
 
 
 def _comparison(rows: Sequence[Row], value: str) -> str:
-    """Ours against eager at the largest size at which both were measured."""
+    """Return a sentence that compares ours with eager at the largest size where both were measured, else ``""``."""
     ours, eager = ({row.n: getattr(row, value) for row in rows if row.provider == name} for name in ("ours", "eager"))
     common = ours.keys() & eager.keys()
     if not common:
@@ -136,7 +136,7 @@ def _comparison(rows: Sequence[Row], value: str) -> str:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[int, float, str, str, str | None]]) -> None:
-    """Write every line's name right of the last size, at the height of its end or above where two would overlap."""
+    """Write the name of each line right of its end, higher where two names would overlap."""
     right = max(n for n, *_ in ends) * 1.12
     gap = 10 * axes.figure.dpi / 72
     lowest = -float("inf")

@@ -1,4 +1,4 @@
-"""What is left of a run: the tables on the screen, the CSV and the JSON."""
+"""The results of a run: the tables on the screen, the CSV and the JSON."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ def write(rows: Sequence[Row], folder: Path) -> None:
 
 
 def read(folder: Path) -> list[Row]:
-    """The rows that `write` left in ``folder``; none if it was never there."""
+    """Return the rows that `write` wrote into ``folder``, none if there is no such file."""
     file = folder / "results.json"
     return [Row(**row) for row in json.loads(file.read_text())] if file.exists() else []
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """``old`` with what ``new`` has of the same case, provider and device replaced, in all modes."""
+    """Return ``old`` and ``new`` without the old rows that have a case, provider and device of ``new``."""
     again = {(row.case, row.provider, row.device) for row in new}
     return [*(row for row in old if (row.case, row.provider, row.device) not in again), *new]
 
 
 def speed_up(row: Row, rows: Sequence[Row]) -> float | None:
-    """How many times faster than eager in the same case and mode; None where eager was not timed."""
+    """Return the time of eager over that of ``row`` in the same case and mode; None if eager was not timed."""
     eager = [other for other in rows if other.provider == "eager" and (other.case, other.mode) == (row.case, row.mode)]
     return eager[0].ms_50 / row.ms_50 if eager and eager[0].ms_50 else None
 
 
 def timed(rows: Sequence[Row], mode: str = "both") -> list[Row]:
-    """The rows of ``mode`` that have a time."""
+    """Return the rows of ``mode`` that have a time."""
     return [row for row in rows if row.mode == mode and row.ms_50 is not None]
 
 
 def significant(value: float, units: Sequence[tuple[float, str]]) -> str:
-    """``value`` to three digits in the largest of the falling ``units`` (size, name) that leaves at least 1."""
+    """Format ``value`` with three digits in the largest of ``units`` (size, name; descending) not above it."""
     size, name = next((unit for unit in units if value >= unit[0]), units[-1])
     return f"{value / size:,.0f} {name}" if value >= 100 * size else f"{value / size:.3g} {name}"
 
 
 def main_table(rows: Sequence[Row]) -> Table:
-    """Time, memory and efficiency of every provider, a section a case; the fastest is bold."""
+    """Return the time, memory and efficiency of every provider, one section per case; the fastest is bold."""
     first = rows[0]
     table = Table(
         title=f"{first.device}, {first.threads} threads, torch {first.torch}",
@@ -95,7 +95,7 @@ def _ms(value: float) -> str:
 
 
 def not_timed(rows: Sequence[Row]) -> list[str]:
-    """A line for every provider and reason: what was left out, and why."""
+    """Return a line for each provider and reason, with the losses that were not timed."""
     losses: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
         if row.note:
@@ -104,15 +104,15 @@ def not_timed(rows: Sequence[Row]) -> list[str]:
 
 
 def largest_batch(rows: Sequence[Row], limit_gib: float) -> float:
-    """Rows N that fit into ``limit_gib`` by the measured peaks of one provider, inputs and gradients included.
+    """Return the N that fits into ``limit_gib`` by the measured peaks of one provider, inputs and gradients included.
 
-    The peaks are fitted by the slowest growth in N, with coefficients that are not negative, that meets all of them
-    within a third, otherwise by c·N². Two sizes are enough to tell N from N².
+    The fit is the slowest growth in N, with no negative coefficient, that meets all peaks within a third, else c·N².
+    Two sizes distinguish N from N².
     """
     sizes, peaks = (
         np.array(values, dtype=float) for values in zip(*((row.n, row.peak_mib) for row in rows), strict=True)
     )
-    weights = 1 / np.maximum(peaks, 4.0)  # MiB: what is less is noise of the C library's heap
+    weights = 1 / np.maximum(peaks, 4.0)  # MiB; smaller peaks are noise of the heap
     powers = sizes[:, None] ** np.arange(3)
     coefficients = np.zeros(3)
     for chosen in ([0, 1], [1], [1, 2], [2]):
@@ -128,13 +128,13 @@ def largest_batch(rows: Sequence[Row], limit_gib: float) -> float:
 
 
 def held_mib(loss: str, n: int, d: int, dtype: str) -> float:
-    """MiB of the inputs and gradients of a loss, which any way of computing it holds."""
+    """Return the MiB of the inputs and gradients of a loss, which every provider holds."""
     inputs = Case(loss, n, d, getattr(torch, dtype)).inputs(torch.device("cpu")).values()
     return sum(value.nbytes * (1 + value.requires_grad) for value in inputs) / MIB
 
 
 def batch_table(rows: Sequence[Row], limit_gib: float) -> Table | None:
-    """The largest batch in ``limit_gib`` of every provider measured at two sizes or more; None if there is none."""
+    """Return the largest batch in ``limit_gib`` of each provider measured at two sizes or more; None without any."""
     table = Table(
         title=f"Largest batch in {limit_gib:g} GiB",
         caption="Rows N whose inputs, gradients and peak fit; ≈ extrapolated from the measured peaks.",

@@ -1,4 +1,4 @@
-"""Measuring a list of cases: all providers of a case in one interleaved run, a row for every provider and mode."""
+"""Measurement of a list of cases: the providers of a case are timed in turn; each provider and mode has a row."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ from .measure import Spread, Step, matmul_step, peak_extra_mib, time_interleaved
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the CSV. ``peak_mib`` is the whole iteration's (mode ``both``), as are the kernels that it launches on
-    a GPU, where they were counted; ``note`` says why a time is missing.
+    """A line of the CSV. ``note`` is the reason of a missing time.
+
+    ``peak_mib`` and ``launches``, the number of kernels on a GPU, belong to the whole iteration (mode ``both``).
     """
 
     loss: str
@@ -63,6 +64,7 @@ class Row:
 
     @property
     def case(self) -> tuple[str, int, int, str]:
+        """Loss, N, D and dtype."""
         return self.loss, self.n, self.d, self.dtype
 
 
@@ -71,7 +73,7 @@ COLUMNS = [field.name for field in fields(Row)]
 
 @dataclass(frozen=True)
 class Grid:
-    """Cases to measure: every combination of its fields, by the same providers. ``sizes=None``: those of each loss."""
+    """All combinations of losses, sizes, dims and dtypes, with the same providers; without sizes those of each loss."""
 
     losses: Sequence[str]
     sizes: Sequence[int] | None = None
@@ -87,7 +89,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: on which device, how long a case, and how much memory a provider may take."""
+    """Device, timing budget and least rounds of a case, and the memory that a provider may take."""
 
     device: torch.device
     seconds: float
@@ -96,7 +98,7 @@ class Settings:
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """Device and versions, as every row records them."""
+    """Return device and versions, as every row records them."""
     root = Path(__file__).parent
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -125,7 +127,7 @@ def _cpu_name() -> str:
 
 
 def measure(cases: Iterable[tuple[Case, Sequence[str]]], settings: Settings, console: Console) -> Iterator[list[Row]]:
-    """The rows of one case with its providers after the other; shows its progress and prints a line a case."""
+    """Measure one case after the other: yield its rows, show the progress and print a line."""
     cases = list(cases)
     bar = SpinnerColumn(), MofNCompleteColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}")
     where = environment(settings.device)
@@ -150,7 +152,7 @@ def measure_case(
     where: Mapping[str, str | int],
     report: Callable[[str], None],
 ) -> list[Row]:
-    """Check, warm up and time all providers of one case; tells ``report`` what it is doing."""
+    """Check, warm up and time all providers of one case; pass each stage to ``report``. Return the rows."""
     inputs = case.inputs(settings.device)
     steps, peaks, notes = {}, {}, {}
     for provider in providers:
@@ -191,7 +193,7 @@ def measure_case(
 
 
 def _prepare(provider: str, case: Case, inputs: Inputs, settings: Settings) -> tuple[Step, float | None]:
-    """A provider's checked and warmed-up step, and the memory that it takes; raises `Unavailable` with the reason."""
+    """Return a provider's checked and warmed-up step and its peak memory; raise `Unavailable` with the reason."""
     if provider in DENSE and case.dense_gib > settings.memory_limit_gib:
         raise Unavailable(f"N = {case.n:,} needs about {case.dense_gib:.0f} GiB")
     try:
@@ -199,17 +201,17 @@ def _prepare(provider: str, case: Case, inputs: Inputs, settings: Settings) -> t
         step = make_step(provider, case, inputs, settings.device)
         if provider == "compile":
             step.run()  # compiling takes memory of its own
-        # What a graph works in was taken when it was captured.
+        # The memory of a graph was allocated at its capture.
         return step, None if provider == "graph" else peak_extra_mib(step, settings.device)
     except Unavailable:
         raise
-    except Exception as error:  # out of memory, no compiler, no kernel for this device, whatever a package raises, ...
+    except Exception as error:  # out of memory, no compiler, no kernel for this device, ...
         first_line = next(iter(str(error).strip().splitlines()), "")
         raise Unavailable(f"{type(error).__name__}: {first_line}") from error
 
 
 def make_step(provider: str, case: Case, inputs: Inputs, device: torch.device) -> Step:
-    """One iteration of a provider on ``inputs``; raises `Unavailable` with the reason."""
+    """Return one iteration of a provider on ``inputs``; raise `Unavailable` with the reason."""
     function = provider_function(provider, case, device)
 
     def forward() -> Tensor:

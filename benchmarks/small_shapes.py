@@ -1,4 +1,4 @@
-"""``python -m benchmarks.small_shapes``: every kind of kernel once, at ragged sizes; compute-sanitizer watches this."""
+"""``python -m benchmarks.small_shapes``: every kind of kernel once, at ragged sizes, for compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from .cases import Case, gradients, objections, provider_function
 
 ROWS = 300
-# All kinds of epilogues; then the wider and the odd rows, which take other kernels and other ways of loading.
+# All kinds of epilogues; then wide and odd rows, which have other kernels and other loads.
 EPILOGUES = ("clip", "nt_xent", "lmcl", "hard_negative", "siglip", "easy_negative")
 SWEEPS = ("clip", "nt_xent")
 SHAPES = [
@@ -22,7 +22,7 @@ SHAPES = [
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run forward and backward of every case; with ``--check`` returns 1 if one differs from float64."""
+    """Run forward and backward of every case; return 1 if ``--check`` finds one that differs from float64, else 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.small_shapes", description=__doc__)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--check", action="store_true", help="compare value and gradients with float64")

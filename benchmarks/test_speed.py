@@ -1,4 +1,4 @@
-"""The same comparison as pytest-benchmark cases: ``pytest benchmarks --benchmark-only``."""
+"""The comparison as cases of pytest-benchmark: ``pytest benchmarks --benchmark-only``."""
 
 from __future__ import annotations
 
