@@ -1,1 +1,1 @@
-"""Small programs that use the package as its users do."""
+"""Small programs that use the public functions of the package."""

@@ -1,9 +1,9 @@
 """Train an encoder of handwritten digits without labels: NT-Xent, with polarization, ArCL, and the dense NT-Xent.
 
-``python -m examples.digits`` trains four copies of one small network side by side, on the same batches and the same
-random views, each with its own loss. The first two losses are NT-Xent, once as one writes it in plain PyTorch and once
-from this package: their curves must be one curve. Then a linear probe on the frozen features tells how well digits are
-recognised, in the test images as they are and under the augmentations of training.
+``python -m examples.digits`` trains four copies of one small network on the same batches and the same random views,
+each copy with its own loss. The first two losses are NT-Xent, in plain PyTorch and from this package: their curves must
+be one curve. Then a linear probe on the frozen features measures how well digits are recognised, in clean test images
+and in augmented ones.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ import contrastive_kernels as ck
 
 TEMPERATURE = 0.2
 LEARNING_RATE = 2e-3
-# Distances (1 - cos) / 2 of negatives are pushed out of this band. The weight is one at which the regulariser is felt
-# beside NT-Xent (with 1 the two runs can hardly be told apart); no setting here was tuned for accuracy.
+# Distances (1 - cos) / 2 of negatives are pushed out of this band. The weight is large enough for a visible effect
+# (with 1 the two runs are nearly equal); no setting here was tuned for accuracy.
 POLARIZATION = ck.Polarization(lower=0.1, upper=0.5, weight=10.0)
 VIEWS = 4
 AUGMENTED_COPIES = 10
-LAST = 10  # steps whose mean is called the final loss
+LAST = 10  # the final loss is the mean of these steps
 AGREEMENT_STEPS = 20
 ROUNDING = torch.finfo(torch.float32).eps
 
@@ -55,14 +55,14 @@ DENSE, FUSED, POLARIZED, ARCL = "NT-Xent, dense PyTorch", "NT-Xent", "NT-Xent + 
 
 
 def dense_nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
-    """NT-Xent in plain PyTorch, with the whole 2N x 2N matrix of similarities."""
+    """Return NT-Xent in plain PyTorch, with the 2N x 2N matrix of similarities."""
     z = F.normalize(torch.cat([z0, z1]), dim=1)
     logits = (z @ z.T / TEMPERATURE).fill_diagonal_(-math.inf)
     other_view = torch.arange(len(z)).roll(len(z0))
     return F.cross_entropy(logits, other_view)
 
 
-# What every loss takes of the embeddings (V, N, D), and how.
+# How many views each loss takes, and the loss as a function of their embeddings (V, N, D).
 LOSSES: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     DENSE: (2, lambda z: dense_nt_xent(z[0], z[1])),
     FUSED: (2, lambda z: ck.nt_xent_loss(z[0], z[1], temperature=TEMPERATURE)),
@@ -73,7 +73,7 @@ LOSSES: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (N, 1, 8, 8) in [0, 1] and labels, in two parts."""
+    """Images (N, 1, 8, 8) in [0, 1] and their labels, for training and for test."""
 
     train: Tensor
     train_labels: np.ndarray
@@ -83,7 +83,7 @@ class Digits:
 
 @dataclass
 class Run:
-    """One network and what training it gave: a loss a step, and seconds of the whole steps and of the loss alone."""
+    """A network and its training: the loss of each step, the seconds of each step and of its loss."""
 
     model: nn.Sequential
     optimizer: torch.optim.Optimizer
@@ -93,12 +93,13 @@ class Run:
 
     @property
     def final_loss(self) -> float:
+        """Mean of the last losses."""
         return float(np.mean(self.losses[-LAST:]))
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Accuracy of the linear probe on clean and on augmented test images, each with its standard error."""
+    """Accuracy of the linear probe on clean and augmented test images, with standard errors."""
 
     clean: float
     clean_error: float
@@ -108,7 +109,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything the tables and the picture show."""
+    """The contents of the table and the picture."""
 
     runs: dict[str, Run]
     probes: dict[str, Probe]
@@ -116,13 +117,13 @@ class Result:
     augmented: Sequence[Tensor]
 
     def relative_difference(self) -> np.ndarray:
-        """Of the fused from the dense NT-Xent, at every step."""
+        """Return the relative difference between the losses of the fused and the dense NT-Xent at each step."""
         dense, fused = (np.array(self.runs[name].losses) for name in (DENSE, FUSED))
         return np.abs(fused - dense) / dense
 
 
 def load(seed: int) -> Digits:
-    """The digits that come with scikit-learn, three quarters for training."""
+    """Return the digits of scikit-learn, three quarters for training."""
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     train, test = train_test_split(np.arange(len(images)), test_size=0.25, stratify=digits.target, random_state=seed)
@@ -130,7 +131,7 @@ def load(seed: int) -> Digits:
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """One random view of every image: rotated, sheared, scaled, shifted; contrast, an erased patch, noise."""
+    """Return a random view of each image: rotated, sheared, scaled, shifted; contrast, an erased patch, noise."""
     n, size = len(images), images.shape[-1]
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -151,10 +152,10 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def make_model() -> nn.Sequential:
-    """A convolutional encoder, 256 features, and a projection head, 64.
+    """Return a convolutional encoder with 256 features and a projection head with 64.
 
-    The activations are smooth on purpose: at the kink of a ReLU two runs that differ by one rounding take different
-    gradients, and whether two losses give the same curve would no longer be seen after some ten steps.
+    The activations are smooth: at the kink of a ReLU two runs that differ by one rounding get different gradients, and
+    after some ten steps the curves of two equal losses would differ.
     """
 
     def convolution(channels: int, out_channels: int, stride: int) -> list[nn.Module]:
@@ -167,10 +168,10 @@ def make_model() -> nn.Sequential:
 
 
 def train_step(run: Run, views: Tensor, loss_of: Callable[[Tensor], Tensor]) -> None:
-    """One step of one network on views (V, N, 1, 8, 8)."""
+    """Train one network for one step on views (V, N, 1, 8, 8)."""
     start = time.perf_counter()
     z = run.model(views.flatten(0, 1)).unflatten(0, views.shape[:2])
-    # The graph is cut at the embeddings, so that forward and backward of the loss can be timed apart from the network.
+    # The graph is cut at the embeddings, to time forward and backward of the loss without the network.
     embeddings = z.detach().requires_grad_()
     loss_start = time.perf_counter()
     loss = loss_of(embeddings)
@@ -185,7 +186,7 @@ def train_step(run: Run, views: Tensor, loss_of: Callable[[Tensor], Tensor]) -> 
 
 
 def train(images: Tensor, steps: int, batch_size: int, seed: int) -> tuple[nn.Sequential, dict[str, Run]]:
-    """The untrained network, and a copy of it trained with every loss. All see the same batches and views."""
+    """Return the untrained network and, for each loss, a copy trained with it on the same batches and views."""
     torch.manual_seed(seed)
     untrained = make_model()
     runs = {}
@@ -203,13 +204,13 @@ def train(images: Tensor, steps: int, batch_size: int, seed: int) -> tuple[nn.Se
 
 @torch.no_grad()
 def probe(features_of: Callable[[Tensor], Tensor], digits: Digits, augmented: Sequence[Tensor]) -> Probe:
-    """Fit a logistic regression on features of the clean training images, test it on clean and augmented ones."""
+    """Fit a logistic regression to features of the clean training images, test it on clean and augmented images."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
     classifier.fit(features_of(digits.train).numpy(), digits.train_labels)
 
     def accuracy(copies: Sequence[Tensor]) -> tuple[float, float]:
         hits = [classifier.predict(features_of(images).numpy()) == digits.test_labels for images in copies]
-        per_image = np.mean(hits, axis=0)  # copies of one image are no independent samples
+        per_image = np.mean(hits, axis=0)  # copies of one image are not independent samples
         return per_image.mean(), per_image.std() / math.sqrt(len(per_image))
 
     return Probe(*accuracy([digits.test]), *accuracy(augmented))
@@ -218,7 +219,7 @@ def probe(features_of: Callable[[Tensor], Tensor], digits: Digits, augmented: Se
 def evaluate(
     untrained: nn.Sequential, runs: dict[str, Run], digits: Digits, augmented: Sequence[Tensor]
 ) -> dict[str, Probe]:
-    """The probe on raw pixels, on the untrained encoder and on the trained ones."""
+    """Return the probes of raw pixels, of the untrained encoder and of the trained ones."""
     models = {"untrained encoder": untrained, **{name: run.model for name, run in runs.items()}}
     probes = {"raw pixels": probe(lambda images: images.flatten(1), digits, augmented)}
     for name, model in models.items():
@@ -227,7 +228,7 @@ def evaluate(
 
 
 def main_table(result: Result) -> Table:
-    """Losses, probe accuracies and times, a row a representation."""
+    """Return the losses, probe accuracies and times, one row per representation."""
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -253,12 +254,12 @@ def main_table(result: Result) -> Table:
 
 
 INK, GREY, PALE = "#222222", "#777777", "#e2e2e2"
-# Okabe and Ito's colours, told apart with any colour vision.
+# The colours of Okabe and Ito are distinct for any colour vision.
 COLORS = {DENSE: "#E69F00", FUSED: "#0072B2", POLARIZED: "#CC79A7", ARCL: "#009E73"}
 
 
 def draw(result: Result, digits: Digits, subtitle: str, file: Path) -> None:
-    """The picture: loss curves, dense against fused, probe accuracies, and what the networks saw."""
+    """Draw the loss curves, dense against fused, the probe accuracies and some views into a PNG."""
     figure = plt.figure(figsize=(11, 8.4))
     figure.text(0.02, 0.978, "Handwritten digits learned without labels", va="top", fontsize=15, fontweight="bold")
     figure.text(0.02, 0.941, subtitle, va="top", fontsize=9.5, color=GREY)
@@ -304,7 +305,7 @@ def _draw_agreement(overlay: Axes, difference: Axes, result: Result) -> None:
     overlay.legend(frameon=False, fontsize=9)
 
     relative = result.relative_difference()
-    # Linear below a tenth of a rounding, so that an exact zero has its place.
+    # The axis is linear below a tenth of a rounding, to show an exact zero.
     difference.set_yscale("symlog", linthresh=ROUNDING / 10)
     difference.plot(steps, relative, color=COLORS[FUSED], linewidth=0, marker=".", markersize=3.5)
     difference.axhline(ROUNDING, color=GREY, linewidth=1, linestyle=(0, (4, 3)))

@@ -1,4 +1,4 @@
-"""Write a loss of one's own from the primitives: InfoNCE corrected for the popularity of the items.
+"""Write your own loss from the primitives: InfoNCE corrected for the popularity of the items.
 
 A recommender draws its negatives from the batch, so a popular item is a negative far more often than a rare one, and a
 plain InfoNCE learns to avoid it. The correction of Yi et al. (RecSys 2019) subtracts the logarithm of an item's
@@ -6,8 +6,8 @@ frequency q from its logit:
 
     u_ij = <user_i, item_j> / T - log q_j,    L = mean_i [ log sum_j exp(u_ij) - u_ii ]
 
-where other rows with the user's own item are no negatives. ``python -m examples.own_loss`` checks value and gradients
-against the formula written densely, and measures the memory of both.
+where other rows with the item of user i are no negatives. ``python -m examples.own_loss`` checks value and gradients
+against the dense formula and measures the memory of both.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from benchmarks.measure import MIB, Step, peak_extra_mib
 
 
 def popularity_loss(users: Tensor, items: Tensor, log_q: Tensor, item_ids: Tensor, temperature: Tensor) -> Tensor:
-    """The corrected InfoNCE in three lines; autograd gives the gradients of all four floating inputs."""
+    """Return the corrected InfoNCE; autograd gives the gradients of all four floating inputs."""
     positive = (users * items).sum(1) / temperature - log_q
     negatives = ck.similarity_logsumexp(
         users, items, scale=1 / temperature, y_bias=-log_q, x_ids=item_ids, y_ids=item_ids
     )
-    # Equal ids left the positive out as well; log(e^p + e^n) - p = softplus(n - p) brings it back without cancellation.
+    # Equal ids drop the positive too; log(e^p + e^n) - p = softplus(n - p) adds it again without cancellation.
     return F.softplus(negatives - positive).mean()
 
 
 def dense_popularity_loss(users: Tensor, items: Tensor, log_q: Tensor, item_ids: Tensor, temperature: Tensor) -> Tensor:
-    """The same with the N x N matrix, the formula as it stands."""
+    """Return the same loss as the formula says, with the N x N matrix."""
     logits = users @ items.T / temperature - log_q
     others = ~torch.eye(len(users), dtype=torch.bool)
     same_item = item_ids[:, None] == item_ids
@@ -43,7 +43,7 @@ def dense_popularity_loss(users: Tensor, items: Tensor, log_q: Tensor, item_ids:
 
 
 class Batch(NamedTuple):
-    """The arguments of the loss; ``item_ids`` are integers, the rest takes gradients."""
+    """The arguments of the loss; all but the integer ``item_ids`` require gradients."""
 
     users: Tensor
     items: Tensor
@@ -52,12 +52,12 @@ class Batch(NamedTuple):
     temperature: Tensor
 
     def leaves(self) -> dict[str, Tensor]:
-        """The tensors that take gradients, by name."""
+        """Return the tensors that require gradients, by name."""
         return {name: value for name, value in self._asdict().items() if value.requires_grad}
 
 
 def make_batch(n: int, dim: int = 64, catalogue: int = 1000, dtype: torch.dtype = torch.float32) -> Batch:
-    """Random unit features of n users and their items, which follow Zipf's law, so that popular ones repeat."""
+    """Return random unit features of n users and their items; by Zipf's law popular items repeat."""
     frequency = 1 / torch.arange(1, catalogue + 1, dtype=dtype)
     frequency /= frequency.sum()
     item_ids = torch.multinomial(frequency, n, replacement=True)
@@ -69,7 +69,7 @@ def make_batch(n: int, dim: int = 64, catalogue: int = 1000, dtype: torch.dtype 
 
 
 def largest_difference(n: int) -> dict[str, float]:
-    """Fused against dense in float64: of the loss and of every gradient, each relative to the largest dense entry."""
+    """Return the largest relative differences of the fused from the dense loss and gradients, in float64."""
     batch = make_batch(n, dtype=torch.float64)
     results = []
     for loss_of in (popularity_loss, dense_popularity_loss):
@@ -84,7 +84,7 @@ def largest_difference(n: int) -> dict[str, float]:
 
 
 def peak_mib(loss_of: Callable[..., Tensor], batch: Batch) -> float | None:
-    """Peak memory of forward and backward beyond inputs and gradients, in MiB; None where the system does not tell."""
+    """Return the peak memory of forward and backward beyond inputs and gradients, in MiB; None if it is unknown."""
     leaves = batch.leaves()
     step = Step(
         lambda: loss_of(*batch),
@@ -94,7 +94,7 @@ def peak_mib(loss_of: Callable[..., Tensor], batch: Batch) -> float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Check the loss, measure its memory, print both; returns the differences and the peaks in MiB."""
+    """Check the loss and measure its memory; print and return the differences and the peaks in MiB."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=8192, help="rows N at which memory is measured (default 8192)")
     parser.add_argument("--seed", type=int, default=0)
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> tuple[dict[str, float], dict
     losses = {"ours": popularity_loss, "dense": dense_popularity_loss}
     small = make_batch(512)
     for loss_of in losses.values():
-        peak_mib(loss_of, small)  # loads code and thread pools, which are not the loss's memory
+        peak_mib(loss_of, small)  # loads code and thread pools, which are not memory of the loss
     peaks = {name: peak_mib(loss_of, batch) for name, loss_of in losses.items()}
     print(f"peak memory of forward + backward, float32, N = {options.size:,} (one N x N matrix: {one_matrix:,.0f} MiB)")
     for name, peak in peaks.items():

@@ -1,13 +1,13 @@
-"""Four small experiments that reproduce what the papers predict, each beside what was measured.
+"""Four small experiments that compare predictions of the papers with measurements.
 
 - ``spectral``: minibatches of the spectral contrastive loss lead to the eigenvalues of the augmentation graph
   (HaoChen, Wei, Gaidon, Ma, NeurIPS 2021);
-- ``robustness``: an encoder with small alignment loss that fails under one of its augmentations, the reason for ArCL's
-  minimum over views (Zhao, Du, Wang, Yao, Huang, ICLR 2023);
+- ``robustness``: an encoder with a small alignment loss fails under one of its augmentations, the reason for the
+  minimum over views in ArCL (Zhao, Du, Wang, Yao, Huang, ICLR 2023);
 - ``polarization``: the regulariser empties the band of ambiguous distances (Chen, Niu, Gong, Li, Yang, Sugiyama, ICML
   2021);
-- ``false_negatives``: debiasing brings the loss close to the one without false negatives (Chuang et al., NeurIPS 2020),
-  and hardness weights put more of the gradient on them (Robinson et al., ICLR 2021).
+- ``false_negatives``: the debiased loss is close to the loss without false negatives (Chuang et al., NeurIPS 2020), and
+  hardness weights put more of the gradient on false negatives (Robinson et al., ICLR 2021).
 
 ``python -m examples.papers`` runs them all in less than a minute.
 """
@@ -29,7 +29,7 @@ import contrastive_kernels as ck
 
 
 class Finding(NamedTuple):
-    """One quantity, as predicted (a number, or a relation in words) and as measured."""
+    """A quantity, predicted (a number or a relation like ``"> 1"``) and measured."""
 
     quantity: str
     predicted: str | float
@@ -37,7 +37,7 @@ class Finding(NamedTuple):
 
 
 def augmentation_graph(images: int, nodes: int) -> Tensor:
-    """p(x, x') of two augmentations of one image, drawn uniformly; each image mostly gives a few nodes of its own."""
+    """Return p(x, x') of two augmentations of a random image; most augmentations are among a few nodes of the image."""
     own = torch.arange(nodes) % images == torch.arange(images)[:, None]
     augmentation = torch.rand(images, nodes, dtype=torch.float64) * torch.where(own, 1.0, 0.05)
     augmentation /= augmentation.sum(1, keepdim=True)
@@ -45,7 +45,7 @@ def augmentation_graph(images: int, nodes: int) -> Tensor:
 
 
 def spectral(steps: int) -> Iterator[Finding]:
-    """Train one free vector per node on sampled positive pairs."""
+    """Train one free vector per node on sampled positive pairs; compare the spectrum with that of the graph."""
     nodes, dim, batch = 24, 4, 2048
     joint = augmentation_graph(6, nodes)
     marginal = joint.sum(1)
@@ -75,7 +75,7 @@ def spectral(steps: int) -> Iterator[Finding]:
 
 
 def robustness(steps: int) -> Iterator[Finding]:
-    """f(x) = x_1 + sqrt(eps) / 2 x_2, where an augmentation multiplies x_2 by theta ~ N(0, 1); labels are sign(x_1)."""
+    """Encode f(x) = x_1 + sqrt(eps) / 2 x_2; augmentations multiply x_2 by theta ~ N(0, 1), labels are sign(x_1)."""
     epsilon, samples = 0.04, 400 * steps
     x = torch.randn(samples, 2, dtype=torch.float64)
 
@@ -94,12 +94,12 @@ def robustness(steps: int) -> Iterator[Finding]:
 
 
 def polarization(steps: int) -> Iterator[Finding]:
-    """Train free features with NT-Xent, without and with the regulariser."""
+    """Train free features with NT-Xent, without and with the regulariser; compare their distances."""
     band = ck.Polarization(lower=0.1, upper=0.45, weight=20.0)
     start, noise = torch.randn(256, 8), 0.3 * torch.randn(2, 256, 8)
 
     def shares(regulariser: ck.Polarization | None) -> Tensor:
-        """The shares of the pairs that end nearer than the band, inside it and farther."""
+        """Return the shares of the pairs whose final distance is below, inside and above the band."""
         points = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([points], lr=0.05)
         for _ in range(2 * steps):
@@ -119,7 +119,7 @@ def polarization(steps: int) -> Iterator[Finding]:
 
 
 def false_negatives(steps: int) -> Iterator[Finding]:
-    """Fixed features of eight classes: the bias of the losses, and the gradient's share on pairs of one class."""
+    """Compare, for fixed features of eight classes, the bias of the losses and the gradient on pairs of one class."""
     classes, samples, temperature = 8, 8 * steps, 0.5
     labels = torch.arange(samples) % classes
     centres = F.normalize(torch.randn(classes, 32), dim=1)
@@ -135,7 +135,7 @@ def false_negatives(steps: int) -> Iterator[Finding]:
     yield Finding("distance to the loss without false negatives, debiased over NT-Xent: less than 1", "< 1", ratio)
 
     def share(scale: float) -> Tensor:
-        """The part of sum exp(scale * s) that pairs of one class have."""
+        """Return the share of the pairs of one class in sum exp(scale * s)."""
         every = ck.similarity_logsumexp(z, scale=scale, x_ids=instances)
         return -torch.expm1(ck.similarity_logsumexp(z, scale=scale, x_ids=ids) - every)
 
@@ -152,7 +152,7 @@ EXPERIMENTS: dict[str, Callable[[int], Iterator[Finding]]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[Finding]]:
-    """Run the experiments, print and return what they found."""
+    """Run the experiments, print and return their findings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
     parser.add_argument(
