@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ __all__ = ["BandCount", "DistanceHistogram", "band_count", "distance_histogram"]
 class BandCount(NamedTuple):
     """How many pairs have a distance strictly inside a band."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # not the method of a tuple
     """0-dim int64, ordered pairs."""
     pairs: Tensor
     """0-dim int64: all ordered pairs that were looked at."""
@@ -35,8 +36,10 @@ class DistanceHistogram(NamedTuple):
     """0-dim int64: pairs whose distance is NaN, in no bin."""
 
 
-def _distances(z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool):
-    """Chunks of the distances (rows, M) and the masks of the pairs that count."""
+def _distances(
+    z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield chunks of the distances (rows, M) and the masks of the pairs that count."""
     columns, column_ids = (z, ids) if y is None else (y, y_ids)
     index = torch.arange(len(columns), device=z.device)
     for rows in chunks(len(z), len(columns)):
@@ -49,7 +52,9 @@ def _distances(z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | 
         yield distance, kept
 
 
-def _checked(z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool, normalize: bool):
+def _checked(
+    z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool, normalize: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     checks.features("z", z)
     if y is not None:
         checks.features("y", y)

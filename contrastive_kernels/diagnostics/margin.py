@@ -33,4 +33,6 @@ def mmcl_dual(z0: Tensor, *, solver: Literal["inverse", "pgd"] = "inverse", **op
         >>> bool((mmcl_dual(torch.randn(16, 8), solver="pgd", sigma=5.0).kkt_residual < 1e-3).all())
         True
     """
-    return mmcl_loss(z0, z0, solver=solver, **{**options, "return_stats": True})[1]
+    options["return_stats"] = True
+    stats: MMCLStats = mmcl_loss(z0, z0, solver=solver, **options)[1]
+    return stats

@@ -72,22 +72,22 @@ def plot_distance_histogram(
     """
     if (lower is None) != (upper is None):
         raise ValueError("lower and upper go together: they are the ends of the band")
-    if lower is not None:
-        Band(lower, upper)
+    band = None if lower is None or upper is None else Band(lower, upper)
     several = z if isinstance(z, dict) else {"": z}
     axes = _axes(axes)
-    if lower is not None:
-        axes.axvspan(lower, upper, color=BAND, alpha=0.2, linewidth=0, label="band")
+    if band is not None:
+        axes.axvspan(band.lower, band.upper, color=BAND, alpha=0.2, linewidth=0, label="band")
     for (name, data), color in zip(several.items(), cycle(COLORS), strict=False):
-        found = data
-        if not isinstance(data, DistanceHistogram):
+        if isinstance(data, DistanceHistogram):
+            found = data
+        else:
             found = distance_histogram(data, bins=bins, normalize=normalize)
         fractions = found.counts / found.counts.sum().clamp(min=1)
         axes.stairs(fractions.cpu().tolist(), found.edges.cpu().tolist(), label=name, color=color, linewidth=1.5)
     axes.set(xlabel="distance (1 − s) / 2", ylabel="fraction of pairs", xlim=(0, 1), title="Pairwise distances")
     axes.set_ylim(bottom=0)
     _without_frame(axes)
-    if lower is not None or isinstance(z, dict):
+    if band is not None or isinstance(z, dict):
         axes.legend(frameon=False)
     return axes
 

@@ -62,9 +62,8 @@ def positive_rank(
         target = checks.ids("target", target, query.shape[0], query)
     if (query_ids is None) != (key_ids is None):
         raise ValueError("query_ids and key_ids go together; one of them is missing")
-    if query_ids is not None:
-        query_ids = checks.ids("query_ids", query_ids, query.shape[0], query)
-        key_ids = checks.ids("key_ids", key_ids, keys.shape[0], query)
+    query_ids = checks.optional_ids("query_ids", query_ids, query.shape[0], query)
+    key_ids = checks.optional_ids("key_ids", key_ids, keys.shape[0], query)
     query, keys = wide_rows(query, normalize), wide_rows(keys, normalize)
     ranks = torch.ones(len(query), dtype=torch.int64, device=query.device)
     for rows in chunks(len(query), len(keys)):

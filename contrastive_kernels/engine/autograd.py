@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # of a base class in C
 
 
 def _spread(grads: Gradients, wanted: Wanted, arguments: int, first: int = 0) -> tuple[Tensor | None, ...]:
@@ -48,12 +48,12 @@ class _Sweep(torch.autograd.Function):
     """The forward and the backward operator of one backend; takes the flat `ForwardArguments`, then the backend."""
 
     @staticmethod
-    def forward(*flat):
-        *flat, backend = flat
+    def forward(*arguments: Any) -> Any:
+        *flat, backend = arguments
         return operator(backend, "forward")(*flat)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *flat, ctx.backend = inputs
         arguments, statistics = ForwardArguments.of(flat), Statistics(*output)
         ctx.what, ctx.save_scores, ctx.arguments = arguments.what, arguments.save_scores, len(inputs)
@@ -64,15 +64,19 @@ class _Sweep(torch.autograd.Function):
         ctx.shapes = [statistic.shape for statistic in statistics[:3]]
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = Wanted(*(ctx.needs_input_grad[position] for position in DIFFERENTIABLE))
         row_lse, col_lse, *tensors, scores = ctx.saved_tensors
-        grads = [
+        of_rows, of_columns, of_sums = (
             row_lse.new_zeros(shape) if grad is None else grad
             for grad, shape in zip(grads[:3], ctx.shapes, strict=True)
-        ]
+        )
         arguments = BackwardArguments(
-            Upstream(*grads, row_lse, col_lse), Inputs(*tensors), ctx.what, wanted, scores if ctx.save_scores else None
+            upstream=Upstream(of_rows, of_columns, of_sums, row_lse, col_lse),
+            inputs=Inputs(*tensors),
+            what=ctx.what,
+            wanted=wanted,
+            scores=scores if ctx.save_scores else None,
         )
         return _spread(sweep_backward(arguments, ctx.backend), wanted, ctx.arguments)
 
@@ -81,25 +85,25 @@ class _SweepBackward(torch.autograd.Function):
     """The backward operator; its own derivative is that of the PyTorch backend, whose backward is differentiable."""
 
     @staticmethod
-    def forward(*flat):
-        *flat, backend = flat
+    def forward(*arguments: Any) -> Any:
+        *flat, backend = arguments
         return operator(backend, "backward")(*flat)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *flat, _ = inputs
         arguments = BackwardArguments.of(flat)
         ctx.what, ctx.wanted, ctx.arguments = arguments.what, arguments.wanted, len(inputs)
         ctx.save_for_backward(*arguments.upstream, *arguments.inputs)
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "third derivatives of a similarity sweep are not supported; write the loss densely, as in python_ref"
             )
         with torch.enable_grad():
-            tensors = [
+            tensors: list[Any] = [
                 None if tensor is None else tensor.detach().requires_grad_(need)
                 for tensor, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
             ]
@@ -111,7 +115,7 @@ class _SweepBackward(torch.autograd.Function):
             grads = torch.autograd.grad(
                 [out for out, _ in pairs], [tensors[i] for i in needed], [grad for _, grad in pairs], allow_unused=True
             )
-        result = [None] * ctx.arguments
+        result: list[Tensor | None] = [None] * ctx.arguments
         for i, grad in zip(needed, grads, strict=True):
             result[i] = grad
         return tuple(result)
@@ -124,7 +128,7 @@ class _SweepTotal(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(weight, *rest):
+    def forward(weight: Tensor, *rest: Any) -> Any:
         *flat, wanted, backend = rest
         inputs, what = _grouped(flat)
         arguments = BackwardArguments(_of_row_sums(weight), inputs, what, Wanted(*wanted), None)
@@ -132,7 +136,7 @@ class _SweepTotal(torch.autograd.Function):
         return total.to(weight.dtype), *grads
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         weight, *flat, wanted, ctx.backend = inputs
         tensors, ctx.what = _grouped(flat)
         ctx.wanted, ctx.arguments = Wanted(*wanted), len(inputs)
@@ -140,7 +144,7 @@ class _SweepTotal(torch.autograd.Function):
         ctx.save_for_backward(weight, *tensors, *output[1:])
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
         split = len(Inputs._fields)
         inputs, grads, wanted = Inputs(*tensors[:split]), tensors[split:], ctx.wanted
@@ -177,18 +181,19 @@ def sweep_backward(arguments: BackwardArguments, backend: str) -> Gradients:
 
 def sweep_total(weight: Tensor, inputs: Inputs, what: Description, wanted: Wanted, backend: str) -> Tensor:
     """Return ``sum_i weight_i row_sum_i``, differentiable, from one backward sweep that also computes the gradients."""
-    return apply(_SweepTotal, weight, *inputs, *what, list(wanted), backend)[0]
+    total, *_ = apply(_SweepTotal, weight, *inputs, *what, list(wanted), backend)
+    return cast(Tensor, total)
 
 
 class UnitRows(torch.autograd.Function):
     """``x / max(|x|, eps)`` in the compute dtype; unlike `F.normalize` with zero gradient for a row below eps."""
 
     @staticmethod
-    def forward(x, backend):
+    def forward(x: Tensor, backend: str) -> Any:
         return operator(backend, "unit_rows")(x)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, ctx.backend = inputs
         _, norm = output
         ctx.mark_non_differentiable(norm)
@@ -196,7 +201,7 @@ class UnitRows(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
         if grad is None:
             return None, None
         x, norm = ctx.saved_tensors
@@ -211,19 +216,19 @@ class RowDot(torch.autograd.Function):
     """``<x_i, y_i>`` by the operators of a backend that has them: one launch each way instead of four and six."""
 
     @staticmethod
-    def forward(x, y, backend):
+    def forward(x: Tensor, y: Tensor, backend: str) -> Any:
         return operator(backend, "row_dot")(x, y)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, y, ctx.backend = inputs
         ctx.save_for_backward(x, y)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (x, y), wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():
-            grads = [(grad.unsqueeze(-1) * other.to(grad.dtype)).to(x.dtype) for other in (y, x)]
+            dx, dy = ((grad.unsqueeze(-1) * other.to(grad.dtype)).to(x.dtype) for other in (y, x))
         else:
-            grads = operator(ctx.backend, "row_dot_backward")(grad, x, y, wanted)
-        return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+            dx, dy = operator(ctx.backend, "row_dot_backward")(grad, x, y, wanted)
+        return dx if wanted[0] else None, dy if wanted[1] else None, None

@@ -22,9 +22,10 @@ _NAMESPACE = "contrastive_kernels"
 _library = torch.library.Library(_NAMESPACE, "FRAGMENT")
 
 
-def operator(backend: str, function: str) -> torch._ops.OpOverload:
+def operator(backend: str, function: str) -> Function:
     """Return an operator of a backend, one of `engine.spec.SCHEMAS`."""
-    return getattr(getattr(torch.ops, _NAMESPACE), f"{backend}_{function}").default
+    overload: Function = getattr(getattr(torch.ops, _NAMESPACE), f"{backend}_{function}").default
+    return overload
 
 
 def _kernel(name: str, function: Function) -> Function:

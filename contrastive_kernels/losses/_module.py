@@ -19,11 +19,12 @@ class LossModule(nn.Module):
     """
 
     function: ClassVar[Callable[..., Any]]
+    __signature__: ClassVar[inspect.Signature]
 
     def __init_subclass__(cls) -> None:
         """Give the constructor the signature that `help` shows: its own arguments, then the function's options."""
         super().__init_subclass__()
-        if "function" not in vars(cls):
+        if not isinstance(vars(cls).get("function"), staticmethod):
             return
         own = list(inspect.signature(cls.__init__).parameters.values())[1:]
         listed = [p for p in own if p.kind is not p.VAR_KEYWORD]

@@ -102,8 +102,17 @@ def list_negatives(similarity: Tensor, dropped: Tensor | None, options: SoftmaxO
 
 def union(a: Negatives, b: Negatives) -> Negatives:
     """Return the negatives of both."""
-    join = Negatives(_logaddexp, torch.maximum, torch.add, torch.add, torch.add)
-    return Negatives(*(None if u is None else f(u, v) for f, u, v in zip(join, a, b, strict=True)))
+
+    def add(u: Tensor | None, v: Tensor | None) -> Tensor | None:
+        return None if u is None or v is None else u + v
+
+    return Negatives(
+        lse=_logaddexp(a.lse, b.lse),
+        maximum=None if a.maximum is None or b.maximum is None else torch.maximum(a.maximum, b.maximum),
+        similarity_sum=add(a.similarity_sum, b.similarity_sum),
+        counts=add(a.counts, b.counts),
+        band_sum=add(a.band_sum, b.band_sum),
+    )
 
 
 def _logaddexp(a: Tensor, b: Tensor) -> Tensor:

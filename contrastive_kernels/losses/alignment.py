@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -79,7 +81,7 @@ class AlignmentLoss(LossModule):
     def forward(
         self,
         views: Tensor,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
         return self.function(views, **self.options(), **inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -170,7 +170,7 @@ class ArCLLoss(LossModule):
     def forward(
         self,
         views: Tensor,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff."""
         return self.function(views, **self.options(), **inputs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
@@ -84,7 +86,7 @@ class AugmentationRobustLoss(LossModule):
     def forward(
         self,
         views: Tensor,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
         return self.function(views, **self.options(), **inputs)

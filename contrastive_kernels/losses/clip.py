@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -160,7 +160,7 @@ class ClipLoss(LossModule):
         text_features: Tensor,
         logit_scale: float | Tensor | None = None,
         logit_bias: float | Tensor | None = None,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff."""
         return self.function(image_features, text_features, logit_scale, logit_bias, **self.options(), **inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -168,7 +168,7 @@ class DecoupledLoss(LossModule):
         self,
         z0: Tensor,
         z1: Tensor,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff, positive_weight."""
         return self.function(z0, z1, **self.options(), **inputs)

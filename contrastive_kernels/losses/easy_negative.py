@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -138,7 +138,7 @@ def easy_negative_loss(
         return_stats=return_stats,
         backend=backend,
     )
-    if select == "below":
+    if k is None:
         return info_nce(query, positive_key, negative_keys, cutoff=threshold, normalize=normalize)
     checks.count("k", k)
     checks.paired("query", query, "positive_key", positive_key)
@@ -203,7 +203,7 @@ class EasyNegativeLoss(LossModule):
         query: Tensor,
         positive_key: Tensor,
         negative_keys: Tensor | None = None,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, query_ids, key_ids, threshold."""
         return self.function(query, positive_key, negative_keys, **self.options(), **inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -204,7 +204,7 @@ class FalseNegativeLoss(LossModule):
         self,
         z0: Tensor,
         z1: Tensor | None = None,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, threshold."""
         return self.function(z0, z1, **self.options(), **inputs)

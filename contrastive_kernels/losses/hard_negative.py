@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -192,7 +192,7 @@ class HardNegativeLoss(LossModule):
         self,
         z0: Tensor,
         z1: Tensor,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff."""
         return self.function(z0, z1, **self.options(), **inputs)
@@ -210,7 +210,7 @@ def _check_correction(tau_plus: float, beta: float) -> None:
 def _weighted(z: Tensor, pairs: Pairs, options: SoftmaxOptions, beta: float, detach_weights: bool) -> Negatives:
     """Return the negatives of the rows of z, whose log-sum-exp is that of the sum R of the weighted ones; one sweep."""
     band = None if options.polarization is None else options.polarization.band()
-    # A count over a cutoff comes from the sweep that applies it, so that both see the same pairs.
+    # A number over a cutoff comes from the sweep that applies it, so that both see the same pairs.
     counted = band is None and pairs.cutoff is not None
     out = sweep(
         z,
@@ -222,9 +222,9 @@ def _weighted(z: Tensor, pairs: Pairs, options: SoftmaxOptions, beta: float, det
         maximum=options.return_stats,
         backend=options.backend,
     )
-    count = out.row_sum.detach() if counted else kept_counts(z, None, pairs, options.backend)
+    number = out.row_sum.detach() if counted else kept_counts(z, None, pairs, options.backend)
     # A row of no negatives has the log-sum-exps -inf, whose difference is NaN.
-    empty = (count == 0) | (out.row_lse[0] == -torch.inf)
+    empty = (number == 0) | (out.row_lse[0] == -torch.inf)
     lse = out.row_lse.masked_fill(empty, 0)
     total = lse[0]
     if beta:
@@ -232,11 +232,11 @@ def _weighted(z: Tensor, pairs: Pairs, options: SoftmaxOptions, beta: float, det
         if detach_weights:
             constant = weighted.detach()
             weighted, weights = constant + (weighted - constant) / (1 + beta), weights.detach()
-        total = weighted - weights + count.clamp(min=1).log()
+        total = weighted - weights + number.clamp(min=1).log()
     return Negatives(
         lse=total.masked_fill(empty, -torch.inf),
         maximum=out.row_max if options.return_stats else None,
-        counts=count,
+        counts=number,
         band_sum=None if band is None else out.row_sum,
     )
 
@@ -249,7 +249,7 @@ def _corrected(negatives: Negatives, positive: Tensor, scale: float | Tensor, ta
     if tau_plus:
         hidden = math.log(tau_plus) + log_count + positive
         estimate = _logsubexp(total, hidden) - math.log1p(-tau_plus)
-    floor = log_count - abs(scale)
+    floor = log_count - (scale.abs() if isinstance(scale, Tensor) else abs(scale))
     # A NaN is not below the floor and stays.
     estimate = torch.where(estimate < floor, floor, estimate)
     return estimate.masked_fill(total == -torch.inf, -torch.inf)

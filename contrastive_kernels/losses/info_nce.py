@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -206,7 +206,7 @@ class InfoNCELoss(LossModule):
         super().__init__(temperature=temperature, return_stats=return_stats, **options)
 
     def forward(
-        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None, **inputs: Tensor
+        self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None, **inputs: Any
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, query_ids, key_ids, cutoff."""
         return self.function(query, positive_key, negative_keys, **self.options(), **inputs)

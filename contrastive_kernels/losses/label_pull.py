@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class LabelPullLoss(LossModule):
         z: Tensor,
         labels: Tensor,
         label_embeddings: Tensor,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
         return self.function(z, labels, label_embeddings, **self.options(), **inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -35,7 +36,7 @@ class LMCLLoss(LossModule):
         torch.Size([])
     """
 
-    BASES: ClassVar = {
+    BASES: ClassVar[dict[str, Callable[..., Any]]] = {
         "nt_xent": nt_xent_loss,
         "info_nce": info_nce_loss,
         "quick_thoughts": quick_thoughts_loss,
@@ -48,9 +49,15 @@ class LMCLLoss(LossModule):
     ) -> None:
         if base not in self.BASES:
             raise ValueError(f"base {base!r} is unknown; choose one of {', '.join(map(repr, self.BASES))}")
-        self.function = self.BASES[base]
+        self.base = base
         super().__init__(polarization=Polarization(lower, upper, weight), **options)
 
-    def forward(self, first: Tensor, second: Tensor, **inputs: Tensor) -> Tensor | tuple[Tensor, ContrastiveStats]:
+    @property
+    def function(self) -> Callable[..., Any]:  # type: ignore[override]
+        """The base loss."""
+        return self.BASES[self.base]
+
+    def forward(self, first: Tensor, second: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments of the base loss."""
-        return self.function(first, second, **self.options(), **inputs)
+        loss: Tensor | tuple[Tensor, ContrastiveStats] = self.function(first, second, **self.options(), **inputs)
+        return loss

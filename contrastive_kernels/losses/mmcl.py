@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -246,7 +246,7 @@ class MMCLLoss(LossModule):
     ) -> None:
         super().__init__(kernel=kernel, sigma=sigma, C=C, return_stats=return_stats, **options)
 
-    def forward(self, z0: Tensor, z1: Tensor, **inputs: Tensor) -> Tensor | tuple[Tensor, MMCLStats]:
+    def forward(self, z0: Tensor, z1: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, MMCLStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, alpha0."""
         return self.function(z0, z1, **self.options(), **inputs)
 

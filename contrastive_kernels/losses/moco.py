@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -158,7 +158,7 @@ class MoCoLoss(KeyQueue):
     ) -> None:
         super().__init__(dim, queue_size, temperature=temperature, return_stats=return_stats, **options)
 
-    def forward(self, query: Tensor, key: Tensor, **inputs: Tensor) -> Tensor | tuple[Tensor, ContrastiveStats]:
+    def forward(self, query: Tensor, key: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss against the queue as it was; in training mode the keys then enter it."""
         query, key = self.unit_rows(query), self.unit_rows(key.detach())
         loss = self.function(query, key, self.queue.to(query.dtype, copy=True), **self.options(), **inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -189,7 +189,7 @@ class MoCoArCLLoss(KeyQueue):
     ) -> None:
         super().__init__(dim, queue_size, temperature=temperature, return_stats=return_stats, **options)
 
-    def forward(self, query: Tensor, keys: Tensor, **inputs: Tensor) -> Tensor | tuple[Tensor, ContrastiveStats]:
+    def forward(self, query: Tensor, keys: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss against the queue as it was; in training mode the first key views then enter it."""
         query, keys = self.unit_rows(query), self.unit_rows(keys.detach())
         loss = self.function(query, keys, self.queue.to(query.dtype, copy=True), **self.options(), **inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -170,7 +170,7 @@ class NNCLRLoss(KeyQueue):
     ) -> None:
         super().__init__(dim, queue_size, temperature=temperature, return_stats=return_stats, **options)
 
-    def forward(self, z: Tensor, predictions: Tensor, **inputs: Tensor) -> Tensor | tuple[Tensor, ContrastiveStats]:
+    def forward(self, z: Tensor, predictions: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss against the queue as it was; in training mode z, or its first view, then enters it."""
         z, predictions = self.unit_rows(z.detach()), self.unit_rows(predictions)
         loss = self.function(z, predictions, self.queue.to(z.dtype, copy=True), **self.options(), **inputs)

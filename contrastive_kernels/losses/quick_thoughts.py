@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ class QuickThoughtsLoss(LossModule):
         self,
         first: Tensor,
         second: Tensor,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids."""
         return self.function(first, second, **self.options(), **inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class SpectralContrastiveLoss(LossModule):
         self,
         z0: Tensor,
         z1: Tensor,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
         return self.function(z0, z1, **self.options(), **inputs)
@@ -146,5 +146,5 @@ class SpectralContrastiveLoss(LossModule):
 def _in_ball(x: Tensor, radius: float) -> Tensor:
     """Return rows shorter than the radius as they are, the others at the radius."""
     wide = x.to(compute_dtype(x))
-    norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
     return (wide * (radius / norm.clamp(min=radius))).to(x.dtype)

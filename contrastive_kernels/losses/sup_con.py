@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, overload
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -151,8 +152,8 @@ def sup_con_loss(
     base_temperature = _base_temperature(base_temperature, options.scale, features)
 
     views = unit_rows(features.transpose(0, 1), normalize, backend)
-    by_instance = labels is None or same_label == "negative"
-    ids = torch.arange(n, device=views.device) if by_instance else _class_ids(labels)
+    instances = torch.arange(n, device=views.device)
+    ids = instances if labels is None or same_label == "negative" else _class_ids(labels)
     batch = _Batch(views, views[:1] if contrast_mode == "one" else views, ids)
     if labels is None or same_label != "positive":
         anchors = _towards_own_views(batch, positives, options)
@@ -162,12 +163,10 @@ def sup_con_loss(
     if base_temperature is not None:
         losses = losses / (options.scale * base_temperature)
     share = None
-    if reduction == "mean" and anchors.count is not None:
-        share = _share(anchors.count, positives, average)
+    if reduction == "mean" and anchors.number is not None:
+        share = _share(anchors.number, positives, average)
     loss = reduce(losses, weight, reduction) if share is None else mean_over(losses, share, weight)
-    if not return_stats:
-        return loss
-    return loss, statistics(anchors.positive_logit, anchors.lse, anchors.negative_max)
+    return loss if anchors.stats is None else (loss, anchors.stats)
 
 
 class SupConLoss(LossModule):
@@ -197,7 +196,7 @@ class SupConLoss(LossModule):
         self,
         features: Tensor,
         labels: Tensor | None = None,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
         return self.function(features, labels, **self.options(), **inputs)
@@ -245,70 +244,80 @@ class _Batch(NamedTuple):
 
 
 class _Anchors(NamedTuple):
-    """The loss of every anchor; the last three only where statistics are wanted."""
+    """The loss of every anchor."""
 
     losses: Tensor
-    count: Tensor | None = None  # the number of positives; None: the same for all
-    positive_logit: Tensor | None = None
-    lse: Tensor | None = None
-    negative_max: Tensor | None = None
+    number: Tensor | None = None  # of positives; None: the same for all anchors
+    stats: ContrastiveStats | None = None  # where the options ask for them
 
 
 def _towards_own_views(batch: _Batch, meaning: str, options: SoftmaxOptions) -> _Anchors:
     """Return the losses towards the other views of the sample: a few positives per anchor, and one sweep."""
     anchors, columns = batch.operands()
     negatives = sweep_negatives(anchors, columns, batch.different(), options)
-    count = len(batch.views) - 1
-    if count == 0:
-        # A product, so that a NaN is not lost.
+    number = len(batch.views) - 1
+    if number == 0:
         none = torch.full_like(negatives.lse, -torch.inf)
-        losses = 0 * row_dot(anchors, anchors)
-        return _Anchors(losses, positive_logit=none, lse=negatives.lse, negative_max=negatives.maximum)
-    if columns is None:
-        own = options.scale * other_views(batch.views, options.backend)
+        # A product, so that a NaN is not lost.
+        losses, mean, own_lse = 0 * row_dot(anchors, anchors), none, none
     else:
-        own = options.scale * torch.stack([row_dot(anchors, view, options.backend) for view in batch.views[1:]], 1)
-    own_lse, mean = own.logsumexp(1), own.mean(1)
-    if meaning == "pairwise" or count == 1:
-        # Of a single positive all three meanings are this; the terms that cancel below would leave their rounding.
-        losses = softplus(negatives.lse[:, None] - own).mean(1)
-    else:
-        losses = softplus(negatives.lse - own_lse) + (math.log(count) if meaning == "in" else own_lse - mean)
-    lse = torch.logaddexp(negatives.lse, mean if meaning == "pairwise" else own_lse) if options.return_stats else None
-    return _Anchors(losses, positive_logit=mean, lse=lse, negative_max=negatives.maximum)
+        if columns is None:
+            own = options.scale * other_views(batch.views, options.backend)
+        else:
+            own = options.scale * torch.stack([row_dot(anchors, view, options.backend) for view in batch.views[1:]], 1)
+        own_lse, mean = own.logsumexp(1), own.mean(1)
+        if meaning == "pairwise" or number == 1:
+            # Of a single positive all three meanings are this; the terms that cancel below would leave their rounding.
+            losses = softplus(negatives.lse[:, None] - own).mean(1)
+        else:
+            losses = softplus(negatives.lse - own_lse) + (math.log(number) if meaning == "in" else own_lse - mean)
+    if negatives.maximum is None:
+        return _Anchors(losses)
+    lse = torch.logaddexp(negatives.lse, mean if meaning == "pairwise" else own_lse)
+    return _Anchors(losses, stats=statistics(mean, lse, negatives.maximum))
 
 
 def _towards_class(batch: _Batch, meaning: str, options: SoftmaxOptions) -> _Anchors:
     """Return the losses towards all other rows of the class: sums from the sum of the class, or from a sweep."""
+    number = batch.positive_counts()
+    alone, divisor = number == 0, number.clamp(min=1)
     anchors, columns = batch.operands()
-    count = batch.positive_counts()
-    alone, divisor = count == 0, count.clamp(min=1)
-    mean = options.scale * batch.positive_sums() / divisor if meaning == "out" or options.return_stats else None
+    row_lse = partial(_row_lse, anchors, columns, options)
+
+    def mean_logit() -> Tensor:
+        return options.scale * batch.positive_sums() / divisor
+
     if meaning == "out":
         # Of two or more positives the loss is at least log 2: nothing cancels. Of a single one it does; to avoid that
         # would take a sweep more.
-        lse = sweep(anchors, columns, Pairs(diagonals=1), scale=options.scale, backend=options.backend).row_lse.squeeze(
-            0
-        )
-        losses = lse - mean
-        negatives = _detached_negatives(batch, options) if options.return_stats else None
+        mean = mean_logit()
+        lse = row_lse(Pairs(diagonals=1))
+        losses = (lse - mean).masked_fill(alone, 0)
+        if not options.return_stats:
+            return _Anchors(losses, number)
+        maximum = _detached_negatives(batch, options).maximum
     else:
         negatives = sweep_negatives(anchors, columns, batch.different(), options)
         nothing = negatives.lse == -torch.inf
-        equal = batch.equal()
         if meaning == "in":
-            own_lse = sweep(anchors, columns, equal, scale=options.scale, backend=options.backend).row_lse.squeeze(0)
+            own_lse = row_lse(batch.equal())
             losses = softplus(negatives.lse - own_lse.masked_fill(alone, 0)) + divisor.log()
         else:
-            own_lse = mean
             term = Softplus(-options.scale, negatives.lse.masked_fill(nothing, 0))
-            sums = sweep(anchors, columns, equal, term=term, exponents=(), backend=options.backend).row_sum
+            sums = sweep(anchors, columns, batch.equal(), term=term, exponents=(), backend=options.backend).row_sum
             losses = (sums / divisor).masked_fill(nothing, 0)
-        lse = torch.logaddexp(negatives.lse, own_lse.masked_fill(alone, -torch.inf)) if options.return_stats else None
-    losses = losses.masked_fill(alone, 0)
-    if not options.return_stats:
-        return _Anchors(losses, count)
-    return _Anchors(losses, count, mean.masked_fill(alone, -torch.inf), lse, negatives.maximum)
+        losses = losses.masked_fill(alone, 0)
+        if not options.return_stats:
+            return _Anchors(losses, number)
+        mean, maximum = mean_logit(), negatives.maximum
+        own = own_lse if meaning == "in" else mean
+        lse = torch.logaddexp(negatives.lse, own.masked_fill(alone, -torch.inf))
+    assert maximum is not None
+    return _Anchors(losses, number, statistics(mean.masked_fill(alone, -torch.inf), lse, maximum))
+
+
+def _row_lse(x: Tensor, y: Tensor | None, options: SoftmaxOptions, pairs: Pairs) -> Tensor:
+    return sweep(x, y, pairs, scale=options.scale, backend=options.backend).row_lse.squeeze(0)
 
 
 def _detached_negatives(batch: _Batch, options: SoftmaxOptions) -> Negatives:
@@ -317,11 +326,11 @@ def _detached_negatives(batch: _Batch, options: SoftmaxOptions) -> Negatives:
     return sweep_negatives(anchors.detach(), columns, batch.different(), options)
 
 
-def _share(count: Tensor, meaning: str, average: str) -> Tensor | None:
+def _share(number: Tensor, meaning: str, average: str) -> Tensor | None:
     """Return how often each anchor counts in the mean, from the number of its positives; None: all count once."""
     if meaning == "pairwise":
-        return count
-    return count > 0 if average == "with_positives" else None
+        return number
+    return number > 0 if average == "with_positives" else None
 
 
 def _class_ids(labels: Tensor) -> Tensor:

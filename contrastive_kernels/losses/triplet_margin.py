@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class TripletMarginLoss(LossModule):
         self,
         anchor: Tensor,
         positive: Tensor,
-        **inputs: Tensor,
+        **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids."""
         return self.function(anchor, positive, **self.options(), **inputs)

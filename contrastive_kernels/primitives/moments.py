@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,12 @@ class _Gram(torch.autograd.Function):
         return x.T @ x
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x: Tensor
         (x,) = ctx.saved_tensors
         with wide_products(x):
             return x @ (grad + grad.T)
@@ -38,13 +41,13 @@ class _RowSquares(torch.autograd.Function):
         return row_dot(product, x), product
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         _, product = output
         ctx.mark_non_differentiable(product)
         ctx.save_for_backward(*inputs, product)
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, y, product = ctx.saved_tensors
         needs_x, needs_y = ctx.needs_input_grad
         grad = 2 * grad[:, None]
@@ -58,7 +61,8 @@ class _RowSquares(torch.autograd.Function):
 def row_squares(x: Tensor, y: Tensor) -> Tensor:
     """Return ``sum_j <x_i, y_j>**2`` of every row of x, O(N D^2)."""
     with wide_products(x):
-        return apply(_RowSquares, x, y)[0]
+        squares: Tensor = apply(_RowSquares, x, y)[0]
+    return squares
 
 
 def cross_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

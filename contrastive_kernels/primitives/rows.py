@@ -46,7 +46,8 @@ def row_dot(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
     if fused and x.shape == y.shape and x.dtype == y.dtype:
         chosen = choose(x, backend, "row_dot")
         if "row_dot" in chosen.operators:
-            return apply(RowDot, x, y, chosen.name)
+            product: Tensor = apply(RowDot, x, y, chosen.name)
+            return product
     dtype = compute_dtype(x)
     return (x.to(dtype) * y.to(dtype)).sum(-1)
 

@@ -62,4 +62,5 @@ def row_select(
     checks.count("k", k)
     x, y = cast_for_autocast(x), None if y is None else cast_for_autocast(y)
     select = operator(choose(x, operator="select").name, "select")
-    return select(x, y, k, largest, x_ids, y_ids, exclude_diagonal)
+    values, columns = select(x, y, k, largest, x_ids, y_ids, exclude_diagonal)
+    return values, columns

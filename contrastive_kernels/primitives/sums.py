@@ -66,13 +66,16 @@ def kept_counts(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None =
     if pairs.cutoff is not None:
         y = None if y is None else y.detach()
         return sweep(x.detach(), y, pairs, term=Count(), exponents=(), backend=backend).row_sum
-    y, y_ids = (x, pairs.x_ids) if y is None else (y, pairs.y_ids)
+    y, x_ids, y_ids = (x, pairs.x_ids, pairs.x_ids) if y is None else (y, pairs.x_ids, pairs.y_ids)
     counts = torch.full((x.shape[0],), y.shape[0], dtype=compute_dtype(x), device=x.device)
-    if pairs.x_ids is not None:
-        slot, own, known = _class_slots(pairs.x_ids, y_ids)
+    if x_ids is not None and y_ids is not None:
+        slot, own, known = _class_slots(x_ids, y_ids)
         counts = counts - known * counts.new_zeros(y.shape[0]).index_add(0, slot, counts.new_ones(y.shape[0]))[own]
     if pairs.diagonals:
-        counts = counts - (pairs.diagonals if y_ids is None else (pairs.x_ids != y_ids[: x.shape[0]]).to(counts.dtype))
+        dropped: Tensor | int = pairs.diagonals
+        if x_ids is not None and y_ids is not None:
+            dropped = (x_ids != y_ids[: x.shape[0]]).to(counts.dtype)
+        counts = counts - dropped
     return counts
 
 
@@ -80,16 +83,18 @@ def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = N
     """Return the sum of the similarities of each row of x to its kept columns: O(N D); with a cutoff one more sweep."""
     if pairs.cutoff is not None:
         return sweep(x, y, pairs, term=Identity(), exponents=(), backend=backend).row_sum
-    y, y_ids = (x, pairs.x_ids) if y is None else (y, pairs.y_ids)
+    y, x_ids, y_ids = (x, pairs.x_ids, pairs.x_ids) if y is None else (y, pairs.x_ids, pairs.y_ids)
     wide = y.to(compute_dtype(y))
     total = wide.sum(0).expand(x.shape)
-    if pairs.x_ids is not None:
-        slot, own, known = _class_slots(pairs.x_ids, y_ids)
+    if x_ids is not None and y_ids is not None:
+        slot, own, known = _class_slots(x_ids, y_ids)
         total = total - known[:, None] * torch.zeros_like(wide).index_add(0, slot, wide)[own]
     if pairs.diagonals:
         v = pairs.diagonals
         own_column = wide[: x.shape[0]] if v == 1 else wide.unflatten(0, (v, -1)).sum(0).repeat(v, 1)
-        total = total - (own_column if y_ids is None else (pairs.x_ids != y_ids[: x.shape[0]])[:, None] * own_column)
+        if x_ids is not None and y_ids is not None:
+            own_column = (x_ids != y_ids[: x.shape[0]])[:, None] * own_column
+        total = total - own_column
     return row_dot(x, total, backend)
 
 

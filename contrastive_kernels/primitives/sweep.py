@@ -67,7 +67,7 @@ def weighted_total(
     weight: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Return ``sum_i weight_i sum_j phi(s_ij)``, 0-dim, and its gradients from the same sweep: three products, not four.
+    """Return ``sum_i weight_i sum_j phi(s_ij)``, 0-dim, with gradients from the same sweep: three products, not four.
 
     The weights (N,) default to 1. The arguments are not checked, as those of `sweep`.
     """

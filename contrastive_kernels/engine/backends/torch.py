@@ -232,13 +232,9 @@ def backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Want
     grads = Gradients(*(torch.cat(total) if isinstance(total, list) else total for total in totals))
     if inputs.y is None and wanted.x:
         grads = grads._replace(x=grads.x + grads.y, y=zeros(0))
-    dtypes = Gradients(x.dtype, x.dtype, dtype, dtype, dtype, dtype, totals_dtype)
-    return Gradients(
-        *(
-            grad.to(wanted_dtype) if want else grad.new_empty(0, dtype=wanted_dtype)
-            for grad, wanted_dtype, want in zip(grads, dtypes, wanted, strict=True)
-        )
-    )
+    dtypes = (x.dtype, x.dtype, dtype, dtype, dtype, dtype, totals_dtype)
+    cast = (grad.to(own) for grad, own in zip(grads, dtypes, strict=True))
+    return Gradients(*(grad if want else grad.new_empty(0) for grad, want in zip(cast, wanted, strict=True)))
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,7 +282,8 @@ def select(
     columns = torch.full((n, k), -1, dtype=torch.int64, device=x.device)
     for top in range(0, n, height):
         rows = slice(top, min(top + height, n))
-        best = where = None
+        best: Tensor | None = None
+        where: Tensor | None = None
         for left in range(0, m, width):
             similarity = x[rows] @ y[left : left + width].T
             tile = rows, slice(left, left + similarity.shape[1])
@@ -295,13 +292,13 @@ def select(
                 similarity = similarity.masked_fill(dropped, -torch.inf)
             chosen = _leading(similarity, k)
             found, index = similarity.gather(1, chosen), left + chosen
-            if best is not None:
+            if best is not None and where is not None:
                 # What came before stands first: of equal similarities it has the lower columns.
                 found, index = torch.cat([best, found], 1), torch.cat([where, index], 1)
                 chosen = _leading(found, k)
                 found, index = found.gather(1, chosen), index.gather(1, chosen)
             best, where = found, index
-        if best is not None:
+        if best is not None and where is not None:
             values[rows, : best.shape[1]], columns[rows, : where.shape[1]] = best, where
     columns = columns.masked_fill(values == -torch.inf, -1)
     return values if largest else -values, columns
