@@ -12,9 +12,7 @@ from contrastive_kernels.engine.backends import torch as torch_backend
 from contrastive_kernels.engine.operators import operator
 from contrastive_kernels.engine.spec import (
     DIFFERENTIABLE,
-    BackwardArguments,
     Description,
-    ForwardArguments,
     Gradients,
     Inputs,
     Statistics,
@@ -36,7 +34,7 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # of a base class in C
 
 
-def _spread(grads: Gradients, wanted: Wanted, arguments: int, first: int = 0) -> tuple[Tensor | None, ...]:
+def _spread(grads: Sequence[Tensor], wanted: Wanted, arguments: int, first: int = 0) -> tuple[Tensor | None, ...]:
     """Return one gradient for each of so many arguments, among which the inputs of a sweep begin at `first`."""
     result: list[Tensor | None] = [None] * arguments
     for position, grad, want in zip(DIFFERENTIABLE, grads, wanted, strict=False):
@@ -45,56 +43,54 @@ def _spread(grads: Gradients, wanted: Wanted, arguments: int, first: int = 0) ->
 
 
 class _Sweep(torch.autograd.Function):
-    """The forward and the backward operator of one backend; takes the flat `ForwardArguments`, then the backend."""
+    """The forward operator; takes the fields of `Inputs`, then description, maximum, save_scores and backend."""
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        *flat, backend = arguments
-        return operator(backend, "forward")(*flat)
+        *inputs, what, maximum, save_scores, backend = arguments
+        return operator(backend, "forward")(*inputs, *what, maximum, save_scores)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *flat, ctx.backend = inputs
-        arguments, statistics = ForwardArguments.of(flat), Statistics(*output)
-        ctx.what, ctx.save_scores, ctx.arguments = arguments.what, arguments.save_scores, len(inputs)
-        ctx.mark_non_differentiable(statistics.row_max, statistics.col_max, statistics.scores)
-        ctx.save_for_backward(statistics.row_lse, statistics.col_lse, *arguments.inputs, statistics.scores)
+        *tensors, ctx.what, _, ctx.save_scores, ctx.backend = inputs
+        row_lse, col_lse, row_sum, row_max, col_max, scores = output
+        ctx.arguments = len(inputs)
+        ctx.mark_non_differentiable(row_max, col_max, scores)
+        ctx.save_for_backward(row_lse, col_lse, scores, *tensors)
         # do not materialise zero gradients of unrequested statistics
         ctx.set_materialize_grads(False)
-        ctx.shapes = [statistic.shape for statistic in statistics[:3]]
+        ctx.shapes = row_lse.shape, col_lse.shape, row_sum.shape
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         wanted = Wanted(*(ctx.needs_input_grad[position] for position in DIFFERENTIABLE))
-        row_lse, col_lse, *tensors, scores = ctx.saved_tensors
+        row_lse, col_lse, scores, *tensors = ctx.saved_tensors
         of_rows, of_columns, of_sums = (
             row_lse.new_zeros(shape) if grad is None else grad
             for grad, shape in zip(grads[:3], ctx.shapes, strict=True)
         )
-        arguments = BackwardArguments(
-            upstream=Upstream(of_rows, of_columns, of_sums, row_lse, col_lse),
-            inputs=Inputs(*tensors),
-            what=ctx.what,
-            wanted=wanted,
-            scores=scores if ctx.save_scores else None,
-        )
-        return _spread(sweep_backward(arguments, ctx.backend), wanted, ctx.arguments)
+        upstream = Upstream(of_rows, of_columns, of_sums, row_lse, col_lse)
+        saved = scores if ctx.save_scores else None
+        gradients = sweep_backward(upstream, Inputs(*tensors), ctx.what, wanted, saved, ctx.backend)
+        return _spread(gradients, wanted, ctx.arguments)
 
 
 class _SweepBackward(torch.autograd.Function):
-    """The backward operator; its own derivative is that of the PyTorch backend, whose backward is differentiable."""
+    """The backward operator; its own derivative is that of the PyTorch backend, whose backward is differentiable.
+
+    Takes the fields of `Upstream` and of `Inputs`, then description, wanted, saved scores and backend.
+    """
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        *flat, backend = arguments
-        return operator(backend, "backward")(*flat)
+        *tensors, what, wanted, scores, backend = arguments
+        return operator(backend, "backward")(*tensors, *what, wanted, scores)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *flat, _ = inputs
-        arguments = BackwardArguments.of(flat)
-        ctx.what, ctx.wanted, ctx.arguments = arguments.what, arguments.wanted, len(inputs)
-        ctx.save_for_backward(*arguments.upstream, *arguments.inputs)
+        *tensors, ctx.what, ctx.wanted, _, _ = inputs
+        ctx.arguments = len(inputs)
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
@@ -109,7 +105,7 @@ class _SweepBackward(torch.autograd.Function):
             ]
             split = len(Upstream._fields)
             upstream, inputs = Upstream(*tensors[:split]), Inputs(*tensors[split:])
-            outputs = torch_backend.backward(upstream, inputs, ctx.what, ctx.wanted, None)
+            outputs = torch_backend.backward(upstream, inputs, ctx.what, Wanted(*ctx.wanted), None)
             pairs = [(out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if out.requires_grad]
             needed = [i for i, tensor in enumerate(tensors) if tensor is not None and tensor.requires_grad]
             grads = torch.autograd.grad(
@@ -124,41 +120,33 @@ class _SweepBackward(torch.autograd.Function):
 class _SweepTotal(torch.autograd.Function):
     """The weighted sum of a term over all pairs: the backward operator run at once, its gradients kept until asked for.
 
-    Takes the weights of the rows, then the flat inputs and description, what is wanted, and the backend.
+    Takes the weights of the rows, the fields of `Inputs`, then description, wanted and backend.
     """
 
     @staticmethod
-    def forward(weight: Tensor, *rest: Any) -> Any:
-        *flat, wanted, backend = rest
-        inputs, what = _grouped(flat)
-        arguments = BackwardArguments(_of_row_sums(weight), inputs, what, Wanted(*wanted), None)
-        *grads, total = operator(backend, "backward")(*arguments.flat())
+    def forward(weight: Tensor, *arguments: Any) -> Any:
+        *inputs, what, wanted, backend = arguments
+        *grads, total = operator(backend, "backward")(*_of_row_sums(weight), *inputs, *what, wanted, None)
         return total.to(weight.dtype), *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        weight, *flat, wanted, ctx.backend = inputs
-        tensors, ctx.what = _grouped(flat)
-        ctx.wanted, ctx.arguments = Wanted(*wanted), len(inputs)
+        *tensors, ctx.what, ctx.wanted, ctx.backend = inputs
+        ctx.arguments = len(inputs)
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(weight, *tensors, *output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         weight, *tensors = ctx.saved_tensors
         split = len(Inputs._fields)
-        inputs, grads, wanted = Inputs(*tensors[:split]), tensors[split:], ctx.wanted
+        inputs, grads, wanted = Inputs(*tensors[:split]), tensors[split:], Wanted(*ctx.wanted)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            upstream, without_total = _of_row_sums(grad * weight), wanted._replace(total=False)
-            grads = sweep_backward(BackwardArguments(upstream, inputs, ctx.what, without_total, None), ctx.backend)
+            without_total = wanted._replace(total=False)
+            grads = sweep_backward(_of_row_sums(grad * weight), inputs, ctx.what, without_total, None, ctx.backend)
         else:
             grads = [(g.to(weight.dtype) * grad).to(g.dtype) for g in grads]
         return _spread(grads, wanted, ctx.arguments, first=1)
-
-
-def _grouped(flat: Sequence[Any]) -> tuple[Inputs, Description]:
-    split = len(Inputs._fields)
-    return Inputs(*flat[:split]), Description(*flat[split:])
 
 
 def _of_row_sums(grad: Tensor) -> Upstream:
@@ -167,21 +155,23 @@ def _of_row_sums(grad: Tensor) -> Upstream:
     return Upstream(none, empty, grad, none, empty)
 
 
-def sweep_forward(arguments: ForwardArguments, backend: str) -> Statistics:
+def sweep_forward(inputs: Inputs, what: Description, maximum: bool, save_scores: bool, backend: str) -> Statistics:
     """Return the statistics of a forward sweep, differentiable."""
-    return Statistics(*apply(_Sweep, *arguments.flat(), backend))
+    return Statistics(*apply(_Sweep, *inputs, what, maximum, save_scores, backend))
 
 
-def sweep_backward(arguments: BackwardArguments, backend: str) -> Gradients:
+def sweep_backward(
+    upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None, backend: str
+) -> Gradients:
     """Return the gradients of a backward sweep, differentiable once more in eager mode."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return Gradients(*apply(_SweepBackward, *arguments.flat(), backend))
-    return Gradients(*operator(backend, "backward")(*arguments.flat()))
+        return Gradients(*apply(_SweepBackward, *upstream, *inputs, what, list(wanted), scores, backend))
+    return Gradients(*operator(backend, "backward")(*upstream, *inputs, *what, list(wanted), scores))
 
 
 def sweep_total(weight: Tensor, inputs: Inputs, what: Description, wanted: Wanted, backend: str) -> Tensor:
     """Return ``sum_i weight_i row_sum_i``, differentiable, from one backward sweep that also computes the gradients."""
-    total, *_ = apply(_SweepTotal, weight, *inputs, *what, list(wanted), backend)
+    total, *_ = apply(_SweepTotal, weight, *inputs, what, list(wanted), backend)
     return cast(Tensor, total)
 
 

@@ -122,7 +122,7 @@ DERIVATIVES = tuple(name for name in Gradients._fields if name in Inputs._fields
 DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in DERIVATIVES)
 
 
-# Operators take flat arguments, Python takes the tuples above: the functions below are the only ones to know the order.
+# Operators take flat arguments, in the order of the fields above; their kernels group them again.
 
 
 class ForwardArguments(NamedTuple):
@@ -133,15 +133,11 @@ class ForwardArguments(NamedTuple):
     maximum: bool
     save_scores: bool
 
-    def flat(self) -> tuple[Any, ...]:
-        """Return the arguments in the order of the schema."""
-        return *self.inputs, *self.what, self.maximum, self.save_scores
-
     @classmethod
     def of(cls, flat: Sequence[Any]) -> ForwardArguments:
         """Group flat arguments; save_scores may be missing, as in an exported program."""
-        maximum, *save_scores = flat[_AFTER:]
-        return cls(Inputs(*flat[:_INPUTS]), Description(*flat[_INPUTS:_AFTER]), maximum, any(save_scores))
+        inputs, what, (maximum, *save_scores) = _grouped(flat)
+        return cls(inputs, what, maximum, any(save_scores))
 
 
 class BackwardArguments(NamedTuple):
@@ -153,21 +149,19 @@ class BackwardArguments(NamedTuple):
     wanted: Wanted
     scores: Tensor | None
 
-    def flat(self) -> tuple[Any, ...]:
-        """Return the arguments in the order of the schema."""
-        return *self.upstream, *self.inputs, *self.what, list(self.wanted), self.scores
-
     @classmethod
     def of(cls, flat: Sequence[Any]) -> BackwardArguments:
         """Group flat arguments; scores may be missing, as in an exported program."""
-        upstream, rest = Upstream(*flat[:_UPSTREAM]), flat[_UPSTREAM:]
-        wanted, *scores = rest[_AFTER:]
-        what = Description(*rest[_INPUTS:_AFTER])
-        return cls(upstream, Inputs(*rest[:_INPUTS]), what, Wanted(*wanted), scores[0] if scores else None)
+        split = len(Upstream._fields)
+        inputs, what, (wanted, *scores) = _grouped(flat[split:])
+        return cls(Upstream(*flat[:split]), inputs, what, Wanted(*wanted), scores[0] if scores else None)
 
 
-_INPUTS, _UPSTREAM = len(Inputs._fields), len(Upstream._fields)
-_AFTER = _INPUTS + len(Description._fields)
+def _grouped(flat: Sequence[Any]) -> tuple[Inputs, Description, Sequence[Any]]:
+    first = len(Inputs._fields)
+    last = first + len(Description._fields)
+    return Inputs(*flat[:first]), Description(*flat[first:last]), flat[last:]
+
 
 # The schemas, without the operators' names, from the fields.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from contrastive_kernels.engine.autograd import sweep_forward, sweep_total
 from contrastive_kernels.engine.backends import Backend, choose
 from contrastive_kernels.engine.limits import saved_scores_limit, workspace_limit
-from contrastive_kernels.engine.spec import Description, ForwardArguments, Inputs, Statistics, Wanted, compute_dtype
+from contrastive_kernels.engine.spec import Description, Inputs, Statistics, Wanted, compute_dtype
 from contrastive_kernels.engine.terms import Term
 from contrastive_kernels.primitives.rows import cast_for_autocast
 
@@ -52,7 +52,7 @@ def sweep(
     x, y = inputs.x, inputs.y
     differentiable = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
     save_scores = differentiable and _may_be_saved(inputs, chosen)
-    statistics = sweep_forward(ForwardArguments(inputs, what, maximum, save_scores), chosen.name)
+    statistics = sweep_forward(inputs, what, maximum, save_scores, chosen.name)
     dtype = inputs.scale.dtype
     asked_for = (bool(exponents), column_lse, term is not None, maximum, maximum and column_lse, False)
     return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
