@@ -12,6 +12,8 @@ from contrastive_kernels.losses._polarization import Polarization
 from contrastive_kernels.primitives import checks, compute_dtype
 
 REDUCTIONS = ("mean", "sum", "none")
+# The label of a sample without one.
+UNLABELLED = -1
 
 
 def scale_from(
@@ -53,6 +55,15 @@ def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
         return losses.sum()
     mean = losses.mean() if weight is None else losses.sum() / weight.sum()
     return 2 * mean if reduction == "sum_directions" else mean
+
+
+def mean_over(losses: Tensor, share: Tensor, weight: Tensor | None) -> Tensor:
+    """Return the mean in which an anchor counts `share` times; 0 where none counts."""
+    share = share.to(losses.dtype)
+    if weight is not None:
+        share = share * weight.to(losses.dtype).repeat(losses.numel() // weight.numel())
+    total = share.sum()
+    return (share * losses).sum() / total.masked_fill(total == 0, 1)
 
 
 def row_factors(x: Tensor, weight: Tensor | None, reduction: str) -> Tensor:

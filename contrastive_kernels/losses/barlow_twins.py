@@ -9,7 +9,6 @@ from typing_extensions import TypedDict, Unpack
 
 from contrastive_kernels.losses._arguments import loss_function
 from contrastive_kernels.losses._module import LossModule
-from contrastive_kernels.losses._moments import check_batches
 from contrastive_kernels.primitives import checks, compute_dtype, cross_moments, unit_rows
 
 __all__ = ["BarlowTwinsLoss", "barlow_twins_loss"]
@@ -62,7 +61,8 @@ def barlow_twins_loss(
         >>> barlow_twins_loss(z0, z1).shape
         torch.Size([])
     """
-    check_batches(z0, z1)
+    checks.paired("z0", z0, "z1", z1)
+    checks.two_rows("z0", z0, "the loss is one of variances")
     checks.choice("std", std, ("biased", "unbiased"))
     lambd = checks.scalar("lambd", lambd, z0)
     first, second = (_standard_columns(unit_rows(z, normalize), std) for z in (z0, z1))

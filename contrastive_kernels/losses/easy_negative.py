@@ -11,9 +11,8 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import ContrastiveStats, Loss, SoftmaxArguments
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions
-from contrastive_kernels.losses._selection import between
 from contrastive_kernels.losses.info_nce import info_nce_loss
-from contrastive_kernels.primitives import checks, row_select, unit_rows
+from contrastive_kernels.primitives import checks, cutoff_between, row_select, unit_rows
 
 __all__ = ["EasyNegativeLoss", "easy_negative_loss"]
 
@@ -171,7 +170,7 @@ def easy_negative_loss(
         y_ids=column_ids,
         exclude_diagonal=in_batch,
     )
-    limit = between(values[:, k - 1], values[:, k], query, candidates)
+    limit = cutoff_between(values[:, k - 1], values[:, k], query, candidates)
     return info_nce(query, positive_key, negative_keys, cutoff=limit, normalize=False)
 
 

@@ -12,7 +12,6 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import ContrastiveStats, Loss, SoftmaxArguments
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions
-from contrastive_kernels.losses._selection import between
 from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_negatives
 from contrastive_kernels.losses._views import check_views, other_views, stack_views
 from contrastive_kernels.primitives import (
@@ -20,6 +19,7 @@ from contrastive_kernels.primitives import (
     Pairs,
     checks,
     compute_dtype,
+    cutoff_between,
     kept_counts,
     row_dot,
     row_select,
@@ -165,7 +165,7 @@ def false_negative_loss(
     if mode == "eliminate":
         if top_k is not None:
             values, _ = row_select(z, k=top_k + 1, x_ids=ids)
-            boundary = between(values[:, top_k - 1], values[:, top_k], z, z)
+            boundary = cutoff_between(values[:, top_k - 1], values[:, top_k], z, z)
             limit = boundary if limit is None else torch.maximum(limit, boundary)
         pairs = Pairs(ids, cutoff=limit)
     else:

@@ -10,9 +10,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from contrastive_kernels.losses._arguments import BackendArguments, ReductionArguments, loss_function
-from contrastive_kernels.losses._labels import UNLABELLED, mean_over
 from contrastive_kernels.losses._module import LossModule
-from contrastive_kernels.losses._options import SoftmaxOptions, reduce
+from contrastive_kernels.losses._options import UNLABELLED, SoftmaxOptions, mean_over, reduce
 from contrastive_kernels.losses._softmax import Positives, softmax_value, sweep_negatives
 from contrastive_kernels.primitives import Pairs, checks, row_dot, unit_rows
 

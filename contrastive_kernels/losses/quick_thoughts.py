@@ -92,7 +92,9 @@ def quick_thoughts_loss(
         >>> quick_thoughts_loss(first, second, context_size=2).shape
         torch.Size([])
     """
-    _check_sentences(first, second, context_size)
+    checks.paired("first", first, "second", second)
+    checks.two_rows("first", first, "a sentence needs a neighbour")
+    checks.count("context_size", context_size)
     checks.choice("diagonal", diagonal, ("zero", "exclude"))
     n = first.shape[0]
     ids = checks.optional_ids("ids", ids, n, first)
@@ -178,13 +180,6 @@ class _Context(NamedTuple):
             return cls(valid, valid, torch.zeros_like(valid))
         equal = ids[index.clamp(0, n - 1)] == ids[:, None]
         return cls(valid, valid & ~equal, valid & equal)
-
-
-def _check_sentences(first: Tensor, second: Tensor, context_size: int) -> None:
-    checks.paired("first", first, "second", second)
-    if first.shape[0] < 2:
-        raise ValueError(f"first {checks.shape(first)} must have at least two rows: a sentence needs a neighbour")
-    checks.count("context_size", context_size)
 
 
 def _distances(n: int, context_size: int) -> range:

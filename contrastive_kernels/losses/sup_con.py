@@ -11,9 +11,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from contrastive_kernels.losses._arguments import BackendArguments, ContrastiveStats, Loss, ReductionArguments
-from contrastive_kernels.losses._labels import UNLABELLED, mean_over
 from contrastive_kernels.losses._module import LossModule
-from contrastive_kernels.losses._options import SoftmaxOptions, reduce, softplus
+from contrastive_kernels.losses._options import UNLABELLED, SoftmaxOptions, mean_over, reduce, softplus
 from contrastive_kernels.losses._softmax import Negatives, statistics, sweep_negatives
 from contrastive_kernels.losses._views import other_views
 from contrastive_kernels.primitives import Pairs, Softplus, checks, compute_dtype, row_dot, sweep, unit_rows

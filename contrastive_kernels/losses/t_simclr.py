@@ -7,11 +7,11 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from contrastive_kernels.losses._arguments import BackendArguments, loss_function
-from contrastive_kernels.losses._distances import centred, check_two_rows
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.primitives import (
     Pairs,
     Student,
+    centred,
     checks,
     compute_dtype,
     row_dot,
@@ -65,7 +65,7 @@ def t_simclr_loss(
         torch.Size([])
     """
     checks.paired("z0", z0, "z1", z1)
-    check_two_rows("z0", z0)
+    checks.two_rows("z0", z0, "a distance takes two")
     checks.backend(z0, backend)
     temperature = checks.temperature(temperature, z0)
     checks.positive("df", df)

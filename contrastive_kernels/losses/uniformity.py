@@ -8,10 +8,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from contrastive_kernels.losses._arguments import BackendArguments, loss_function
-from contrastive_kernels.losses._distances import centred, check_two_rows
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.primitives import (
     Pairs,
+    centred,
     checks,
     compute_dtype,
     row_dot,
@@ -54,7 +54,7 @@ def uniformity_loss(
         torch.Size([])
     """
     checks.features("z", z)
-    check_two_rows("z", z)
+    checks.two_rows("z", z, "a distance takes two")
     checks.backend(z, backend)
     t = checks.scalar("t", t, z)
     z, n = unit_rows(z, normalize, backend), z.shape[0]

@@ -7,7 +7,6 @@ from typing_extensions import TypedDict, Unpack
 
 from contrastive_kernels.losses._arguments import loss_function
 from contrastive_kernels.losses._module import LossModule
-from contrastive_kernels.losses._moments import check_batches
 from contrastive_kernels.primitives import checks, compute_dtype, cross_moments, unit_rows
 
 __all__ = ["VICRegLoss", "vicreg_loss"]
@@ -63,7 +62,8 @@ def vicreg_loss(
         >>> vicreg_loss(z0, z1).shape
         torch.Size([])
     """
-    check_batches(z0, z1)
+    checks.paired("z0", z0, "z1", z1)
+    checks.two_rows("z0", z0, "the loss is one of variances")
     checks.number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps {eps} must not be negative: it is added to a variance under a root")

@@ -19,13 +19,14 @@ from contrastive_kernels.primitives.logsumexp import similarity_logsumexp
 from contrastive_kernels.primitives.moments import cross_moments, row_squares
 from contrastive_kernels.primitives.rows import (
     cast_for_autocast,
+    centred,
     nan_unless_finite,
     row_dot,
     unit_rows,
     wide_products,
     wide_sums,
 )
-from contrastive_kernels.primitives.select import row_select
+from contrastive_kernels.primitives.select import cutoff_between, row_select
 from contrastive_kernels.primitives.sums import kept_counts, kept_sums, similarity_sum
 from contrastive_kernels.primitives.sweep import ALL_PAIRS, Pairs, Statistics, sweep, weighted_total
 from contrastive_kernels.primitives.views import min_view_similarity
@@ -46,9 +47,11 @@ __all__ = [
     "Term",
     "available_bytes",
     "cast_for_autocast",
+    "centred",
     "checks",
     "compute_dtype",
     "cross_moments",
+    "cutoff_between",
     "kept_counts",
     "kept_sums",
     "min_view_similarity",

@@ -69,6 +69,12 @@ def alike(name_x: str, x: Tensor, name_y: str, y: Tensor, *, rows: bool = True) 
         raise ValueError(f"{name_x} {shape(x)} and {name_y} {shape(y)} must have the same last dimension")
 
 
+def two_rows(name: str, x: Tensor, why: str) -> None:
+    """Raise unless x has at least two rows."""
+    if x.shape[0] < 2:
+        raise ValueError(f"{name} {shape(x)} must have at least 2 rows: {why}")
+
+
 def paired(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
     """Raise unless x and y are two batches of paired rows, (N, D) both, N > 0."""
     features(name_x, x)
