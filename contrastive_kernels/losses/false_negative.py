@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -20,6 +19,7 @@ from contrastive_kernels.primitives import (
     checks,
     compute_dtype,
     cutoff_between,
+    gather_rows,
     kept_counts,
     row_dot,
     row_select,
@@ -224,8 +224,7 @@ def _flagged(
     values, columns = row_select(z, k=top_k, x_ids=ids)
     flags = columns >= 0 if limit is None else values > limit[:, None]
     total = torch.zeros(z.shape, dtype=compute_dtype(z), device=z.device)
-    # Rows are added up before the product, one rank at a time: nothing of size N * top_k * D is stored. Unlike that of
-    # an indexing, the gradient of an embedding adds the rows in a fixed order.
+    # Rows are added up before the product, one rank at a time: nothing of size N * top_k * D is stored.
     for column, flag in zip(columns.clamp(min=0).unbind(1), flags.unbind(1), strict=True):
-        total = total + F.embedding(column, z).to(total.dtype).masked_fill(~flag[:, None], 0)
+        total = total + gather_rows(z, column).to(total.dtype).masked_fill(~flag[:, None], 0)
     return row_dot(z, total), flags.sum(1).to(total.dtype)

@@ -13,7 +13,7 @@ from contrastive_kernels.losses._arguments import BackendArguments, ReductionArg
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import UNLABELLED, SoftmaxOptions, mean_over, reduce
 from contrastive_kernels.losses._softmax import Positives, softmax_value, sweep_negatives
-from contrastive_kernels.primitives import Pairs, checks, row_dot, unit_rows
+from contrastive_kernels.primitives import Pairs, checks, gather_rows, row_dot, unit_rows
 
 __all__ = ["LabelPullLoss", "label_pull_loss"]
 
@@ -95,7 +95,7 @@ def label_pull_loss(
 
     z, embeddings = unit_rows(z, normalize, backend), unit_rows(label_embeddings, normalize, backend)
     classes = embeddings.shape[0]
-    similarity = row_dot(z, embeddings[labels.clamp(0, classes - 1)], backend)
+    similarity = row_dot(z, gather_rows(embeddings, labels.clamp(0, classes - 1)), backend)
     if form == "pull":
         losses = 1 - similarity
     else:

@@ -15,7 +15,16 @@ from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import UNLABELLED, SoftmaxOptions, mean_over, reduce, softplus
 from contrastive_kernels.losses._softmax import Negatives, statistics, sweep_negatives
 from contrastive_kernels.losses._views import other_views
-from contrastive_kernels.primitives import Pairs, Softplus, checks, compute_dtype, row_dot, sweep, unit_rows
+from contrastive_kernels.primitives import (
+    Pairs,
+    Softplus,
+    checks,
+    compute_dtype,
+    gather_rows,
+    row_dot,
+    sweep,
+    unit_rows,
+)
 
 __all__ = ["SupConLoss", "sup_con_loss"]
 
@@ -238,7 +247,7 @@ class _Batch(NamedTuple):
     def positive_sums(self) -> Tensor:
         """Return (A,), the sum of the similarities to them, from the sum of every class."""
         samples = self.views.sum(0, dtype=compute_dtype(self.views))
-        classes = torch.zeros_like(samples).index_add(0, self.ids, samples)[self.ids]
+        classes = gather_rows(torch.zeros_like(samples).index_add(0, self.ids, samples), self.ids)
         return row_dot(self.heads, classes - self.heads).flatten()
 
 

@@ -16,6 +16,7 @@ from contrastive_kernels.primitives import (
     Hinge,
     Pairs,
     checks,
+    gather_rows,
     kept_counts,
     row_dot,
     row_select,
@@ -180,7 +181,7 @@ def _hardest_hinges(
     for own, other in ((x, y), (y, x)):
         _, columns = row_select(own.detach(), other.detach(), x_ids=ids, y_ids=ids, exclude_diagonal=True)
         columns = columns[:, 0]
-        hardest = row_dot(own, other[columns.clamp(min=0)])
+        hardest = row_dot(own, gather_rows(other, columns.clamp(min=0)))
         gap = _distance(similarity) - _distance(hardest) if euclidean else hardest - similarity
         hinges.append(torch.relu(margin + gap).masked_fill(columns < 0, 0))
     losses = hinges[0] + hinges[1]

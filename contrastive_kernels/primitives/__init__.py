@@ -20,6 +20,7 @@ from contrastive_kernels.primitives.moments import cross_moments, row_squares
 from contrastive_kernels.primitives.rows import (
     cast_for_autocast,
     centred,
+    gather_rows,
     nan_unless_finite,
     row_dot,
     unit_rows,
@@ -52,6 +53,7 @@ __all__ = [
     "compute_dtype",
     "cross_moments",
     "cutoff_between",
+    "gather_rows",
     "kept_counts",
     "kept_sums",
     "min_view_similarity",

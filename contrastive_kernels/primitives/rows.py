@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kernels.engine.autograd import RowDot, UnitRows, apply
@@ -12,7 +13,16 @@ from contrastive_kernels.engine.backends import choose
 from contrastive_kernels.engine.backends import torch as torch_backend
 from contrastive_kernels.engine.spec import compute_dtype
 
-__all__ = ["cast_for_autocast", "centred", "nan_unless_finite", "row_dot", "unit_rows", "wide_products", "wide_sums"]
+__all__ = [
+    "cast_for_autocast",
+    "centred",
+    "gather_rows",
+    "nan_unless_finite",
+    "row_dot",
+    "unit_rows",
+    "wide_products",
+    "wide_sums",
+]
 
 
 def unit_rows(x: Tensor, normalize: bool = True, backend: str | None = None) -> Tensor:
@@ -50,6 +60,11 @@ def row_dot(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
             return product
     dtype = compute_dtype(x)
     return (x.to(dtype) * y.to(dtype)).sum(-1)
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Return ``x[index]``, whose gradient adds up the rows in a fixed order: the same bits in every run on a CPU."""
+    return F.embedding(index, x)
 
 
 def centred(z: Tensor) -> Tensor:

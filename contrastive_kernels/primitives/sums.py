@@ -10,7 +10,7 @@ from torch import Tensor
 from contrastive_kernels.engine.spec import compute_dtype
 from contrastive_kernels.engine.terms import Count, Identity, Term
 from contrastive_kernels.primitives import checks
-from contrastive_kernels.primitives.rows import row_dot
+from contrastive_kernels.primitives.rows import gather_rows, row_dot
 from contrastive_kernels.primitives.sweep import Pairs, sweep, weighted_total
 
 __all__ = ["kept_counts", "kept_sums", "similarity_sum"]
@@ -88,7 +88,8 @@ def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = N
     total = wide.sum(0).expand(x.shape)
     if x_ids is not None and y_ids is not None:
         slot, own, known = _class_slots(x_ids, y_ids)
-        total = total - known[:, None] * torch.zeros_like(wide).index_add(0, slot, wide)[own]
+        classes = torch.zeros_like(wide).index_add(0, slot, wide)
+        total = total - known[:, None] * gather_rows(classes, own)
     if pairs.diagonals:
         v = pairs.diagonals
         own_column = wide[: x.shape[0]] if v == 1 else wide.unflatten(0, (v, -1)).sum(0).repeat(v, 1)
