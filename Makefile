@@ -5,7 +5,9 @@ PEERS := .venv-peers/bin/python
 # the build finds ninja here
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test test-peers bench lint interpret aot gpu sanitize clean
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+
+.PHONY: demo test test-peers bench lint format interpret aot gpu sanitize clean
 
 demo: .venv/built      ## compare time and memory on this machine, about three minutes
 	$(VENV) -m benchmarks --preset demo
@@ -21,6 +23,11 @@ bench: .venv/built     ## every loss, more sizes and dtypes: about half an hour
 
 lint: .venv/installed
 	$(VENV) -m ruff check . && $(VENV) -m ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: .venv/installed
+	$(VENV) -m ruff check --fix . && $(VENV) -m ruff format .
+	.venv/bin/clang-format -i $(CXX_FILES)
 
 interpret: .venv/built ## the Triton kernels in the interpreter
 	TRITON_INTERPRET=1 $(VENV) -m pytest -m interpret
@@ -44,7 +51,7 @@ clean:
 	$(VENV) -c "import triton" 2>/dev/null || $(VENV) -m pip install triton==3.6.0
 	touch $@
 
-.venv/built: .venv/installed setup.py pyproject.toml $(wildcard csrc/*)
+.venv/built: .venv/installed setup.py pyproject.toml $(CXX_FILES)
 	$(VENV) -m pip install --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -7,9 +7,9 @@
 
 #include "sweep.h"
 
-#define INPUTS                                                                                                \
-  "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? cutoff, "           \
-  "Tensor? term_scale, Tensor? term_offset, float[] exponents, bool columns, str term, float[] constants, "   \
+#define INPUTS                                                                                              \
+  "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? cutoff, "         \
+  "Tensor? term_scale, Tensor? term_offset, float[] exponents, bool columns, str term, float[] constants, " \
   "bool same, int exclude_diagonal, "
 
 namespace contrastive_kernels {
@@ -71,7 +71,8 @@ at::Tensor cpp_views(const at::Tensor& views) {
 TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
   m.def("cpp_forward(" INPUTS "bool maximum, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "cpp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor col_lse, " INPUTS
+      "cpp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor "
+      "col_lse, " INPUTS
       "bool[] needs, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpp_select(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal) "

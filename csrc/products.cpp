@@ -31,7 +31,7 @@ at::Tensor transposed_rows_of(const at::Tensor& matrix, Range rows) {
 
 at::Tensor with_unit_stride(const at::Tensor& matrix) {
   return matrix.stride(1) == 1 && matrix.stride(0) >= std::max<int64_t>(1, matrix.size(1)) ? matrix
-                                                                                          : matrix.contiguous();
+                                                                                           : matrix.contiguous();
 }
 
 // The panels of kFloatPanel rows of y, each transposed: [panels, d, kFloatPanel], the last one filled up with zeros.
@@ -50,13 +50,13 @@ at::Tensor transposed_panels(const at::Tensor& y) {
   return panels;
 }
 
-// Products by the BLAS, in the compute dtype; float16 and bfloat16 operands are converted beforehand. The scores in float
-// are by the kernel of oneDNN, which takes its operands as they lie: for small d the BLAS spends a fifth on packing.
+// Products by the BLAS, in the compute dtype; float16 and bfloat16 operands are converted beforehand. The scores in
+// float are by the kernel of oneDNN, which takes its operands as they lie: for small d the BLAS spends a fifth on
+// packing.
 template <typename T>
 class BlasProducts final : public Products<T> {
  public:
-  BlasProducts(const at::Tensor& x, const at::Tensor& y, Wanted wanted)
-      : dtype_(x.scalar_type()), wanted_(wanted) {
+  BlasProducts(const at::Tensor& x, const at::Tensor& y, Wanted wanted) : dtype_(x.scalar_type()), wanted_(wanted) {
     const auto compute = c10::CppTypeToScalarType<T>::value;
     x_ = with_unit_stride(x.to(compute));
     y_ = y.is_same(x) ? x_ : with_unit_stride(y.to(compute));
@@ -153,7 +153,8 @@ class MatrixUnitProducts final : public Products<float> {
     const int64_t height = round_up(rows.size(), 2), width = round_up(cols.size(), kPanel);
     auto& buffer = buffers_[slot];
     // The columns behind the last one multiply rows of zeros, but must be numbers; so must an odd row's partner.
-    for (int64_t i = 0; i < rows.size(); ++i) std::fill(g + i * kTileCols + cols.size(), g + i * kTileCols + width, 0.f);
+    for (int64_t i = 0; i < rows.size(); ++i)
+      std::fill(g + i * kTileCols + cols.size(), g + i * kTileCols + width, 0.f);
     if (height > rows.size()) std::fill_n(g + rows.size() * kTileCols, width, 0.f);
     for (int64_t i = 0; i < height; i += 2)
       tile_math<float>().round_rows(width, g + i * kTileCols, g + (i + 1) * kTileCols, buffer.rows + i * kTileCols,
@@ -210,9 +211,7 @@ class MatrixUnitProducts final : public Products<float> {
   std::unique_ptr<Buffer[]> buffers_;  // one a slot
 };
 
-bool use_matrix_unit(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype);
-}
+bool use_matrix_unit(at::ScalarType dtype) { return dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype); }
 
 }  // namespace
 

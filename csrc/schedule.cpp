@@ -24,8 +24,7 @@ Schedule all_pairs(int64_t n, int64_t m, int64_t threads, int64_t granule) {
   Schedule schedule(rows.empty() || cols.empty() ? 0 : length);
   for (size_t p = 0; p < schedule.size(); ++p)
     for (size_t t = 0; t < length; ++t)
-      if (t < rows.size() && (t + p) % length < cols.size())
-        schedule[p].push_back({rows[t], cols[(t + p) % length]});
+      if (t < rows.size() && (t + p) % length < cols.size()) schedule[p].push_back({rows[t], cols[(t + p) % length]});
   return schedule;
 }
 

@@ -74,8 +74,8 @@ void check(const Inputs& in, const Description& description) {
   TORCH_CHECK_VALUE(!description.columns || (!in.bias && description.exponents.size() <= 1),
                     "columns cannot be combined with bias or several exponents");
   const int64_t views = description.exclude_diagonal;
-  TORCH_CHECK_VALUE(0 <= views && (views <= 1 || (!in.y && in.x.size(0) % views == 0)),
-                    "exclude_diagonal ", views, " must be 0, 1 or the number of views in x, which has no y then");
+  TORCH_CHECK_VALUE(0 <= views && (views <= 1 || (!in.y && in.x.size(0) % views == 0)), "exclude_diagonal ", views,
+                    " must be 0, 1 or the number of views in x, which has no y then");
 }
 
 // One call: the inputs as the tile functions take them, the schedule, and a workspace for each thread.
@@ -85,8 +85,8 @@ class Sweep {
   Sweep(const Inputs& in, const Description& description, bool maximum)
       : self_(!in.y),
         // Then S and its mask are symmetric, and so are the sums over rows and over columns.
-        symmetric_(self_ && !in.bias && !in.cutoff && !in.term_offset && !description.columns),
-        x_(in.x), y_(self_ ? in.x : *in.y) {
+        symmetric_(self_ && !in.bias && !in.cutoff && !in.term_offset && !description.columns), x_(in.x),
+        y_(self_ ? in.x : *in.y) {
     for (const double exponent : description.exponents)
       rules_.channels.push_back({exponent, symmetric_ || (description.columns && exponent == 1)});
     const auto one = std::find(description.exponents.begin(), description.exponents.end(), 1.0);
@@ -282,9 +282,11 @@ Outputs forward_as(const Inputs& in, const Description& description, bool maximu
                 keep ? kept.template data_ptr<T>() : nullptr);
   const auto none = [] { return nothing(at::kDouble); };  // outputs may not share memory
   return {rows.log_sum_exp().narrow(0, 0, description.exponents.size()),
-          description.columns ? cols.log_sum_exp().select(0, sweep.one()) : none(), rows.term_sum(),
+          description.columns ? cols.log_sum_exp().select(0, sweep.one()) : none(),
+          rows.term_sum(),
           maximum ? rows.maximum(sweep.one()) : none(),
-          maximum && description.columns ? cols.maximum(sweep.one()) : none(), kept};
+          maximum && description.columns ? cols.maximum(sweep.one()) : none(),
+          kept};
 }
 
 template <typename T>
@@ -308,8 +310,8 @@ Gradients backward_as(const at::Tensor& grad_row_lse, const at::Tensor& grad_col
   if (needs[3]) side.bias = bias.template data_ptr<double>();
   if (needs[5]) side.term_offset = term_offset.template data_ptr<double>();
 
-  auto [dx, dy] = sweep.backward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(), side, needs[0], needs[1],
-                                 scores ? scores->template const_data_ptr<T>() : nullptr);
+  auto [dx, dy] = sweep.backward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(), side, needs[0],
+                                 needs[1], scores ? scores->template const_data_ptr<T>() : nullptr);
   const auto dtype = in.x.scalar_type();
   return {dx.defined() ? dx : nothing(dtype),
           dy.defined() ? dy : nothing(dtype),

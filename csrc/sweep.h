@@ -34,8 +34,7 @@ struct Description {
 using Outputs = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 // Gradients of x, y, scale, bias, term_scale and term_offset; the total of the term, times its gradient.
-using Gradients =
-    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Outputs forward(const Inputs& inputs, const Description& description, bool maximum, bool keep);
 

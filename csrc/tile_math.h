@@ -1,5 +1,6 @@
-// What happens to one tile of similarities: logits, masks, exponentials, terms; and to a row of features. Everything here
-// is plain C++ over raw memory; which rows and columns a tile holds is the schedule's business, how it was multiplied the products'.
+// What happens to one tile of similarities: logits, masks, exponentials, terms; and to a row of features. Everything
+// here is plain C++ over raw memory; which rows and columns a tile holds is the schedule's business, how it was
+// multiplied the products'.
 #pragma once
 
 #include <cstdint>
@@ -71,8 +72,8 @@ struct Upstream {
   const T* grad_term_sum;  // [n] or null
 };
 
-// What a backward sweep yields besides matrices. The sums over all pairs are one per thread; `total` is that of the term's
-// values, each times its gradient, without log-sum-exps beside it.
+// What a backward sweep yields besides matrices. The sums over all pairs are one per thread; `total` is that of the
+// term's values, each times its gradient, without log-sum-exps beside it.
 struct SideGradients {
   double scale = 0;
   double term_scale = 0;
