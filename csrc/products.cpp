@@ -150,6 +150,7 @@ class MatrixUnitProducts final : public Products<float> {
   }
 
   void add_gradients(Range rows, Range cols, float* g, bool transposed, int64_t slot) override {
+    if (!buffers_) return;
     const int64_t height = round_up(rows.size(), 2), width = round_up(cols.size(), kPanel);
     auto& buffer = buffers_[slot];
     // The columns behind the last one multiply rows of zeros, but must be numbers; so must an odd row's partner.

@@ -261,6 +261,21 @@ def test_engine_empty(shape, dtype):
 
 @pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
 @pytest.mark.parametrize("m", [700, 0], ids=["two-operands", "self"])
+def test_engine_gradient_of_the_scale_alone(m, dtype):
+    """Frozen features with a learned temperature: no matrix product, the same gradient."""
+    case = Case(n=700, m=m)
+    inputs = case.inputs(dtype)
+    row_lse, col_lse, *_ = ops.cpp_forward(*inputs, *case.description(), False)
+    upstream = [torch.randn_like(row_lse).to(inputs[2].dtype), torch.empty(0), torch.empty(0)]
+    arguments = (*upstream, row_lse, col_lse, *inputs, *case.description())
+    everything = ops.cpp_backward(*arguments, [True, m > 0, True, False, False, False, False])
+    alone = ops.cpp_backward(*arguments, [False, False, True, False, False, False, False])
+    assert torch.equal(alone[2], everything[2])
+    assert not any(gradient.numel() for k, gradient in enumerate(alone) if k != 2)
+
+
+@pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
+@pytest.mark.parametrize("m", [700, 0], ids=["two-operands", "self"])
 def test_engine_repeats_bitwise(m, dtype):
     case = Case(n=700, m=m, columns=m > 0, ids=300, term="band")
     first = run(case, dtype)
