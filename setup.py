@@ -9,7 +9,6 @@ import sys
 from setuptools import setup
 
 CHOICE = os.environ.get("CONTRASTIVE_KERNELS_BUILD", "")
-HEADERS = ["products.h", "schedule.h", "sweep.h", "tile_math.h", "tile_math.inc"]
 SOURCES = [
     "extension.cpp",
     "products.cpp",
@@ -17,8 +16,26 @@ SOURCES = [
     "schedule.cpp",
     "select.cpp",
     "sweep.cpp",
-    "tile_math.cpp",
+    "tile/tile_math.cpp",
     "views.cpp",
+]
+# Changing one of these compiles the extension again.
+HEADERS = [
+    "products.h",
+    "schedule.h",
+    "sweep.h",
+    "tile/backward.inc",
+    "tile/exponential.inc",
+    "tile/forward.inc",
+    "tile/log_sum_exp.inc",
+    "tile/masks.inc",
+    "tile/rounding.inc",
+    "tile/rows.inc",
+    "tile/select.inc",
+    "tile/terms.inc",
+    "tile/tile_math.h",
+    "tile/tile_math.inc",
+    "tile/weights.inc",
 ]
 
 

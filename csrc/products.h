@@ -6,7 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "tile_math.h"
+#include "tile/tile_math.h"
 
 namespace contrastive_kernels {
 

@@ -6,7 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
-#include "tile_math.h"
+#include "tile/tile_math.h"
 
 namespace contrastive_kernels {
 namespace {

@@ -10,7 +10,7 @@
 
 #include <ATen/Parallel.h>
 
-#include "tile_math.h"
+#include "tile/tile_math.h"
 
 namespace contrastive_kernels {
 

@@ -9,7 +9,7 @@
 #include <ATen/ops/full.h>
 
 #include "products.h"
-#include "tile_math.h"
+#include "tile/tile_math.h"
 
 namespace contrastive_kernels {
 namespace {

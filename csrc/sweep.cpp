@@ -14,7 +14,7 @@
 
 #include "products.h"
 #include "schedule.h"
-#include "tile_math.h"
+#include "tile/tile_math.h"
 
 namespace contrastive_kernels {
 namespace {
