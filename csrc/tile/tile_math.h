@@ -85,14 +85,30 @@ struct SideGradients {
   bool need_total = false;
 };
 
-// One slot's memory: about 1 MiB in float.
+// One slot's memory, about 1 MiB in float. Every buffer holds one thing, and no two share memory.
 template <typename T>
 struct Workspace {
   alignas(64) T scores[kTileRows * kTileCols];
-  alignas(64) T logits[kTileRows * kTileCols];
-  alignas(64) T row[3][kTileRows];
-  alignas(64) T col[4][kTileCols];
+  // Forward: the logits of every channel but the last, whose logits replace the scores.
+  alignas(64) T tile_logits[kTileRows * kTileCols];
+
+  // Forward, one value for each row or column of the tile: the largest logit, the shift and the sum of exponentials.
+  alignas(64) T row_top[kTileRows], row_shift[kTileRows], row_sum[kTileRows];
+  alignas(64) T col_top[kTileCols], col_shift[kTileCols], col_sum[kTileCols];
+  // Backward, one value for each row or column of the tile: what multiplies the shared exponentials.
+  alignas(64) T row_factor[kTileRows], col_factor[kTileCols];
+
+  // The rest holds one row of the tile, from the start of the row's turn to its end.
+  // Both sweeps and the selection: 1 where the pair is kept.
   alignas(64) uint8_t kept[kTileCols];
+  // Forward in one pass, and channel_weights: one channel's logits.
+  alignas(64) T logits[kTileCols];
+  // Backward: the weights of all channels' log-sum-exps, and one channel's part of the bias's gradient.
+  alignas(64) T weights[kTileCols], bias_weights[kTileCols];
+  // Both sweeps: what the term's arguments are linear in, unless it is the scores. The values take the arguments' place
+  // in the forward sweep, the slopes do so in the backward sweep.
+  alignas(64) T term_base[kTileCols], term_values[kTileCols], term_slopes[kTileCols];
+
   // How often a shift known beforehand has not been good enough.
   int64_t misses = 0;
   SideGradients side;
