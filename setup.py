@@ -10,6 +10,7 @@ from setuptools import setup
 
 CHOICE = os.environ.get("CONTRASTIVE_KERNELS_BUILD", "")
 SOURCES = [
+    "checks.cpp",
     "extension.cpp",
     "products.cpp",
     "rows.cpp",
@@ -21,9 +22,10 @@ SOURCES = [
 ]
 # Changing one of these compiles the extension again.
 HEADERS = [
+    "checks.h",
+    "operators.h",
     "products.h",
     "schedule.h",
-    "sweep.h",
     "tile/backward.inc",
     "tile/exponential.inc",
     "tile/forward.inc",

@@ -1,46 +1,49 @@
-// The only file that knows the dispatcher and Python. The schemas are those of contrastive_kernels/sweep.py.
+// The operators as PyTorch's dispatcher and Python see them; no other file includes either. The schemas are equal to
+// those of contrastive_kernels/engine/spec.py.
 #include <Python.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <torch/library.h>
 
-#include "sweep.h"
+#include "operators.h"
 
-#define INPUTS                                                                                              \
-  "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? cutoff, "         \
-  "Tensor? term_scale, Tensor? term_offset, float[] exponents, bool columns, str term, float[] constants, " \
-  "bool same, int exclude_diagonal, "
+#define INPUTS                                                                                                 \
+  "Tensor x, Tensor? y, Tensor scale, Tensor? bias, Tensor? x_ids, Tensor? y_ids, Tensor? cutoff, "            \
+  "Tensor? term_scale, Tensor? term_offset, float[] exponents, bool column_lse, str term, float[] constants, " \
+  "bool keep_equal_ids, int diagonals, "
 
 namespace contrastive_kernels {
 namespace {
 
 using Numbers = at::ArrayRef<double>;
 
-Outputs cpp_forward(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale, const OptionalTensor& bias,
-                    const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& cutoff,
-                    const OptionalTensor& term_scale, const OptionalTensor& term_offset, Numbers exponents,
-                    bool columns, std::string_view term, Numbers constants, bool same, int64_t exclude_diagonal,
-                    bool maximum, bool keep) {
+auto cpp_forward(const at::Tensor& x, const OptionalTensor& y, const at::Tensor& scale, const OptionalTensor& bias,
+                 const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& cutoff,
+                 const OptionalTensor& term_scale, const OptionalTensor& term_offset, Numbers exponents,
+                 bool column_lse, std::string_view term, Numbers constants, bool keep_equal_ids, int64_t diagonals,
+                 bool maximum, bool save_scores) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return forward({x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
-                 {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, maximum, keep);
+  const auto s =
+      forward({x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
+              {exponents.vec(), column_lse, term, constants.vec(), keep_equal_ids, diagonals}, maximum, save_scores);
+  return std::make_tuple(s.row_lse, s.col_lse, s.row_sum, s.row_max, s.col_max, s.scores);
 }
 
-Gradients cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
-                       const at::Tensor& row_lse, const at::Tensor& col_lse, const at::Tensor& x,
-                       const OptionalTensor& y, const at::Tensor& scale, const OptionalTensor& bias,
-                       const OptionalTensor& x_ids, const OptionalTensor& y_ids, const OptionalTensor& cutoff,
-                       const OptionalTensor& term_scale, const OptionalTensor& term_offset, Numbers exponents,
-                       bool columns, std::string_view term, Numbers constants, bool same, int64_t exclude_diagonal,
-                       c10::List<bool> needs, const OptionalTensor& scores) {
+auto cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
+                  const at::Tensor& row_lse, const at::Tensor& col_lse, const at::Tensor& x, const OptionalTensor& y,
+                  const at::Tensor& scale, const OptionalTensor& bias, const OptionalTensor& x_ids,
+                  const OptionalTensor& y_ids, const OptionalTensor& cutoff, const OptionalTensor& term_scale,
+                  const OptionalTensor& term_offset, Numbers exponents, bool column_lse, std::string_view term,
+                  Numbers constants, bool keep_equal_ids, int64_t diagonals, const c10::List<bool>& wanted,
+                  const OptionalTensor& scores) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  std::array<bool, 7> wanted;
-  TORCH_CHECK(needs.size() == wanted.size(), "needs must have 7 entries, got ", needs.size());
-  std::copy(needs.begin(), needs.end(), wanted.begin());
-  return backward(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse,
-                  {x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
-                  {exponents.vec(), columns, term, constants.vec(), same, exclude_diagonal}, wanted, scores);
+  TORCH_CHECK_VALUE(wanted.size() == 7, "wanted must have 7 entries, got ", wanted.size());
+  const auto g = backward({grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse},
+                          {x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
+                          {exponents.vec(), column_lse, term, constants.vec(), keep_equal_ids, diagonals},
+                          {wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5], wanted[6]}, scores);
+  return std::make_tuple(g.x, g.y, g.scale, g.bias, g.term_scale, g.term_offset, g.total);
 }
 
 std::tuple<at::Tensor, at::Tensor> cpp_select(const at::Tensor& x, const OptionalTensor& y, int64_t k, bool largest,
@@ -69,11 +72,12 @@ at::Tensor cpp_views(const at::Tensor& views) {
 }  // namespace contrastive_kernels
 
 TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
-  m.def("cpp_forward(" INPUTS "bool maximum, bool keep=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpp_forward(" INPUTS
+        "bool maximum, bool save_scores=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "cpp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor "
-      "col_lse, " INPUTS
-      "bool[] needs, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "cpp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, "
+      "Tensor col_lse, " INPUTS
+      "bool[] wanted, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpp_select(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal) "
       "-> (Tensor, Tensor)");
@@ -91,7 +95,7 @@ TORCH_LIBRARY_IMPL(contrastive_kernels, CPU, m) {
   m.impl("cpp_views", TORCH_FN(contrastive_kernels::cpp_views));
 }
 
-// Importing the module registers the operators; there is nothing else in it.
+// Importing the module registers the operators.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);

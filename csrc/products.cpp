@@ -56,7 +56,8 @@ at::Tensor transposed_panels(const at::Tensor& y) {
 template <typename T>
 class BlasProducts final : public Products<T> {
  public:
-  BlasProducts(const at::Tensor& x, const at::Tensor& y, Wanted wanted) : dtype_(x.scalar_type()), wanted_(wanted) {
+  BlasProducts(const at::Tensor& x, const at::Tensor& y, ProductsWanted wanted)
+      : dtype_(x.scalar_type()), wanted_(wanted) {
     const auto compute = c10::CppTypeToScalarType<T>::value;
     x_ = with_unit_stride(x.to(compute));
     y_ = y.is_same(x) ? x_ : with_unit_stride(y.to(compute));
@@ -105,7 +106,7 @@ class BlasProducts final : public Products<T> {
   }
 
   at::ScalarType dtype_;
-  Wanted wanted_;
+  ProductsWanted wanted_;
   at::Tensor x_, y_, y_columns_, dx_, dy_;
 };
 
@@ -124,7 +125,7 @@ class MatrixUnitProducts final : public Products<float> {
   using BFloat16 = at::BFloat16;
 
  public:
-  MatrixUnitProducts(const at::Tensor& x, const at::Tensor& y, Wanted wanted, int64_t slots)
+  MatrixUnitProducts(const at::Tensor& x, const at::Tensor& y, ProductsWanted wanted, int64_t slots)
       : wanted_(wanted), n_(x.size(0)), m_(y.size(0)), d_(x.size(1)), depth_(round_up(d_, kDepth)),
         panels_(round_up(m_, kPanel) / kPanel), buffers_(wanted.dx || wanted.dy ? new Buffer[slots] : nullptr) {
     const auto floats = x.options().dtype(at::kFloat);
@@ -206,7 +207,7 @@ class MatrixUnitProducts final : public Products<float> {
     return reinterpret_cast<const BFloat16*>(y_columns_.data_ptr<int32_t>() + j * (depth_ / 2));
   }
 
-  Wanted wanted_;
+  ProductsWanted wanted_;
   int64_t n_, m_, d_, depth_, panels_;
   at::Tensor x_, x_transposed_, y_columns_, y_rows_, dx_, dy_;
   std::unique_ptr<Buffer[]> buffers_;  // one a slot
@@ -219,14 +220,15 @@ bool use_matrix_unit(at::ScalarType dtype) { return dtype == at::kBFloat16 && at
 int64_t granule(at::ScalarType dtype) { return use_matrix_unit(dtype) ? kPanel : kFloatPanel; }
 
 template <typename T>
-std::unique_ptr<Products<T>> make_products(const at::Tensor& x, const at::Tensor& y, Wanted wanted, int64_t slots) {
+std::unique_ptr<Products<T>> make_products(const at::Tensor& x, const at::Tensor& y, ProductsWanted wanted,
+                                           int64_t slots) {
   if constexpr (std::is_same_v<T, float>)
     if (use_matrix_unit(x.scalar_type()) && x.numel() && y.numel())
       return std::make_unique<MatrixUnitProducts>(x, y, wanted, slots);
   return std::make_unique<BlasProducts<T>>(x, y, wanted);
 }
 
-template std::unique_ptr<Products<float>> make_products(const at::Tensor&, const at::Tensor&, Wanted, int64_t);
-template std::unique_ptr<Products<double>> make_products(const at::Tensor&, const at::Tensor&, Wanted, int64_t);
+template std::unique_ptr<Products<float>> make_products(const at::Tensor&, const at::Tensor&, ProductsWanted, int64_t);
+template std::unique_ptr<Products<double>> make_products(const at::Tensor&, const at::Tensor&, ProductsWanted, int64_t);
 
 }  // namespace contrastive_kernels

@@ -10,13 +10,12 @@
 
 namespace contrastive_kernels {
 
-// The products that are wanted.
-struct Wanted {
-  bool scores, dx, dy;
-  // y is x: dY belongs to dX,
-  bool self;
-  // and no block reaches a row of it both ways, so that one sum can take both.
-  bool symmetric;
+struct ProductsWanted {
+  bool scores = false, dx = false, dy = false;
+  // y is x, and dY is added to dX.
+  bool self = false;
+  // With `self`: no block reaches a row of dX both as a row and as a column, so that dX takes both sums at once.
+  bool symmetric = false;
 };
 
 template <typename T>
@@ -42,6 +41,7 @@ class Products {
 int64_t granule(at::ScalarType dtype);
 
 template <typename T>
-std::unique_ptr<Products<T>> make_products(const at::Tensor& x, const at::Tensor& y, Wanted wanted, int64_t slots);
+std::unique_ptr<Products<T>> make_products(const at::Tensor& x, const at::Tensor& y, ProductsWanted wanted,
+                                           int64_t slots);
 
 }  // namespace contrastive_kernels

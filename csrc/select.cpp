@@ -1,4 +1,4 @@
-#include "sweep.h"
+#include "operators.h"
 
 #include <algorithm>
 #include <limits>
@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 
+#include "checks.h"
 #include "products.h"
 #include "tile/tile_math.h"
 
@@ -26,7 +27,7 @@ std::tuple<at::Tensor, at::Tensor> row_select_as(const at::Tensor& x, const at::
   auto columns = at::full({n, k}, -1, at::kLong);
   if (!n || !m) return {values, columns};
 
-  const auto products = make_products<T>(x, y, {true, false, false, false, false}, 1);
+  const auto products = make_products<T>(x, y, {.scores = true}, 1);
   const int64_t fitting = kCandidateBytes / (room * static_cast<int64_t>(sizeof(Candidate<T>)));
   // Enough tiles for all threads, of as many rows as fit.
   const int64_t fair = (n + at::get_num_threads() - 1) / at::get_num_threads();
@@ -44,7 +45,7 @@ std::tuple<at::Tensor, at::Tensor> row_select_as(const at::Tensor& x, const at::
       for (int64_t j = 0; j < m; j += kTileCols) {
         const Range cols{j, std::min(m, j + kTileCols)};
         products->scores(rows, cols, work->scores);
-        const bool masked = rules.x_ids || (rules.exclude_diagonal && rows.overlaps(cols));
+        const bool masked = rules.x_ids || (rules.diagonals && rows.overlaps(cols));
         tile_math<T>().select(rules, {work->scores, rows, cols, masked}, largest ? T(1) : T(-1), selection, *work);
       }
       products->end_block();
@@ -70,7 +71,7 @@ std::tuple<at::Tensor, at::Tensor> row_select_of(const at::Tensor& x, const Opti
   const auto ids = x_ids ? x_ids->contiguous() : at::Tensor();
   const auto other = x_ids && y ? y_ids->contiguous() : ids;
   Rules<T> rules{};
-  rules.exclude_diagonal = exclude_diagonal;
+  rules.diagonals = exclude_diagonal;
   if (x_ids) rules.x_ids = ids.const_data_ptr<int64_t>(), rules.y_ids = other.const_data_ptr<int64_t>();
   return row_select_as<T>(x, y ? *y : x, rules, k, largest);
 }
@@ -80,7 +81,7 @@ std::tuple<at::Tensor, at::Tensor> row_select_of(const at::Tensor& x, const Opti
 std::tuple<at::Tensor, at::Tensor> row_select(const at::Tensor& x, const OptionalTensor& y, int64_t k, bool largest,
                                               const OptionalTensor& x_ids, const OptionalTensor& y_ids,
                                               bool exclude_diagonal) {
-  check({x, y, {}, {}, x_ids, y_ids, {}, {}, {}});
+  check(Inputs{.x = x, .y = y, .x_ids = x_ids, .y_ids = y_ids});
   TORCH_CHECK_VALUE(k >= 1, "k ", k, " must be at least 1");
   TORCH_CHECK_VALUE((y ? *y : x).size(0) <= std::numeric_limits<int32_t>::max(), "y has more than 2^31 rows");
   const auto run = x.scalar_type() == at::kDouble ? row_select_of<double> : row_select_of<float>;

@@ -1,4 +1,4 @@
-#include "sweep.h"
+#include "operators.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -12,6 +12,7 @@
 #include <limits>
 #include <memory>
 
+#include "checks.h"
 #include "products.h"
 #include "schedule.h"
 #include "tile/tile_math.h"
@@ -35,49 +36,6 @@ Term term_named(std::string_view name) {
   TORCH_CHECK_VALUE(false, "unknown term '", name, "'");
 }
 
-void check_vector(const OptionalTensor& tensor, const char* name, at::ScalarType dtype, at::IntArrayRef shape) {
-  if (!tensor) return;
-  TORCH_CHECK_TYPE(tensor->scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor->scalar_type());
-  TORCH_CHECK_VALUE(tensor->sizes() == shape, name, " ", tensor->sizes(), " must have shape ", shape);
-  TORCH_CHECK(tensor->is_cpu(), name, " is on ", tensor->device(), ", x on the CPU");
-}
-
-}  // namespace
-
-void check(const Inputs& in) {
-  const auto& x = in.x;
-  const auto& y = in.y ? *in.y : x;
-  TORCH_CHECK_VALUE(x.dim() == 2 && y.dim() == 2 && x.size(1) == y.size(1), "x ", x.sizes(), " and y ", y.sizes(),
-                    " must be matrices with the same last dimension");
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16,
-                   "x must be float32, float64, float16 or bfloat16, got ", dtype);
-  TORCH_CHECK_TYPE(y.scalar_type() == dtype, "y must have the dtype of x, ", dtype, ", got ", y.scalar_type());
-  TORCH_CHECK(y.is_cpu(), "y is on ", y.device(), ", x on the CPU");
-
-  const auto compute = dtype == at::kDouble ? at::kDouble : at::kFloat;
-  const int64_t n = x.size(0), m = y.size(0);
-  if (in.scale.defined()) check_vector(in.scale, "scale", compute, {});
-  check_vector(in.bias, "bias", compute, {m});
-  check_vector(in.x_ids, "x_ids", at::kLong, {n});
-  check_vector(in.y_ids, "y_ids", at::kLong, {m});
-  check_vector(in.cutoff, "cutoff", compute, {n});
-  check_vector(in.term_scale, "term_scale", compute, {});
-  check_vector(in.term_offset, "term_offset", compute, {n});
-  TORCH_CHECK_VALUE(!in.y || in.x_ids.has_value() == in.y_ids.has_value(), "x_ids and y_ids must be given together");
-}
-
-namespace {
-
-void check(const Inputs& in, const Description& description) {
-  contrastive_kernels::check(in);
-  TORCH_CHECK_VALUE(!description.columns || (!in.bias && description.exponents.size() <= 1),
-                    "columns cannot be combined with bias or several exponents");
-  const int64_t views = description.exclude_diagonal;
-  TORCH_CHECK_VALUE(0 <= views && (views <= 1 || (!in.y && in.x.size(0) % views == 0)), "exclude_diagonal ", views,
-                    " must be 0, 1 or the number of views in x, which has no y then");
-}
-
 // One call: the inputs as the tile functions take them, the schedule, and a workspace for each thread.
 template <typename T>
 class Sweep {
@@ -85,23 +43,23 @@ class Sweep {
   Sweep(const Inputs& in, const Description& description, bool maximum)
       : self_(!in.y),
         // Then S and its mask are symmetric, and so are the sums over rows and over columns.
-        symmetric_(self_ && !in.bias && !in.cutoff && !in.term_offset && !description.columns), x_(in.x),
+        symmetric_(self_ && !in.bias && !in.cutoff && !in.term_offset && !description.column_lse), x_(in.x),
         y_(self_ ? in.x : *in.y) {
     for (const double exponent : description.exponents)
-      rules_.channels.push_back({exponent, symmetric_ || (description.columns && exponent == 1)});
+      rules_.channels.push_back({exponent, symmetric_ || (description.column_lse && exponent == 1)});
     const auto one = std::find(description.exponents.begin(), description.exponents.end(), 1.0);
     one_ = one - description.exponents.begin();
-    if (one == description.exponents.end() && (description.columns || maximum))
-      rules_.channels.push_back({1.0, symmetric_ || description.columns});
+    if (one == description.exponents.end() && (description.column_lse || maximum))
+      rules_.channels.push_back({1.0, symmetric_ || description.column_lse});
 
     rules_.scale = static_cast<T>(in.scale.item<double>());
     rules_.bias = hold<T>(in.bias);
     rules_.x_ids = hold<int64_t>(in.x_ids);
     rules_.y_ids = self_ ? rules_.x_ids : hold<int64_t>(in.y_ids);
     rules_.cutoff = hold<T>(in.cutoff);
-    rules_.same = description.same;
-    rules_.exclude_diagonal = description.exclude_diagonal;
-    rules_.samples = n() / std::max<int64_t>(1, description.exclude_diagonal);
+    rules_.keep_equal_ids = description.keep_equal_ids;
+    rules_.diagonals = description.diagonals;
+    rules_.samples = n() / std::max<int64_t>(1, description.diagonals);
     rules_.term = term_named(description.term);
     rules_.term_scale = in.term_scale ? static_cast<T>(in.term_scale->item<double>()) : T(1);
     rules_.term_offset = hold<T>(in.term_offset);
@@ -121,29 +79,31 @@ class Sweep {
   int64_t one() const { return one_; }
   bool symmetric() const { return symmetric_; }
 
-  // Leaves the scores in `kept`, [n, m], unless it is null.
-  void forward(const Statistics& rows, const Statistics& cols, T* kept) {
-    auto products = make_products<T>(x_, y_, {true, false, false, self_, symmetric_}, slots_);
+  // Leaves the scores in `saved`, [n, m], unless it is null.
+  void forward(const SideStatistics& rows, const SideStatistics& cols, T* saved) {
+    auto products = make_products<T>(x_, y_, {.scores = true, .self = self_, .symmetric = symmetric_}, slots_);
     const auto scores = [&](Range rows, Range cols, T* s) {
       products->scores(rows, cols, s);
-      if (!kept) return;
+      if (!saved) return;
       for (int64_t i = 0; i < rows.size(); ++i)
-        std::copy_n(s + i * kTileCols, cols.size(), kept + (rows.begin + i) * m() + cols.begin);
+        std::copy_n(s + i * kTileCols, cols.size(), saved + (rows.begin + i) * m() + cols.begin);
     };
     visit(*products, scores, [&](const Tile<T>& tile, bool diagonal, int64_t slot) {
       tile_math<T>().forward(rules_, tile, rows, diagonal ? nullptr : &cols, work_[slot]);
     });
   }
 
-  // Takes the scores from `kept` unless it is null.
-  std::pair<at::Tensor, at::Tensor> backward(const Upstream<T>& rows, const Upstream<T>& cols,
-                                             const SideGradients& side, bool need_x, bool need_y, const T* kept) {
-    auto products = make_products<T>(x_, y_, {!kept, need_x, self_ ? need_x : need_y, self_, symmetric_}, slots_);
-    for (int64_t slot = 0; slot < slots_; ++slot) work_[slot].side = side;
+  // Takes the scores from `saved` unless it is null.
+  std::pair<at::Tensor, at::Tensor> backward(const SideUpstream<T>& rows, const SideUpstream<T>& cols,
+                                             const OtherGradients& gradients, const Wanted& wanted, const T* saved) {
+    const ProductsWanted products_wanted{
+        .scores = !saved, .dx = wanted.x, .dy = self_ ? wanted.x : wanted.y, .self = self_, .symmetric = symmetric_};
+    auto products = make_products<T>(x_, y_, products_wanted, slots_);
+    for (int64_t slot = 0; slot < slots_; ++slot) work_[slot].gradients = gradients;
     const auto scores = [&](Range rows, Range cols, T* s) {
-      if (!kept) return products->scores(rows, cols, s);
+      if (!saved) return products->scores(rows, cols, s);
       for (int64_t i = 0; i < rows.size(); ++i)
-        std::copy_n(kept + (rows.begin + i) * m() + cols.begin, cols.size(), s + i * kTileCols);
+        std::copy_n(saved + (rows.begin + i) * m() + cols.begin, cols.size(), s + i * kTileCols);
     };
     visit(*products, scores, [&](const Tile<T>& tile, bool diagonal, int64_t slot) {
       // A diagonal tile holds (i, j) and (j, i): the gradients of both, at each of them.
@@ -153,9 +113,9 @@ class Sweep {
     return products->gradients();
   }
 
-  double total(double SideGradients::* sum) const {
+  double total(double OtherGradients::* sum) const {
     double result = 0;
-    for (int64_t slot = 0; slot < slots_; ++slot) result += work_[slot].side.*sum;
+    for (int64_t slot = 0; slot < slots_; ++slot) result += work_[slot].gradients.*sum;
     return result;
   }
 
@@ -172,7 +132,7 @@ class Sweep {
     run(schedule_, [&](const Block& block, int64_t slot) {
       for_each_tile(block, [&](Range rows, Range cols, bool diagonal) {
         const bool ids_meet = rules_.x_ids && may_be_equal(rows, cols);
-        if (rules_.x_ids && rules_.same && !ids_meet) return;
+        if (rules_.x_ids && rules_.keep_equal_ids && !ids_meet) return;
         scores(rows, cols, work_[slot].scores);
         const bool masked = ids_meet || rules_.cutoff || on_diagonal(rows, cols);
         f(Tile<T>{work_[slot].scores, rows, cols, masked}, diagonal, slot);
@@ -182,7 +142,7 @@ class Sweep {
   }
 
   bool on_diagonal(Range rows, Range cols) const {
-    for (int64_t k = 1 - rules_.exclude_diagonal; k < rules_.exclude_diagonal; ++k) {
+    for (int64_t k = 1 - rules_.diagonals; k < rules_.diagonals; ++k) {
       const int64_t offset = k * rules_.samples;
       if (Range{rows.begin + offset, rows.end + offset}.overlaps(cols)) return true;
     }
@@ -219,7 +179,7 @@ class Accumulators {
         maximum_(at::full({maximum ? channels : 0, n}, -kInfinity, at::kDouble)),
         term_sum_(at::zeros({term ? n : 0}, at::kDouble)) {}
 
-  Statistics pointers() const {
+  SideStatistics pointers() const {
     const auto data = [](const at::Tensor& t) { return t.numel() ? t.data_ptr<double>() : nullptr; };
     return {shift_.size(1), data(shift_), data(sum_), data(maximum_), data(term_sum_)};
   }
@@ -257,7 +217,7 @@ class UpstreamTensors {
     grad_term_sum_ = grad_term_sum.to(dtype).contiguous();
   }
 
-  Upstream<T> pointers() const {
+  SideUpstream<T> pointers() const {
     const auto* term = grad_term_sum_.numel() ? grad_term_sum_.template const_data_ptr<T>() : nullptr;
     return {n_, grad_lse_.data(), lse_.data(), remainder_.data(), term};
   }
@@ -271,76 +231,70 @@ class UpstreamTensors {
 at::Tensor nothing(at::ScalarType dtype) { return at::empty({0}, dtype); }
 
 template <typename T>
-Outputs forward_as(const Inputs& in, const Description& description, bool maximum, bool keep) {
+Statistics forward_as(const Inputs& in, const Description& description, bool maximum, bool save_scores) {
   Sweep<T> sweep(in, description, maximum);
-  const bool term = !description.term.empty();
+  const bool term = !description.term.empty(), column_lse = description.column_lse;
   const Accumulators rows(sweep.channels(), sweep.n(), maximum, term);
-  const Accumulators cols(description.columns ? sweep.channels() : 0, sweep.m(), maximum, false);
+  const Accumulators cols(column_lse ? sweep.channels() : 0, sweep.m(), maximum, false);
   const auto compute = c10::CppTypeToScalarType<T>::value;
-  const auto kept = keep ? at::empty({sweep.n(), sweep.m()}, compute) : nothing(compute);
+  const auto scores = save_scores ? at::empty({sweep.n(), sweep.m()}, compute) : nothing(compute);
   sweep.forward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(),
-                keep ? kept.template data_ptr<T>() : nullptr);
+                save_scores ? scores.template data_ptr<T>() : nullptr);
   const auto none = [] { return nothing(at::kDouble); };  // outputs may not share memory
-  return {rows.log_sum_exp().narrow(0, 0, description.exponents.size()),
-          description.columns ? cols.log_sum_exp().select(0, sweep.one()) : none(),
-          rows.term_sum(),
-          maximum ? rows.maximum(sweep.one()) : none(),
-          maximum && description.columns ? cols.maximum(sweep.one()) : none(),
-          kept};
+  return {.row_lse = rows.log_sum_exp().narrow(0, 0, description.exponents.size()),
+          .col_lse = column_lse ? cols.log_sum_exp().select(0, sweep.one()) : none(),
+          .row_sum = rows.term_sum(),
+          .row_max = maximum ? rows.maximum(sweep.one()) : none(),
+          .col_max = maximum && column_lse ? cols.maximum(sweep.one()) : none(),
+          .scores = scores};
 }
 
 template <typename T>
-Gradients backward_as(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
-                      const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& in,
-                      const Description& description, const std::array<bool, 7>& needs, const OptionalTensor& scores) {
+Gradients backward_as(const Upstream& upstream, const Inputs& in, const Description& description, const Wanted& wanted,
+                      const OptionalTensor& scores) {
   Sweep<T> sweep(in, description, false);
   const int64_t channels = sweep.channels(), n = sweep.n(), m = sweep.m();
   const auto none = nothing(at::kDouble);
-  const UpstreamTensors<T> rows(channels, n, 0, grad_row_lse, row_lse, description.term.empty() ? none : grad_row_sum);
-  const UpstreamTensors<T> cols(description.columns ? channels : 0, m, sweep.one(), grad_col_lse, col_lse, none);
+  const UpstreamTensors<T> rows(channels, n, 0, upstream.grad_row_lse, upstream.row_lse,
+                                description.term.empty() ? none : upstream.grad_row_sum);
+  const UpstreamTensors<T> cols(description.column_lse ? channels : 0, m, sweep.one(), upstream.grad_col_lse,
+                                upstream.col_lse, none);
 
-  const auto compute = c10::CppTypeToScalarType<T>::value, exact = at::kDouble;
-  const auto bias = at::zeros({needs[3] ? m : 0}, exact), term_offset = at::zeros({needs[5] ? n : 0}, exact);
-  SideGradients side;
-  side.need_scale = needs[2];
-  side.need_term_scale = needs[4];
-  side.need_total = needs[6];
-  TORCH_CHECK_VALUE(!side.need_total || (channels == 0 && !description.term.empty()),
-                    "the total is that of a term without log-sum-exps beside it");
-  if (needs[3]) side.bias = bias.template data_ptr<double>();
-  if (needs[5]) side.term_offset = term_offset.template data_ptr<double>();
-
-  auto [dx, dy] = sweep.backward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(), side, needs[0],
-                                 needs[1], scores ? scores->template const_data_ptr<T>() : nullptr);
-  const auto dtype = in.x.scalar_type();
-  return {dx.defined() ? dx : nothing(dtype),
-          dy.defined() ? dy : nothing(dtype),
-          needs[2] ? at::full({}, sweep.total(&SideGradients::scale), compute) : nothing(compute),
-          bias.to(compute),
-          needs[4] ? at::full({}, sweep.total(&SideGradients::term_scale), compute) : nothing(compute),
-          term_offset.to(compute),
-          needs[6] ? at::full({}, sweep.total(&SideGradients::total), exact) : nothing(exact)};
+  const auto compute = c10::CppTypeToScalarType<T>::value, exact = at::kDouble, features = in.x.scalar_type();
+  const auto bias = at::zeros({wanted.bias ? m : 0}, exact);
+  const auto term_offset = at::zeros({wanted.term_offset ? n : 0}, exact);
+  const OtherGradients others{.bias = wanted.bias ? bias.template data_ptr<double>() : nullptr,
+                              .term_offset = wanted.term_offset ? term_offset.template data_ptr<double>() : nullptr,
+                              .scale_wanted = wanted.scale,
+                              .term_scale_wanted = wanted.term_scale,
+                              .total_wanted = wanted.total};
+  const auto [dx, dy] = sweep.backward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(), others, wanted,
+                                       scores ? scores->template const_data_ptr<T>() : nullptr);
+  const auto total = [&](bool wanted, double OtherGradients::* sum, at::ScalarType dtype) {
+    return wanted ? at::full({}, sweep.total(sum), dtype) : nothing(dtype);
+  };
+  return {.x = dx.defined() ? dx : nothing(features),
+          .y = dy.defined() ? dy : nothing(features),
+          .scale = total(wanted.scale, &OtherGradients::scale, compute),
+          .bias = bias.to(compute),
+          .term_scale = total(wanted.term_scale, &OtherGradients::term_scale, compute),
+          .term_offset = term_offset.to(compute),
+          .total = total(wanted.total, &OtherGradients::total, exact)};
 }
 
 }  // namespace
 
-Outputs forward(const Inputs& in, const Description& description, bool maximum, bool keep) {
+Statistics forward(const Inputs& in, const Description& description, bool maximum, bool save_scores) {
   check(in, description);
-  return in.x.scalar_type() == at::kDouble ? forward_as<double>(in, description, maximum, keep)
-                                           : forward_as<float>(in, description, maximum, keep);
+  const auto run = in.x.scalar_type() == at::kDouble ? forward_as<double> : forward_as<float>;
+  return run(in, description, maximum, save_scores);
 }
 
-Gradients backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse, const at::Tensor& grad_row_sum,
-                   const at::Tensor& row_lse, const at::Tensor& col_lse, const Inputs& in,
-                   const Description& description, const std::array<bool, 7>& needs, const OptionalTensor& scores) {
-  check(in, description);
-  if (scores) {
-    const auto compute = in.x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    check_vector(scores, "scores", compute, {in.x.size(0), (in.y ? *in.y : in.x).size(0)});
-    TORCH_CHECK_VALUE(scores->is_contiguous(), "scores must be contiguous");
-  }
+Gradients backward(const Upstream& upstream, const Inputs& in, const Description& description, const Wanted& wanted,
+                   const OptionalTensor& scores) {
+  check(in, description, wanted, scores);
   const auto run = in.x.scalar_type() == at::kDouble ? backward_as<double> : backward_as<float>;
-  return run(grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse, in, description, needs, scores);
+  return run(upstream, in, description, wanted, scores);
 }
 
 }  // namespace contrastive_kernels

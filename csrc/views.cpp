@@ -1,4 +1,4 @@
-#include "sweep.h"
+#include "operators.h"
 
 #include <limits>
 

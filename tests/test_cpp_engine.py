@@ -41,11 +41,11 @@ class Case:
     m: int = 70
     d: int = 24
     exponents: tuple[float, ...] = (1.0,)
-    columns: bool = False
+    column_lse: bool = False
     maximum: bool = False
     ids: int = 0  # how many different ones
-    same: bool = False
-    exclude_diagonal: int = 0
+    keep_equal_ids: bool = False
+    diagonals: int = 0
     bias: bool = False
     cutoff: bool = False
     term: str = ""
@@ -55,7 +55,7 @@ class Case:
     def __str__(self) -> str:
         shape = f"N{self.n}-M{self.m or 'self'}-D{self.d}"
         exponents = "q" + "_".join(map(str, self.exponents))
-        names = ("columns", "maximum", "same", "exclude_diagonal", "bias", "cutoff", "term_operands")
+        names = ("column_lse", "maximum", "keep_equal_ids", "diagonals", "bias", "cutoff", "term_operands")
         switches = [name for name in names if getattr(self, name)]
         return "-".join([shape, exponents, f"ids{self.ids}", *switches, f"tau{self.temperature}", self.term])
 
@@ -85,7 +85,7 @@ class Case:
 
     def description(self) -> list:
         constants = TERMS[self.term][0] if self.term else ()
-        return [list(self.exponents), self.columns, self.term, list(constants), self.same, self.exclude_diagonal]
+        return [list(self.exponents), self.column_lse, self.term, list(constants), self.keep_equal_ids, self.diagonals]
 
 
 def log_sum_exp(logits: torch.Tensor, kept: torch.Tensor, dim: int) -> torch.Tensor:
@@ -102,9 +102,9 @@ def dense(case: Case, inputs: list[torch.Tensor | None]) -> sweep.Statistics:
     kept = torch.ones_like(s, dtype=torch.bool)
     if x_ids is not None:
         equal = x_ids[:, None] == (x_ids if y is None else y_ids)[None, :]
-        kept = equal if case.same else ~equal
-    if case.exclude_diagonal:
-        place = torch.arange(max(s.shape)) % (max(s.shape) // case.exclude_diagonal)
+        kept = equal if case.keep_equal_ids else ~equal
+    if case.diagonals:
+        place = torch.arange(max(s.shape)) % (max(s.shape) // case.diagonals)
         kept = kept & (place[: len(x), None] != place[: s.shape[1]])
     if cutoff is not None:
         kept = kept & ~(s > cutoff[:, None])
@@ -118,10 +118,10 @@ def dense(case: Case, inputs: list[torch.Tensor | None]) -> sweep.Statistics:
     argument = base if term_scale is None else term_scale * base + term_offset[:, None]
     return sweep.Statistics(
         torch.stack([log_sum_exp(q * scale * s + offset, kept, 1) for q in case.exponents]) if case.exponents else none,
-        log_sum_exp(scale * s, kept, 0) if case.columns else none,
+        log_sum_exp(scale * s, kept, 0) if case.column_lse else none,
         torch.where(kept, TERMS[case.term][1](argument), 0).sum(1) if case.term else none,
         maximum(1) if case.maximum else none,
-        maximum(0) if case.maximum and case.columns else none,
+        maximum(0) if case.maximum and case.column_lse else none,
         none,
     )
 
@@ -157,14 +157,14 @@ def run(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.
     total = sum((g * e.masked_fill(e == -torch.inf, 0)).sum() for g, e in zip(upstream, expected[:3], strict=True))
     gradients = torch.autograd.grad(total, [exact[k] for k in leaves], allow_unused=True, materialize_grads=True)
     upstream[0] = upstream[0].reshape(len(case.exponents), case.n)
-    alone = case.term != "" and not case.exponents and not case.columns
-    needs = [*(k in leaves for k in (0, 1, 2, 3, 7, 8)), alone]
-    found = ops.cpp_backward(*upstream, actual[0], actual[1], *inputs, *case.description(), needs)
-    wanted = iter([*gradients, total.detach()])
+    alone = case.term != "" and not case.exponents and not case.column_lse
+    wanted = [*(k in leaves for k in (0, 1, 2, 3, 7, 8)), alone]
+    found = ops.cpp_backward(*upstream, actual[0], actual[1], *inputs, *case.description(), wanted)
+    expected_gradients = iter([*gradients, total.detach()])
     for k, gradient in enumerate(found):
         name = ("dx", "dy", "dscale", "dbias", "dterm_scale", "dterm_offset", "total")[k]
-        if needs[k]:
-            assert_near(gradient, next(wanted), GRADIENT_TOLERANCE[dtype], name)
+        if wanted[k]:
+            assert_near(gradient, next(expected_gradients), GRADIENT_TOLERANCE[dtype], name)
         else:
             assert gradient.numel() == 0, name
     assert found[0].dtype == dtype
@@ -190,30 +190,30 @@ def threads(request):
 SELF = Case(m=0, n=200)
 SWITCHES = [
     Case(),
-    Case(columns=True, maximum=True),
-    Case(columns=True, ids=5),
-    Case(columns=True, exponents=(), maximum=True),
+    Case(column_lse=True, maximum=True),
+    Case(column_lse=True, ids=5),
+    Case(column_lse=True, exponents=(), maximum=True),
     Case(exponents=(1.0, 2.5), ids=20, maximum=True),
     Case(exponents=(2.0,), maximum=True),
     Case(bias=True, cutoff=True, maximum=True),
-    Case(ids=3, same=True, term="softplus", term_operands=True),
+    Case(ids=3, keep_equal_ids=True, term="softplus", term_operands=True),
     Case(term="band", ids=40),
-    Case(columns=True, temperature=0.003),
-    Case(temperature=-0.1, columns=True),
+    Case(column_lse=True, temperature=0.003),
+    Case(temperature=-0.1, column_lse=True),
     SELF,
     replace(SELF, ids=100, maximum=True),
-    replace(SELF, ids=4, same=True, exclude_diagonal=1),
-    replace(SELF, exclude_diagonal=1, maximum=True),
-    *[replace(SELF, n=840, exclude_diagonal=views, maximum=views == 3) for views in (2, 3, 40)],
-    replace(SELF, n=840, exclude_diagonal=2, cutoff=True, term="band"),
-    Case(n=700, m=900, columns=True, exclude_diagonal=1, ids=20, maximum=True),
-    Case(n=900, m=700, exclude_diagonal=1, cutoff=True, term="square"),
+    replace(SELF, ids=4, keep_equal_ids=True, diagonals=1),
+    replace(SELF, diagonals=1, maximum=True),
+    *[replace(SELF, n=840, diagonals=views, maximum=views == 3) for views in (2, 3, 40)],
+    replace(SELF, n=840, diagonals=2, cutoff=True, term="band"),
+    Case(n=700, m=900, column_lse=True, diagonals=1, ids=20, maximum=True),
+    Case(n=900, m=700, diagonals=1, cutoff=True, term="square"),
     replace(SELF, exponents=(1.0, 2.0), ids=100, term="band"),
     replace(SELF, temperature=0.003),
-    replace(SELF, columns=True),
-    replace(SELF, bias=True, cutoff=True, same=True, exclude_diagonal=1, ids=4),
+    replace(SELF, column_lse=True),
+    replace(SELF, bias=True, cutoff=True, keep_equal_ids=True, diagonals=1, ids=4),
     replace(SELF, exponents=(1.0, 2.0), ids=50, term="distance_hinge", term_operands=True),
-    replace(SELF, exclude_diagonal=1, columns=True, term="student"),
+    replace(SELF, diagonals=1, column_lse=True, term="student"),
     *[replace(SELF, exponents=(), ids=50, term=term) for term in TERMS],
     *[Case(exponents=(), term=term, term_operands=True) for term in TERMS],
 ]
@@ -236,7 +236,7 @@ def test_engine_switches(case, dtype, threads):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_engine_shapes(shape, dtype):
     n, m, d = shape
-    run(Case(n, m, d, columns=m > 0, ids=50), dtype)
+    run(Case(n, m, d, column_lse=m > 0, ids=50), dtype)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3), (0, 0, 3), (5, 4, 0)], ids=str)
@@ -247,14 +247,14 @@ def test_engine_empty(shape, dtype):
     scale = scale.to(sweep.compute_dtype(x))
     inputs, description = [x, y, scale, *[None] * 6], [[1.0], True, "square", [], False, False]
     row_lse, col_lse, row_sum, row_max, *_ = ops.cpp_forward(*inputs, *description, True)
-    expected = dense(Case(columns=True, term="square"), [t if t is None else t.double() for t in inputs])
+    expected = dense(Case(column_lse=True, term="square"), [t if t is None else t.double() for t in inputs])
     torch.testing.assert_close(row_lse, expected.row_lse.view(1, n))
     torch.testing.assert_close(col_lse, expected.col_lse)
     torch.testing.assert_close(row_sum, expected.row_sum)
     torch.testing.assert_close(row_max, torch.full((n,), 0.0 if m else -torch.inf, dtype=torch.float64))
     upstream = [torch.ones(1, n), torch.ones(m), torch.ones(n)]
-    needs = [True, True, True, False, False, False, False]
-    dx, dy, dscale, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, *description, needs)
+    wanted = [True, True, True, False, False, False, False]
+    dx, dy, dscale, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, *description, wanted)
     assert dx.shape == x.shape and dy.shape == y.shape and dscale == 0
     assert not dx.any() and not dy.any()
 
@@ -277,7 +277,7 @@ def test_engine_gradient_of_the_scale_alone(m, dtype):
 @pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
 @pytest.mark.parametrize("m", [700, 0], ids=["two-operands", "self"])
 def test_engine_repeats_bitwise(m, dtype):
-    case = Case(n=700, m=m, columns=m > 0, ids=300, term="band")
+    case = Case(n=700, m=m, column_lse=m > 0, ids=300, term="band")
     first = run(case, dtype)
     run(replace(case, n=65), dtype)
     for before, after in zip(first, run(case, dtype), strict=True):
@@ -301,8 +301,8 @@ def test_engine_strides(layout, dtype):
     def both(x, y):
         row_lse, col_lse, *_ = ops.cpp_forward(x, y, scale, *rest, *description, False)
         upstream = [torch.ones_like(row_lse), torch.ones_like(col_lse), torch.empty(0)]
-        needs = [True, True, False, False, False, False, False]
-        dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, x, y, scale, *rest, *description, needs)
+        wanted = [True, True, False, False, False, False, False]
+        dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, x, y, scale, *rest, *description, wanted)
         return row_lse, col_lse, dx, dy
 
     for strided, contiguous in zip(both(x, y), both(x.contiguous(), y.contiguous()), strict=True):
@@ -355,7 +355,7 @@ def test_engine_infinite_similarity(dtype):
 @pytest.mark.parametrize("m", [150, 0], ids=["two-operands", "self"])
 @pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
 def test_engine_nothing_kept(m, dtype):
-    run(Case(n=150, m=m, ids=1, term="gaussian", columns=m > 0, maximum=True), dtype)
+    run(Case(n=150, m=m, ids=1, term="gaussian", column_lse=m > 0, maximum=True), dtype)
 
 
 def unlike_inputs(kind: str, n: int, d: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -385,8 +385,8 @@ def test_engine_error_within_a_multiple_of_pytorch(kind, temperature, dtype):
     inputs = [x, y, torch.tensor(scale), *[None] * 6]
     row_lse, col_lse, *_ = ops.cpp_forward(*inputs, [1.0], True, "", [], False, False, False)
     upstream = [torch.full((1, n), 1 / n), torch.full((n,), 1 / n), torch.empty(0)]
-    needs = [True, True, False, False, False, False, False]
-    dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, [1.0], True, "", [], False, False, needs)
+    wanted = [True, True, False, False, False, False, False]
+    dx, dy, *_ = ops.cpp_backward(*upstream, row_lse, col_lse, *inputs, [1.0], True, "", [], False, False, wanted)
     exact = clip(x.double(), y.double())
     for k, (ours, torchs, right) in enumerate(zip([row_lse[0], col_lse, dx, dy], clip(x, y), exact, strict=True)):
         for norm in (2, torch.inf):
@@ -416,14 +416,23 @@ def test_views_nan_is_least():
     assert ops.cpp_views(views).tolist() == [[0, 2]]
 
 
+SCHEMAS = {
+    "forward": sweep.FORWARD_SCHEMA,
+    "backward": sweep.BACKWARD_SCHEMA,
+    "select": sweep.SELECT_SCHEMA,
+    "unit_rows": sweep.UNIT_ROWS_SCHEMA,
+    "unit_rows_backward": sweep.UNIT_ROWS_BACKWARD_SCHEMA,
+    "views": sweep.VIEWS_SCHEMA,
+}
+
+
 def test_engine_schemas():
-    for name, schema in [
-        ("forward", sweep.FORWARD_SCHEMA),
-        ("backward", sweep.BACKWARD_SCHEMA),
-        ("views", sweep.VIEWS_SCHEMA),
-    ]:
-        registered = getattr(ops, f"cpp_{name}").default._schema
-        assert registered == torch._C.parse_schema(f"contrastive_kernels::cpp_{name}{schema}")
+    """Every operator of the extension has the schema that Python gives it, the arguments' names included."""
+    prefix = "contrastive_kernels::cpp_"
+    registered = {s.name.removeprefix(prefix): s for s in torch._C._jit_get_all_schemas() if s.name.startswith(prefix)}
+    assert set(registered) == set(SCHEMAS)
+    for name, schema in SCHEMAS.items():
+        assert registered[name] == torch._C.parse_schema(f"{prefix}{name}{schema}")
 
 
 @pytest.mark.parametrize(
@@ -449,24 +458,22 @@ def test_engine_refuses(change, error, message):
 @pytest.mark.parametrize("views", [-1, 3])
 def test_engine_refuses_views_that_do_not_divide_the_rows(views):
     x, description = torch.randn(4, 3), [[1.0], False, "", [], False, views]
-    with pytest.raises(ValueError, match="exclude_diagonal"):
+    with pytest.raises(ValueError, match="diagonals"):
         ops.cpp_forward(x, None, torch.tensor(1.0), *[None] * 6, *description, False)
 
 
 @pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    "case", [Case(n=300, m=700, columns=True, exclude_diagonal=1), Case(ids=9, cutoff=True)], ids=str
-)
-def test_engine_with_scores_kept(case, dtype):
-    """The backward takes the similarities that the forward kept for what it would compute itself."""
+@pytest.mark.parametrize("case", [Case(n=300, m=700, column_lse=True, diagonals=1), Case(ids=9, cutoff=True)], ids=str)
+def test_engine_with_scores_saved(case, dtype):
+    """The backward with the similarities that the forward saved gives the bits of the backward that computes them."""
     inputs = case.inputs(dtype)
     *statistics, scores = ops.cpp_forward(*inputs, *case.description(), True, True)
     torch.testing.assert_close(scores, (inputs[0] @ inputs[1].T).to(scores.dtype), rtol=2e-2, atol=2e-2)
     upstream = [torch.randn_like(s).to(inputs[2].dtype) for s in statistics[:3]]
-    needs = [True, True, True, False, False, False, False]
-    arguments = (*upstream, *statistics[:2], *inputs, *case.description(), needs)
-    for kept, recomputed in zip(ops.cpp_backward(*arguments, scores), ops.cpp_backward(*arguments), strict=True):
-        assert torch.equal(kept, recomputed)
+    wanted = [True, True, True, False, False, False, False]
+    arguments = (*upstream, *statistics[:2], *inputs, *case.description(), wanted)
+    for saved, recomputed in zip(ops.cpp_backward(*arguments, scores), ops.cpp_backward(*arguments), strict=True):
+        assert torch.equal(saved, recomputed)
     with pytest.raises(ValueError, match="scores"):
         ops.cpp_backward(*arguments, scores[1:])
 

@@ -23,7 +23,7 @@ enum class Term { none, identity, count, square, band, softplus, hinge, distance
 // One log-sum-exp, of exp(exponent * scale * s + bias), over every row and perhaps over every column.
 struct Channel {
   double exponent;
-  bool columns;
+  bool column_lse;
 };
 
 // What a sweep computes, with the vectors that it computes it from; null where not given.
@@ -35,9 +35,9 @@ struct Rules {
   const int64_t* x_ids;
   const int64_t* y_ids;
   const T* cutoff;
-  bool same;
+  bool keep_equal_ids;
   // As many diagonals on either side, the main one among them, are dropped; they are `samples` apart.
-  int64_t exclude_diagonal = 0, samples = 0;
+  int64_t diagonals = 0, samples = 0;
   Term term;
   T term_scale;
   const T* term_offset;
@@ -53,7 +53,7 @@ struct Tile {
 };
 
 // The running statistics of one side, rows or columns: log-sum-exp = shift + log(sum), one row of n for each channel.
-struct Statistics {
+struct SideStatistics {
   int64_t n;
   double* shift;     // [channels, n]
   double* sum;       // [channels, n]
@@ -64,7 +64,7 @@ struct Statistics {
 // What flows back into one side: for each channel the gradient of the log-sum-exp and the log-sum-exp itself, as a sum
 // of two T, because a float of magnitude 100 would shift a whole row by 4e-6; +inf where no pair was kept.
 template <typename T>
-struct Upstream {
+struct SideUpstream {
   int64_t n;
   const T* grad_lse;       // [channels, n]
   const T* lse;            // [channels, n]
@@ -74,15 +74,15 @@ struct Upstream {
 
 // What a backward sweep yields besides matrices. The sums over all pairs are one per thread; `total` is that of the
 // term's values, each times its gradient, without log-sum-exps beside it.
-struct SideGradients {
+struct OtherGradients {
   double scale = 0;
   double term_scale = 0;
   double total = 0;
   double* bias = nullptr;         // [m]
   double* term_offset = nullptr;  // [n]
-  bool need_scale = false;
-  bool need_term_scale = false;
-  bool need_total = false;
+  bool scale_wanted = false;
+  bool term_scale_wanted = false;
+  bool total_wanted = false;
 };
 
 // One slot's memory, about 1 MiB in float. Every buffer holds one thing, and no two share memory.
@@ -111,7 +111,7 @@ struct Workspace {
 
   // How often a shift known beforehand has not been good enough.
   int64_t misses = 0;
-  SideGradients side;
+  OtherGradients gradients;
 };
 
 // One of the best so far of a row; a NaN is an infinite value with the complement of its column.
@@ -138,11 +138,12 @@ struct Selection {
 template <typename T>
 struct TileMath {
   // Adds a tile to the statistics of its rows and, unless null, of its columns.
-  void (*forward)(const Rules<T>&, const Tile<T>&, const Statistics& rows, const Statistics* cols, Workspace<T>&);
+  void (*forward)(const Rules<T>&, const Tile<T>&, const SideStatistics& rows, const SideStatistics* cols,
+                  Workspace<T>&);
   // Turns a tile s into dL/ds. With `cols` the gradients of the columns' statistics are in it; `weight` is what the
   // tile counts in the side gradients.
-  void (*backward)(const Rules<T>&, const Tile<T>&, const Upstream<T>& rows, const Upstream<T>* cols, double weight,
-                   Workspace<T>&);
+  void (*backward)(const Rules<T>&, const Tile<T>&, const SideUpstream<T>& rows, const SideUpstream<T>* cols,
+                   double weight, Workspace<T>&);
   // The n values of two rows rounded to bfloat16: each on its own, and as pairs of one column.
   void (*round_rows)(int64_t n, const float* first, const float* second, uint16_t* first_out, uint16_t* second_out,
                      uint32_t* pairs);
