@@ -1,6 +1,7 @@
-"""Builds the C++ backend where it can be built; the metadata is in pyproject.toml.
+"""Build the C++ backend, if torch and a compiler are there. The metadata is in pyproject.toml.
 
-``CONTRASTIVE_KERNELS_BUILD=0`` leaves the extension out; ``=1`` makes a failure to build it an error, not a message.
+``CONTRASTIVE_KERNELS_BUILD=0`` leaves the extension out; ``=1`` turns a failed build from a message into an error.
+``CONTRASTIVE_KERNELS_CXXFLAGS`` and ``CONTRASTIVE_KERNELS_LDFLAGS`` add flags.
 """
 
 import os
@@ -8,8 +9,9 @@ import sys
 
 from setuptools import setup
 
-CHOICE = os.environ.get("CONTRASTIVE_KERNELS_BUILD", "")
+BUILD = os.environ.get("CONTRASTIVE_KERNELS_BUILD", "")
 SOURCES = [
+    "build_info.cpp",
     "checks.cpp",
     "extension.cpp",
     "products.cpp",
@@ -20,8 +22,9 @@ SOURCES = [
     "tile/tile_math.cpp",
     "views.cpp",
 ]
-# Changing one of these compiles the extension again.
+# A change in one of these compiles the extension again.
 HEADERS = [
+    "build_info.h",
     "checks.h",
     "operators.h",
     "products.h",
@@ -42,25 +45,27 @@ HEADERS = [
 
 
 def extension():
-    """The keyword arguments of ``setup`` that build the extension."""
+    """Return the keyword arguments of ``setup`` that build the extension."""
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class OptionalBuild(BuildExtension):
-        """Leaves the extension out, and says so, where it does not compile."""
+        """Leave the extension out, with a message, if it does not compile."""
 
         def run(self):
             try:
                 super().run()
             except Exception as error:
-                if CHOICE == "1":
+                if BUILD == "1":
                     raise
                 without(f"it did not compile: {error}")
                 self.extensions = []
 
+    # The headers of torch 2.10 and later are C++20. For an earlier torch C++17 has to do, which has no designated
+    # initialisers, but GCC and Clang accept them there.
     standard = "c++20" if torch.__version__ >= torch.torch_version.TorchVersion("2.10") else "c++17"
-    # -O2 with the vectoriser of -O3: the rest of -O3 makes the loops a fifth slower. Comparisons of NaN may not trap,
-    # or the compiler could not vectorise them.
+    # -O2 with the vectoriser of -O3: the rest of -O3 makes the loops a fifth slower. A comparison with NaN must not
+    # trap, or the compiler could not vectorise it.
     flags = [f"-std={standard}", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
     flags += ["-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
     flags += os.environ.get("CONTRASTIVE_KERNELS_CXXFLAGS", "").split()
@@ -68,26 +73,38 @@ def extension():
         "contrastive_kernels._C",
         [f"csrc/{source}" for source in SOURCES],
         depends=[f"csrc/{header}" for header in HEADERS],
+        include_dirs=pybind11_folders(),
         extra_compile_args=flags,
         extra_link_args=["-fopenmp", *os.environ.get("CONTRASTIVE_KERNELS_LDFLAGS", "").split()],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
 
 
+def pybind11_folders():
+    """Return the folder of pybind11's headers, or no folder if only torch's copy of them is there."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
 def without(reason):
+    """Print why the extension is left out; return the keyword arguments of ``setup`` for that."""
     print(f"contrastive_kernels: installing without the C++ backend, {reason}", file=sys.stderr)
     return {}
 
 
 def arguments():
-    if CHOICE == "0":
+    """Return the keyword arguments of ``setup``."""
+    if BUILD == "0":
         return without("as CONTRASTIVE_KERNELS_BUILD=0 asks")
     try:
         return extension()
     except ImportError as error:
-        if CHOICE == "1":
+        if BUILD == "1":
             raise
-        return without(f"torch is not there to build against: {error}")
+        return without(f"torch cannot be imported: {error}")
 
 
 setup(**arguments())

@@ -1,11 +1,12 @@
 // The operators as PyTorch's dispatcher and Python see them; no other file includes either. The schemas are equal to
 // those of contrastive_kernels/engine/spec.py.
-#include <Python.h>
+#include <pybind11/pybind11.h>
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <torch/library.h>
 
+#include "build_info.h"
 #include "operators.h"
 
 #define INPUTS                                                                                                 \
@@ -95,8 +96,17 @@ TORCH_LIBRARY_IMPL(contrastive_kernels, CPU, m) {
   m.impl("cpp_views", TORCH_FN(contrastive_kernels::cpp_views));
 }
 
-// Importing the module registers the operators.
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+// Importing the module registers the operators above.
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", [] {
+    const auto info = contrastive_kernels::build_info();
+    pybind11::dict result;
+    result["torch"] = info.torch;
+    result["standard"] = "C++" + std::to_string(info.standard / 100 % 100);
+    result["compiler"] = info.compiler;
+    result["instruction_set"] = info.instruction_set;
+    result["bfloat16_matrix_unit"] = info.bfloat16_matrix_unit;
+    result["threads"] = info.threads;
+    return result;
+  });
 }

@@ -213,17 +213,17 @@ class MatrixUnitProducts final : public Products<float> {
   std::unique_ptr<Buffer[]> buffers_;  // one a slot
 };
 
-bool use_matrix_unit(at::ScalarType dtype) { return dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype); }
-
 }  // namespace
 
-int64_t granule(at::ScalarType dtype) { return use_matrix_unit(dtype) ? kPanel : kFloatPanel; }
+bool has_matrix_unit(at::ScalarType dtype) { return dtype == at::kBFloat16 && at::native::cpublas::could_pack(dtype); }
+
+int64_t granule(at::ScalarType dtype) { return has_matrix_unit(dtype) ? kPanel : kFloatPanel; }
 
 template <typename T>
 std::unique_ptr<Products<T>> make_products(const at::Tensor& x, const at::Tensor& y, ProductsWanted wanted,
                                            int64_t slots) {
   if constexpr (std::is_same_v<T, float>)
-    if (use_matrix_unit(x.scalar_type()) && x.numel() && y.numel())
+    if (has_matrix_unit(x.scalar_type()) && x.numel() && y.numel())
       return std::make_unique<MatrixUnitProducts>(x, y, wanted, slots);
   return std::make_unique<BlasProducts<T>>(x, y, wanted);
 }

@@ -37,6 +37,9 @@ class Products {
   virtual std::pair<at::Tensor, at::Tensor> gradients() = 0;
 };
 
+// Whether the products of this dtype run on the processor's matrix unit.
+bool has_matrix_unit(at::ScalarType dtype);
+
 // Row and column groups have to be multiples of it.
 int64_t granule(at::ScalarType dtype);
 

@@ -14,22 +14,25 @@
 namespace contrastive_kernels {
 
 namespace baseline {
+constexpr const char* kInstructionSet = "baseline";
 #include "tile_math.inc"
-}
+}  // namespace baseline
 
 #ifdef CONTRASTIVE_KERNELS_X86_LEVELS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace x86_64_v3 {
+constexpr const char* kInstructionSet = "x86-64-v3";
 #include "tile_math.inc"
-}
+}  // namespace x86_64_v3
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace x86_64_v4 {
+constexpr const char* kInstructionSet = "x86-64-v4";
 #include "tile_math.inc"
-}
+}  // namespace x86_64_v4
 #pragma GCC pop_options
 #endif
 

@@ -137,6 +137,7 @@ struct Selection {
 // The functions of one instruction set.
 template <typename T>
 struct TileMath {
+  const char* instruction_set;
   // Adds a tile to the statistics of its rows and, unless null, of its columns.
   void (*forward)(const Rules<T>&, const Tile<T>&, const SideStatistics& rows, const SideStatistics* cols,
                   Workspace<T>&);
