@@ -1,4 +1,4 @@
-"""`python -m contrastive_kernels`: what this installation can run, and why not where it cannot."""
+"""`python -m contrastive_kernels`: what this installation can run, and why it cannot run the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import platform
 import torch
 
 from contrastive_kernels import __version__
-from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose
+from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose, cpp
 
 
 def _version(package: str) -> str:
@@ -19,8 +19,20 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _extension() -> str:
+    """Return how the C++ extension was built and what it uses here, as text."""
+    if not cpp.build_info:
+        return "not available"
+    info = cpp.build_info
+    matrix_unit = "bfloat16 matrix unit" if info["bfloat16_matrix_unit"] else "no bfloat16 matrix unit"
+    return (
+        f"built for torch {info['torch']} as {info['standard']} with {info['compiler']}; "
+        f"runs on {info['instruction_set']}, {matrix_unit}, {info['threads']} OpenMP threads"
+    )
+
+
 def report() -> str:
-    """The report as text."""
+    """Return the report as text."""
     devices = [
         ("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     ]
@@ -32,6 +44,7 @@ def report() -> str:
     lines = [
         f"contrastive_kernels {__version__}",
         f"python {platform.python_version()}, torch {torch.__version__}, triton {_version('triton')}",
+        f"C++ extension: {_extension()}",
         f"{ENVIRONMENT_VARIABLE} = {os.environ.get(ENVIRONMENT_VARIABLE) or '(not set: by device)'}",
     ]
     for device, description in devices:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import re
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +20,33 @@ saved_scores_bytes = 4 << 20
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-try:
-    importlib.import_module("contrastive_kernels._C")
-    missing = None
-except ImportError as error:
-    missing = f"the extension is not built ({error}); build it with `python setup.py build_ext --inplace`"
+BUILD_COMMAND = "python setup.py build_ext --inplace"
+
+
+def load(extension: str) -> tuple[dict[str, Any], str | None]:
+    """Import the extension; return its ``build_info()`` and None, or an empty dict and why it cannot be used."""
+    spec = importlib.util.find_spec(extension)
+    if spec is None:
+        return {}, f"the extension is not built; build it with `{BUILD_COMMAND}`"
+    try:
+        info = importlib.import_module(extension).build_info()
+    except (ImportError, AttributeError) as error:  # AttributeError: built from sources without build_info
+        version, problem = _built_for(Path(str(spec.origin))), f"the extension does not load ({error})"
+    else:
+        version, problem = info["torch"], None
+    if version and version.split(".")[:2] != torch.__version__.split(".")[:2]:
+        problem = f"the extension was built for torch {version}, this is torch {torch.__version__}"
+    return ({}, f"{problem}; build it again: `{BUILD_COMMAND} --force`") if problem else (info, None)
+
+
+def _built_for(extension: Path) -> str | None:
+    """Return the version of torch that csrc/build_info.cpp wrote into the file, or None."""
+    found = re.search(rb"contrastive_kernels: built for torch ([\w.+]+)", extension.read_bytes())
+    return found[1].decode() if found else None
+
+
+build_info, missing = load("contrastive_kernels._C")
+
 
 # The extension registers the operators itself.
 operators: Mapping[str, None] = (
