@@ -52,6 +52,11 @@ def extension():
     class OptionalBuild(BuildExtension):
         """Leave the extension out, with a message, if it does not compile."""
 
+        def finalize_options(self):
+            super().finalize_options()
+            # setuptools compares the dates of csrc alone; ninja also sees another torch.
+            self.force = self.force or self.use_ninja
+
         def run(self):
             try:
                 super().run()
