@@ -14,7 +14,7 @@
 namespace contrastive_kernels {
 namespace {
 
-// Rows of a matrix with unit column stride, and the transpose of such rows: views that cost no dispatch.
+// Views of the rows of a matrix with unit column stride, and of their transpose, without a call of the dispatcher.
 void* row_data(const at::Tensor& matrix, int64_t row) {
   return static_cast<char*>(matrix.data_ptr()) + row * matrix.stride(0) * matrix.element_size();
 }
@@ -34,10 +34,11 @@ at::Tensor with_unit_stride(const at::Tensor& matrix) {
                                                                                            : matrix.contiguous();
 }
 
-// The panels of kFloatPanel rows of y, each transposed: [panels, d, kFloatPanel], the last one filled up with zeros.
 constexpr int64_t kFloatPanel = 64;
 static_assert(kTileRows % kFloatPanel == 0 && kTileCols % kFloatPanel == 0);
 
+// Returns the panels of kFloatPanel rows of y, each transposed, the last one filled up with zeros: [panels, d,
+// kFloatPanel].
 at::Tensor transposed_panels(const at::Tensor& y) {
   const int64_t m = y.size(0), d = y.size(1), whole = m / kFloatPanel, rest = m % kFloatPanel;
   auto panels = at::empty({whole + (rest > 0), d, kFloatPanel}, y.options());
@@ -50,9 +51,9 @@ at::Tensor transposed_panels(const at::Tensor& y) {
   return panels;
 }
 
-// Products by the BLAS, in the compute dtype; float16 and bfloat16 operands are converted beforehand. The scores in
-// float are by the kernel of oneDNN, which takes its operands as they lie: for small d the BLAS spends a fifth on
-// packing.
+// Products by the BLAS in the compute dtype, to which float16 and bfloat16 operands are converted beforehand. oneDNN's
+// kernel computes the scores in float: it takes the operands as they lie, while the BLAS spends a fifth of its time on
+// packing them for small d.
 template <typename T>
 class BlasProducts final : public Products<T> {
  public:
@@ -110,11 +111,11 @@ class BlasProducts final : public Products<T> {
   at::Tensor x_, y_, y_columns_, dx_, dy_;
 };
 
-// bfloat16 products with float sums on the processor's matrix unit. Its right-hand operands hold pairs of consecutive
-// rows side by side, [k / 2, n, 2], so both operands are packed beforehand, in panels of kPanel rows:
+// bfloat16 products with float sums on the processor's matrix unit. A right-hand operand of the unit holds pairs of
+// consecutive rows side by side, [k / 2, n, 2], so both matrices are packed beforehand, in panels of kPanel rows:
 // - scores:  X as it is, times the panel [d / 2, kPanel, 2] of Y^T;
 // - dX_I:    G as it is, times the panel [kPanel / 2, d, 2] of Y;
-// - dY_J^T:  the panel [d, kPanel] of X^T, times the pairs of rows of G. Its sums stay transposed until the end.
+// - dY_J^T:  the panel [d, kPanel] of X^T, times the pairs of rows of G. The sums stay transposed until the end.
 constexpr int64_t kPanel = 128;
 constexpr int64_t kDepth = 32;
 static_assert(kTileRows % kPanel == 0 && kTileCols % kPanel == 0);
@@ -131,7 +132,7 @@ class MatrixUnitProducts final : public Products<float> {
     const auto floats = x.options().dtype(at::kFloat);
     x_ = padded(x, round_up(n_, kPanel));
     const auto y_padded = y.is_same(x) ? x_ : padded(y, panels_ * kPanel);
-    // Pairs are consecutive in a row of y: as 32-bit units this is a plain transposition.
+    // The two values of a pair are neighbours in a row of y, so this transposes 32-bit units.
     if (wanted.scores)
       y_columns_ = y_padded.view(at::kInt).view({panels_, kPanel, depth_ / 2}).transpose(1, 2).contiguous();
     if (wanted.dx) {
@@ -151,10 +152,10 @@ class MatrixUnitProducts final : public Products<float> {
   }
 
   void add_gradients(Range rows, Range cols, float* g, bool transposed, int64_t slot) override {
-    if (!buffers_) return;
+    if (!wanted_.dx && !wanted_.dy) return;
     const int64_t height = round_up(rows.size(), 2), width = round_up(cols.size(), kPanel);
     auto& buffer = buffers_[slot];
-    // The columns behind the last one multiply rows of zeros, but must be numbers; so must an odd row's partner.
+    // The columns past the last one are multiplied by zeros, but have to be numbers, as does the partner of an odd row.
     for (int64_t i = 0; i < rows.size(); ++i)
       std::fill(g + i * kTileCols + cols.size(), g + i * kTileCols + width, 0.f);
     if (height > rows.size()) std::fill_n(g + rows.size() * kTileCols, width, 0.f);
@@ -193,7 +194,7 @@ class MatrixUnitProducts final : public Products<float> {
   };
 
   at::Tensor padded(const at::Tensor& matrix, int64_t rows) const {
-    // Pairs are read as 32-bit units.
+    // A pair is read as a 32-bit unit.
     if (matrix.is_contiguous() && matrix.storage_offset() % 2 == 0 && matrix.size(0) == rows && d_ == depth_)
       return matrix;
     auto result = at::zeros({rows, depth_}, matrix.options());
@@ -210,7 +211,7 @@ class MatrixUnitProducts final : public Products<float> {
   ProductsWanted wanted_;
   int64_t n_, m_, d_, depth_, panels_;
   at::Tensor x_, x_transposed_, y_columns_, y_rows_, dx_, dy_;
-  std::unique_ptr<Buffer[]> buffers_;  // one a slot
+  std::unique_ptr<Buffer[]> buffers_;  // [slots]
 };
 
 }  // namespace

@@ -26,21 +26,21 @@ class Products {
   // The tile of scores, with kTileCols values from row to row.
   virtual void scores(Range rows, Range cols, T* s) = 0;
 
-  // Adds what the tile g, a gradient of the scores, gives to the gradients that are wanted; dy only if `transposed`.
-  // The tile's memory is free for use afterwards, and so is a row behind its last one.
+  // Adds the products of the tile g, a gradient of the scores, to dX and, if `transposed`, to dY, as far as wanted. May
+  // overwrite the tile and one row past its end.
   virtual void add_gradients(Range rows, Range cols, T* g, bool transposed, int64_t slot) = 0;
 
-  // To be called at the end of a block by the thread that computed it.
+  // The thread that computed a block calls this at the end of the block.
   virtual void end_block() {}
 
-  // The sums, in the dtype of x; undefined where not wanted.
+  // Returns dX and dY in the dtype of x, undefined if not wanted.
   virtual std::pair<at::Tensor, at::Tensor> gradients() = 0;
 };
 
-// Whether the products of this dtype run on the processor's matrix unit.
+// Returns whether the products of this dtype run on the processor's matrix unit.
 bool has_matrix_unit(at::ScalarType dtype);
 
-// Row and column groups have to be multiples of it.
+// The sizes of row and column groups have to be multiples of this.
 int64_t granule(at::ScalarType dtype);
 
 template <typename T>

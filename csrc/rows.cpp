@@ -11,7 +11,7 @@
 namespace contrastive_kernels {
 namespace {
 
-// Rows of a chunk that is worth another thread.
+// The number of rows that are worth another thread.
 int64_t grain(int64_t depth) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, depth)); }
 
 int64_t rows_of(const at::Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }

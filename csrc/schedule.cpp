@@ -5,7 +5,7 @@
 namespace contrastive_kernels {
 namespace {
 
-// `count` groups of about equal size, fewer if there are not enough rows.
+// Returns `count` groups of about equal size, or fewer if there are not enough rows.
 std::vector<Range> groups(int64_t n, int64_t count, int64_t granule) {
   const int64_t granules = (n + granule - 1) / granule;
   count = std::min(count, granules);
@@ -19,7 +19,7 @@ std::vector<Range> groups(int64_t n, int64_t count, int64_t granule) {
 
 Schedule all_pairs(int64_t n, int64_t m, int64_t threads, int64_t granule) {
   const auto rows = groups(n, threads, granule), cols = groups(m, threads, granule);
-  // A ring over the longer side: in round p row group t meets column group t + p.
+  // A ring over the longer side: row group t meets column group t + p in round p.
   const size_t length = std::max(rows.size(), cols.size());
   Schedule schedule(rows.empty() || cols.empty() ? 0 : length);
   for (size_t p = 0; p < schedule.size(); ++p)
@@ -30,10 +30,10 @@ Schedule all_pairs(int64_t n, int64_t m, int64_t threads, int64_t granule) {
 
 Schedule unordered_pairs(int64_t n, int64_t threads, int64_t granule) {
   auto sides = groups(n, 2 * threads, granule);
-  // The diagonal blocks hold half as many pairs as the others: two rounds of them.
+  // A diagonal block holds half as many pairs as another block; there are two rounds of them.
   Schedule schedule((sides.size() + threads - 1) / threads);
   for (size_t g = 0; g < sides.size(); ++g) schedule[g / threads].push_back({sides[g], sides[g], true});
-  // A round-robin tournament (circle method): the first stays, the others move on by one place a round.
+  // A round-robin tournament (circle method): the first side stays, the others move by one place a round.
   if (sides.size() % 2) sides.push_back({n, n});
   for (size_t round = 1; round < sides.size(); ++round) {
     auto& blocks = schedule.emplace_back();

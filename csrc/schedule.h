@@ -1,7 +1,9 @@
-// Who computes what, when: a sweep is a list of rounds, a round a list of blocks that run at the same time.
+// The order in which a sweep visits the pairs. A sweep is a list of rounds, and a round is a list of blocks that run at
+// the same time.
 //
-// No two blocks of a round share a row group or a column group, so that every thread accumulates statistics and
-// gradients of its rows and of its columns in place: no locks, no copies per thread, the same sums in every run.
+// No two blocks of a round share a row group or a column group. So every thread accumulates the statistics and
+// gradients of its rows and columns in place: without locks, without a copy for each thread, and with the same sums in
+// every run.
 #pragma once
 
 #include <algorithm>
@@ -16,19 +18,20 @@ namespace contrastive_kernels {
 
 struct Block {
   Range rows, cols;
-  // rows == cols, and only the pairs on and above the diagonal are visited.
+  // True if rows == cols, and only the pairs on and above the diagonal are visited.
   bool triangle = false;
 };
 
 using Schedule = std::vector<std::vector<Block>>;
 
-// All pairs of n rows and m columns. `granule`: the groups' sizes are multiples of it.
+// Returns the blocks of all pairs of n rows and m columns, in groups whose sizes are multiples of `granule`.
 Schedule all_pairs(int64_t n, int64_t m, int64_t threads, int64_t granule);
 
-// All unordered pairs of n rows, the pairs (i, i) included.
+// Returns the blocks of all unordered pairs of n rows, the pairs (i, i) included.
 Schedule unordered_pairs(int64_t n, int64_t threads, int64_t granule);
 
-// The tiles of a block: f(rows, cols, diagonal); a diagonal tile is square and the only one to hold pairs (i, i).
+// Calls f(rows, cols, diagonal) for every tile of a block. A diagonal tile is square, and no other tile of a triangle
+// holds pairs (i, i).
 template <typename F>
 void for_each_tile(const Block& block, const F& f) {
   for (int64_t i = block.rows.begin; i < block.rows.end; i += kTileRows) {
@@ -39,7 +42,7 @@ void for_each_tile(const Block& block, const F& f) {
   }
 }
 
-// Runs f(block, slot) for every block; a slot is never used by two threads at a time.
+// Calls f(block, slot) for every block. No two threads use a slot at the same time.
 template <typename F>
 void run(const Schedule& schedule, const F& f) {
   for (const auto& round : schedule)

@@ -15,7 +15,7 @@
 namespace contrastive_kernels {
 namespace {
 
-// Bytes of candidates that a thread holds; where k is large it takes fewer rows at a time.
+// The bytes of a thread's candidates, which limit the rows of its tiles if k is large.
 constexpr int64_t kCandidateBytes = 4 << 20;
 
 template <typename T>
@@ -29,7 +29,7 @@ std::tuple<at::Tensor, at::Tensor> row_select_as(const at::Tensor& x, const at::
 
   const auto products = make_products<T>(x, y, {.scores = true}, 1);
   const int64_t fitting = kCandidateBytes / (room * static_cast<int64_t>(sizeof(Candidate<T>)));
-  // Enough tiles for all threads, of as many rows as fit.
+  // As many rows in a tile as fit, but enough tiles for all threads.
   const int64_t fair = (n + at::get_num_threads() - 1) / at::get_num_threads();
   const int64_t height = std::clamp<int64_t>(std::min(fitting, fair), 1, kTileRows);
   at::parallel_for(0, (n + height - 1) / height, 1, [&](int64_t begin, int64_t end) {

@@ -36,20 +36,20 @@ Term term_named(std::string_view name) {
   TORCH_CHECK_VALUE(false, "unknown term '", name, "'");
 }
 
-// One call: the inputs as the tile functions take them, the schedule, and a workspace for each thread.
+// One call of an operator: the inputs as the tile functions take them, the schedule, and a workspace for each slot.
 template <typename T>
 class Sweep {
  public:
   Sweep(const Inputs& in, const Description& description, bool maximum)
       : self_(!in.y),
-        // Then S and its mask are symmetric, and so are the sums over rows and over columns.
+        // S and its mask are symmetric, and the sums over rows equal the sums over columns.
         symmetric_(self_ && !in.bias && !in.cutoff && !in.term_offset && !description.column_lse), x_(in.x),
         y_(self_ ? in.x : *in.y) {
     for (const double exponent : description.exponents)
       rules_.channels.push_back({exponent, symmetric_ || (description.column_lse && exponent == 1)});
-    const auto one = std::find(description.exponents.begin(), description.exponents.end(), 1.0);
-    one_ = one - description.exponents.begin();
-    if (one == description.exponents.end() && (description.column_lse || maximum))
+    const auto plain = std::find(description.exponents.begin(), description.exponents.end(), 1.0);
+    plain_channel_ = plain - description.exponents.begin();
+    if (plain == description.exponents.end() && (description.column_lse || maximum))
       rules_.channels.push_back({1.0, symmetric_ || description.column_lse});
 
     rules_.scale = static_cast<T>(in.scale.item<double>());
@@ -75,8 +75,8 @@ class Sweep {
   int64_t n() const { return x_.size(0); }
   int64_t m() const { return y_.size(0); }
   int64_t channels() const { return rules_.channels.size(); }
-  // The channel of exponent 1, to which the maximum and the columns belong.
-  int64_t one() const { return one_; }
+  // The channel of exponent 1, to which the maxima and the columns' log-sum-exp belong.
+  int64_t plain_channel() const { return plain_channel_; }
   bool symmetric() const { return symmetric_; }
 
   // Leaves the scores in `saved`, [n, m], unless it is null.
@@ -106,13 +106,14 @@ class Sweep {
         std::copy_n(saved + (rows.begin + i) * m() + cols.begin, cols.size(), s + i * kTileCols);
     };
     visit(*products, scores, [&](const Tile<T>& tile, bool diagonal, int64_t slot) {
-      // A diagonal tile holds (i, j) and (j, i): the gradients of both, at each of them.
+      // A diagonal tile holds (i, j) and (j, i), and each of them takes the gradients of both.
       tile_math<T>().backward(rules_, tile, rows, &cols, diagonal ? 0.5 : 1.0, work_[slot]);
       products->add_gradients(tile.rows, tile.cols, tile.s, !diagonal, slot);
     });
     return products->gradients();
   }
 
+  // Returns the sum over all slots.
   double total(double OtherGradients::* sum) const {
     double result = 0;
     for (int64_t slot = 0; slot < slots_; ++slot) result += work_[slot].gradients.*sum;
@@ -120,13 +121,14 @@ class Sweep {
   }
 
  private:
-  // A contiguous tensor's data, kept alive for this call.
+  // Returns the data of the tensor made contiguous, which lives as long as this object.
   template <typename S>
   const S* hold(const OptionalTensor& tensor) {
     if (!tensor) return nullptr;
     return held_.emplace_back(tensor->contiguous()).template const_data_ptr<S>();
   }
 
+  // Calls f(tile, diagonal, slot) for every tile that may hold a kept pair, after `scores` has filled it.
   template <typename S, typename F>
   void visit(Products<T>& products, const S& scores, const F& f) {
     run(schedule_, [&](const Block& block, int64_t slot) {
@@ -149,7 +151,7 @@ class Sweep {
     return false;
   }
 
-  // Ids in order, or nearly, are the usual case: then few tiles need a mask.
+  // The ids are usually in order, or nearly, and few tiles need a mask.
   bool may_be_equal(Range rows, Range cols) const {
     const auto [x_least, x_most] = bounds(rules_.x_ids, rows);
     const auto [y_least, y_most] = bounds(rules_.y_ids, cols);
@@ -166,12 +168,12 @@ class Sweep {
   at::Tensor x_, y_;
   std::vector<at::Tensor> held_;
   Rules<T> rules_;
-  int64_t one_ = 0, slots_ = 0;
+  int64_t plain_channel_ = 0, slots_ = 0;
   Schedule schedule_;
   std::unique_ptr<Workspace<T>[]> work_;
 };
 
-// The running statistics of one side, and what they end up as.
+// The memory of one side's running statistics, and their final values.
 class Accumulators {
  public:
   Accumulators(int64_t channels, int64_t n, bool maximum, bool term)
@@ -185,7 +187,7 @@ class Accumulators {
   }
 
   at::Tensor log_sum_exp() const { return shift_ + sum_.log(); }
-  // The maximum skips NaN, the sum does not.
+  // The running maximum skips a NaN, the sum keeps it.
   at::Tensor maximum(int64_t channel) const {
     return maximum_.select(0, channel).masked_fill(sum_.select(0, channel).isnan(), std::nan(""));
   }
@@ -195,8 +197,7 @@ class Accumulators {
   at::Tensor shift_, sum_, maximum_, term_sum_;
 };
 
-// The tensors behind an Upstream: `lse` [count, n] and its gradient are those of the channels from `first` on; the log-
-// sum-exps become two T each, +inf where no pair was kept.
+// The memory of a SideUpstream. `lse` and `grad_lse`, [count, n], belong to the channels from `first` on.
 template <typename T>
 class UpstreamTensors {
  public:
@@ -240,12 +241,12 @@ Statistics forward_as(const Inputs& in, const Description& description, bool max
   const auto scores = save_scores ? at::empty({sweep.n(), sweep.m()}, compute) : nothing(compute);
   sweep.forward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(),
                 save_scores ? scores.template data_ptr<T>() : nullptr);
-  const auto none = [] { return nothing(at::kDouble); };  // outputs may not share memory
+  const auto none = [] { return nothing(at::kDouble); };  // the outputs may not share memory
   return {.row_lse = rows.log_sum_exp().narrow(0, 0, description.exponents.size()),
-          .col_lse = column_lse ? cols.log_sum_exp().select(0, sweep.one()) : none(),
+          .col_lse = column_lse ? cols.log_sum_exp().select(0, sweep.plain_channel()) : none(),
           .row_sum = rows.term_sum(),
-          .row_max = maximum ? rows.maximum(sweep.one()) : none(),
-          .col_max = maximum && column_lse ? cols.maximum(sweep.one()) : none(),
+          .row_max = maximum ? rows.maximum(sweep.plain_channel()) : none(),
+          .col_max = maximum && column_lse ? cols.maximum(sweep.plain_channel()) : none(),
           .scores = scores};
 }
 
@@ -257,7 +258,7 @@ Gradients backward_as(const Upstream& upstream, const Inputs& in, const Descript
   const auto none = nothing(at::kDouble);
   const UpstreamTensors<T> rows(channels, n, 0, upstream.grad_row_lse, upstream.row_lse,
                                 description.term.empty() ? none : upstream.grad_row_sum);
-  const UpstreamTensors<T> cols(description.column_lse ? channels : 0, m, sweep.one(), upstream.grad_col_lse,
+  const UpstreamTensors<T> cols(description.column_lse ? channels : 0, m, sweep.plain_channel(), upstream.grad_col_lse,
                                 upstream.col_lse, none);
 
   const auto compute = c10::CppTypeToScalarType<T>::value, exact = at::kDouble, features = in.x.scalar_type();

@@ -16,7 +16,7 @@ T dot(int64_t n, const T* __restrict a, const T* __restrict b) {
   return sum;
 }
 
-// The first least similar pair j < k in row-major order; a NaN is less than everything.
+// Finds the least similar pair j < k, the first in row-major order on a tie. A NaN is less than every number.
 template <typename T>
 void least_pair(int64_t views, int64_t depth, const T* sample, int64_t* pair) {
   T least = std::numeric_limits<T>::infinity();

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <limits>
 
-// The same source for several instruction sets: the compiler vectorises it, the processor chooses at run time.
+// The same source is compiled for several instruction sets, and the processor chooses at run time.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define CONTRASTIVE_KERNELS_X86_LEVELS
 #endif

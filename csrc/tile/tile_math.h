@@ -1,6 +1,5 @@
-// What happens to one tile of similarities: logits, masks, exponentials, terms; and to a row of features. Everything
-// here is plain C++ over raw memory; which rows and columns a tile holds is the schedule's business, how it was
-// multiplied the products'.
+// The functions on one tile of similarities (logits, masks, exponentials, terms) and on one row of features: plain C++
+// over raw memory. schedule.h decides which rows and columns a tile holds, products.h computes its scores.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +25,7 @@ struct Channel {
   bool column_lse;
 };
 
-// What a sweep computes, with the vectors that it computes it from; null where not given.
+// What a sweep computes, and the vectors that it reads, null if not given.
 template <typename T>
 struct Rules {
   std::vector<Channel> channels;
@@ -36,7 +35,7 @@ struct Rules {
   const int64_t* y_ids;
   const T* cutoff;
   bool keep_equal_ids;
-  // As many diagonals on either side, the main one among them, are dropped; they are `samples` apart.
+  // The pairs (i, i + k * samples) with |k| < diagonals are dropped.
   int64_t diagonals = 0, samples = 0;
   Term term;
   T term_scale;
@@ -48,7 +47,7 @@ template <typename T>
 struct Tile {
   T* s;  // [rows, kTileCols]
   Range rows, cols;
-  // Some pair may have to be dropped.
+  // False if every pair of the tile is kept.
   bool masked;
 };
 
@@ -61,8 +60,8 @@ struct SideStatistics {
   double* term_sum;  // [n] or null
 };
 
-// What flows back into one side: for each channel the gradient of the log-sum-exp and the log-sum-exp itself, as a sum
-// of two T, because a float of magnitude 100 would shift a whole row by 4e-6; +inf where no pair was kept.
+// The gradients of one side's statistics, and its log-sum-exps. A log-sum-exp is a sum of two T, because rounding 100
+// to float would shift the weights of a whole row by 4e-6; it is +inf where no pair was kept.
 template <typename T>
 struct SideUpstream {
   int64_t n;
@@ -72,8 +71,8 @@ struct SideUpstream {
   const T* grad_term_sum;  // [n] or null
 };
 
-// What a backward sweep yields besides matrices. The sums over all pairs are one per thread; `total` is that of the
-// term's values, each times its gradient, without log-sum-exps beside it.
+// The gradients besides dX and dY. Each slot has its own sums over pairs; all slots share the vectors, which are null
+// if not wanted. `total` is the sum of the term's values times their gradients, for a sweep without log-sum-exps.
 struct OtherGradients {
   double scale = 0;
   double term_scale = 0;
@@ -109,23 +108,23 @@ struct Workspace {
   // in the forward sweep, the slopes do so in the backward sweep.
   alignas(64) T term_base[kTileCols], term_values[kTileCols], term_slopes[kTileCols];
 
-  // How often a shift known beforehand has not been good enough.
+  // The number of tiles whose precomputed shift failed.
   int64_t misses = 0;
   OtherGradients gradients;
 };
 
-// One of the best so far of a row; a NaN is an infinite value with the complement of its column.
+// One of a row's best columns so far. A NaN is stored as an infinite value with the complement of its column.
 template <typename T>
 struct Candidate {
   T value;
   int32_t column;
 };
 
-// Columns that are looked at together.
+// The number of columns that are compared with the threshold together.
 constexpr int64_t kSelectStep = 64;
 
-// The best of the rows of a tile so far, in no order: all that was above the threshold, which is the k-th best at some
-// time. There is room for k and at least two steps.
+// The candidates for the best columns of each row, in no order: every value above the threshold, which was the k-th
+// best of the row at some time. There is room for k and at least two steps.
 template <typename T>
 struct Selection {
   int64_t k, room;
@@ -134,30 +133,31 @@ struct Selection {
   T* thresholds;             // [rows]
 };
 
-// The functions of one instruction set.
+// The functions, compiled for one instruction set.
 template <typename T>
 struct TileMath {
   const char* instruction_set;
   // Adds a tile to the statistics of its rows and, unless null, of its columns.
   void (*forward)(const Rules<T>&, const Tile<T>&, const SideStatistics& rows, const SideStatistics* cols,
                   Workspace<T>&);
-  // Turns a tile s into dL/ds. With `cols` the gradients of the columns' statistics are in it; `weight` is what the
-  // tile counts in the side gradients.
+  // Replaces the scores s of a tile by dL/ds, and adds to the other gradients. The columns' statistics contribute
+  // unless `cols` is null. `weight` multiplies what the tile adds to the sums.
   void (*backward)(const Rules<T>&, const Tile<T>&, const SideUpstream<T>& rows, const SideUpstream<T>* cols,
                    double weight, Workspace<T>&);
-  // The n values of two rows rounded to bfloat16: each on its own, and as pairs of one column.
+  // Rounds the n values of two rows to bfloat16: into a row each, and into pairs of one column.
   void (*round_rows)(int64_t n, const float* first, const float* second, uint16_t* first_out, uint16_t* second_out,
                      uint32_t* pairs);
-  // Adds a tile, times `sign`, to the best of its rows; columns come in ascending order.
+  // Adds a tile, times `sign`, to the candidates of its rows. The tiles have to come in ascending order of columns.
   void (*select)(const Rules<T>&, const Tile<T>&, T sign, Selection<T>&, Workspace<T>&);
-  // Puts the best of a row in order and says how many there are.
+  // Sorts the best columns of a row and returns their number.
   int64_t (*selected)(Selection<T>&, int64_t row);
-  // A row divided by its norm, which is returned, and the gradient of that.
+  // Divides a row by its norm, and returns the norm.
   T (*unit_row)(int64_t n, const T* x, T* out);
+  // Computes the gradient of the row.
   void (*unit_row_backward)(int64_t n, const T* grad, const T* x, T norm, T* out);
 };
 
-// The functions for the best instruction set that this processor has.
+// Returns the functions for the best instruction set of this processor.
 template <typename T>
 const TileMath<T>& tile_math();
 
