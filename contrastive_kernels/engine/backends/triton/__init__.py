@@ -1,8 +1,9 @@
 """The sweep in Triton, on GPUs, and in Triton's interpreter on the CPU.
 
 Importing this module imports no Triton and asks no driver. `forward` has the kernels of the forward sweep, `backward`
-and `chunks` those of the backward, `rows` the normalisation and the positives, `views` the view minimum; `epilogue` is
-what the sweep's kernels share on the device, `launch` on the host, `tiles` the tile table.
+and `chunks` those of the backward, `rows` the normalisation and the positives, `views` the view minimum. The sweep's
+kernels share `epilogue` on the device and `launch` on the host; `tiles` is the tile table, `tune` measures for it.
+See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,13 +22,17 @@ from contrastive_kernels.engine.spec import Description, Gradients, Inputs, Stat
 
 name = "triton"
 saved_scores_bytes = 0
-# The largest D whose gradients any row of the tile table holds in registers.
+# The largest D whose gradients a row of the tile table holds in registers.
 REGISTER_DEPTH = 256
 installed = importlib.util.find_spec("triton") is not None
 
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
 
 
 def not_supported_reasons(x: Tensor) -> list[str]:
@@ -44,12 +50,12 @@ def not_supported_reasons(x: Tensor) -> list[str]:
 
 
 def statistic_dtype(x: Tensor) -> torch.dtype:
-    """Return float32, as the accumulators have it."""
+    """Return float32, the dtype of the accumulators."""
     return torch.float32
 
 
 def score_dtype(x: Tensor, y: Tensor | None) -> torch.dtype | None:
-    """Return the dtype of saved similarities, see `epilogue.store_scores`; None for gradients made in registers."""
+    """Return the dtype of saved similarities, see `epilogue.store_scores`; None if gradients are made in registers."""
     if x.dtype == torch.float32:
         return torch.float32
     return torch.int16 if x.shape[1] > REGISTER_DEPTH else None
@@ -58,15 +64,16 @@ def score_dtype(x: Tensor, y: Tensor | None) -> torch.dtype | None:
 def run_forward(inputs: Inputs, what: Description, *, maximum: bool, save_scores: bool) -> Statistics:
     """Return the statistics that `engine.spec` describes."""
     from contrastive_kernels.engine.backends.triton import forward as kernels
-    from contrastive_kernels.engine.backends.triton.launch import Scores, Sweep
+    from contrastive_kernels.engine.backends.triton.launch import Operands, scores_of
 
-    sweep = Sweep.of(inputs, what)
+    operands = Operands.of(inputs, what)
     x = inputs.x
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         dtype = score_dtype(x, inputs.y)
         save_scores = save_scores and dtype is not None
-        values = x.new_empty((len(sweep.x), len(sweep.y)) if save_scores else (0,), dtype=dtype or torch.float32)
-        return Statistics(*kernels.forward(sweep, maximum, Scores.of(sweep, values) if save_scores else None), values)
+        values = x.new_empty((len(operands.x), len(operands.y)) if save_scores else (0,), dtype=dtype or torch.float32)
+        scores = scores_of(operands, values) if save_scores else None
+        return Statistics(*kernels.forward(operands, maximum, scores), values)
 
 
 def run_backward(
@@ -75,27 +82,27 @@ def run_backward(
     """Return the gradients that `engine.spec` describes."""
     from contrastive_kernels.engine.backends.triton import backward as registers
     from contrastive_kernels.engine.backends.triton import chunks
-    from contrastive_kernels.engine.backends.triton.launch import Packed, Scores, Sweep
+    from contrastive_kernels.engine.backends.triton.launch import Operands, PackedVectors, scores_of
 
-    sweep, x = Sweep.of(inputs, what), inputs.x
+    operands, x = Operands.of(inputs, what), inputs.x
     names = {name for name, want in zip(Wanted._fields, wanted, strict=True) if want}
-    # The products of `chunks` are done by the library, where autocast would round their float32 operands.
-    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        if sweep.column_lse and sweep.symmetric and sweep.exponents:
+    # The library's products in `chunks` keep float32 operands, which autocast would round.
+    with _device_of(x), torch.autocast(x.device.type, enabled=False):
+        if operands.column_lse and operands.symmetric and operands.exponents:
             # E_ij is in row i's and in column i's statistic alike: one exponential for both.
             upstream = upstream._replace(grad_row_lse=upstream.grad_row_lse + upstream.grad_col_lse)
-            sweep = dataclasses.replace(sweep, column_lse=False)
+            operands = dataclasses.replace(operands, column_lse=False)
         product = wanted.x or wanted.y
-        in_registers = not product or (scores is None and registers.tile_for(sweep, names) is not None)
-        # Where S stays in registers an exponential costs as much as a product; before a chunk is written it is hidden.
-        both_roles = sweep.column_lse or (sweep.self_similarity and sweep.bias is None)
-        centered = in_registers and len(sweep.exponents) > 0 and both_roles
-        packed = Packed.of(sweep, upstream, centered)
+        in_registers = not product or (scores is None and registers.fits_in_registers(operands, names))
+        # With S in registers an exponential costs as much as a product; before a chunk is written it is hidden.
+        both_roles = operands.column_lse or (operands.self_similarity and operands.bias is None)
+        centered = in_registers and len(operands.exponents) > 0 and both_roles
+        packed = PackedVectors.of(operands, upstream, centered)
         if in_registers:
-            gradients = registers.backward(sweep, packed, names)
+            gradients = registers.backward(operands, packed, names)
         else:
-            saved = None if scores is None else Scores.of(sweep, scores)
-            gradients = chunks.backward(sweep, packed, names, saved)
+            saved = None if scores is None else scores_of(operands, scores)
+            gradients = chunks.backward(operands, packed, names, saved)
     return Gradients(*(gradients.get(name, inputs.scale.new_empty(0)) for name in Gradients._fields))
 
 
@@ -103,7 +110,7 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows of unit norm in the dtype of x, and the norms in float32."""
     from contrastive_kernels.engine.backends.triton import rows
 
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         return rows.unit_rows_fwd(x)
 
 
@@ -111,7 +118,7 @@ def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     """Return the gradient of x."""
     from contrastive_kernels.engine.backends.triton import rows
 
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         return rows.unit_rows_bwd(grad, x, norm)
 
 
@@ -119,15 +126,15 @@ def row_dot(x: Tensor, y: Tensor) -> Tensor:
     """Return ``<x_i, y_i>`` over the last dimension, in float32."""
     from contrastive_kernels.engine.backends.triton import rows
 
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         return rows.row_dot_fwd(x, y)
 
 
 def row_dot_backward(grad: Tensor, x: Tensor, y: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x and y; empty where not wanted."""
+    """Return the gradients of x and y, empty if not wanted."""
     from contrastive_kernels.engine.backends.triton import rows
 
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         return rows.row_dot_bwd(grad, x, y, wanted)
 
 
@@ -135,7 +142,7 @@ def view_minimum(views: Tensor) -> Tensor:
     """Return (N, 2), the least similar pair j < k of each sample's views, the first on a tie; NaN is least."""
     from contrastive_kernels.engine.backends.triton import views as kernels
 
-    with torch.cuda.device_of(views):
+    with _device_of(views):
         return kernels.view_minimum_fwd(views)
 
 

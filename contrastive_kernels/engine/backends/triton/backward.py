@@ -1,10 +1,12 @@
 """The backward sweep with the gradient in registers: S is recomputed tile by tile, dX = G Y never leaves the program.
 
 dY is the same kernel with the operands exchanged and the owner acting as the sweep's columns; x against itself is one
-kernel in both roles, dX = (G + G^T) X. Where the gradient of an operand does not fit in registers `chunk` takes over.
+kernel in both roles, dX = (G + G^T) X. `chunks` takes over if an operand's gradient does not fit in registers.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,102 +15,113 @@ from torch import Tensor
 
 from contrastive_kernels.engine.backends.triton import tiles, tune
 from contrastive_kernels.engine.backends.triton.epilogue import (
-    FLAG,
+    Block,
+    Numbers,
+    Operand,
+    Packed,
+    Pointer,
+    Side,
+    inverse_of,
+    load_block,
+    load_center,
     load_columns,
     load_ids,
     load_rows,
-    load_tile,
+    load_scalars,
     similarity,
     term_base,
     tile_grad,
     weight_factor,
-)  # fmt: skip
-from contrastive_kernels.engine.backends.triton.launch import Packed, Sweep, blocks_of, describable, tiles_of
+)
+from contrastive_kernels.engine.backends.triton.launch import Operands, PackedVectors, tiles_of
 
-# What comes as a share per row of the owner, in the order of the kernel's arguments, and what of it is to be added up.
-SHARES = ("scale", "term_scale", "bias", "term_offset", "total")
+# The outputs that are to be added up over the rows.
 SUMS = ("scale", "term_scale", "total")
+
+
+class Shares(NamedTuple):
+    """Gradients by row of the owner, (N,); None is not computed. Those of `SUMS` are to be added up."""
+
+    scale: Pointer | None
+    term_scale: Pointer | None
+    bias: Pointer | None
+    term_offset: Pointer | None
+    total: Pointer | None
 
 
 @triton.jit
 def _grad_bwd_kernel(
-    x, y, x_tiles, y_tiles, x_ids, y_ids, row_stats, col_stats, center, scale, term_scale, unit,
-    dx, d_scale, d_term_scale, d_bias, d_term_offset, total,
-    N, M, stride_x, stride_y, stride_dx, row_stride, col_stride,
-    exponent_0, exponent_1, constant_0, constant_1,
+    x, y, y_tiles, x_ids, y_ids, row_stats, col_stats, center, scale, term_scale, grad_scale,
+    dx, shares: Shares,
+    N, M, stride_x, stride_y, stride_dx, row_stride, col_stride, numbers: Numbers,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
-    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr,
-    CUT: tl.constexpr, FACTORED: tl.constexpr, PRECISION: tl.constexpr,
+    AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, FACTORED: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """One block of the owner x against all of y. An output that is None is not computed.
+    """Walk from one block of the owner x over all of y. An output that is None is not computed.
 
-    dx (N, D) needs D <= BD. Of the others every row of the owner leaves its share: d_bias is final where it acts as the
-    sweep's columns, d_term_offset where it acts as its rows; d_scale, d_term_scale and total are to be added up.
-    y_tiles, if not None, is y as a descriptor of tiles, which then needs D <= BD.
-    x_tiles, if not None, is x likewise, and row_stats, col_stats and the ids are descriptors too: the loop is then
-    specialized, some warps loading while others multiply. It admits neither a ragged last tile nor sums but by dots.
-    With a center this program or its twin computes everything: the FACTORED one unless the flag beside it is up.
+    dx (N, D) needs D <= BD. The share of the bias is final if x acts as the sweep's columns, that of the term's offset
+    if it acts as the rows. y_tiles, if not None, is y as a descriptor, which then needs D <= BD.
+    With a center this program or its twin computes everything: the FACTORED one unless the center fails.
     """
-    SPECIALIZED: tl.constexpr = x_tiles is not None
+    Q: tl.constexpr = FLAGS.Q
+    TERM: tl.constexpr = FLAGS.TERM
     centers = (0.0, 0.0)
     if center is not None:
-        # read once, or the compiler does not see that two exponentials are the same
-        centers = (tl.load(center), tl.load(center + 1))
-        flag = tl.load(center + FLAG)
+        # read once: otherwise the compiler does not see that two exponentials are the same
+        centers, center_fails = load_center(center)
         if FACTORED:
-            # without the return, which a specialized loop does not admit, the twin overwrites what is made here
-            if not SPECIALIZED and flag != 0.0:
+            if center_fails != 0.0:
                 return
-        elif flag == 0.0:
+        elif center_fails == 0.0:
             return
     i_n = tl.program_id(0).to(tl.int64)
     o_n, o_d = i_n * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_n = o_n < N
-    b_scale, b_term_scale = tl.load(scale), 1.0
-    if term_scale is not None:
-        b_term_scale = tl.load(term_scale)
-    o_own = tl.program_id(0) * BN if SPECIALIZED else o_n
-    own_id = load_ids(x_ids, o_own, N, 0, IDS)
-    own_rows = load_rows(row_stats, o_own, row_stride, centers, 0, Q, TERM, SHIFTED, CUT, FACTORED) if AS_ROWS else None
-    own_cols = load_columns(col_stats, o_own, col_stride, centers, 0, COLUMNS, BIASED, FACTORED) if AS_COLUMNS else None
+    scalars = load_scalars(scale, term_scale, numbers)
+    packed = Packed(row_stats, col_stats, row_stride, col_stride, centers)
+    own = Side(
+        i_n * BN,
+        load_ids(x_ids, o_n, N, 0, FLAGS.IDS),
+        load_rows(packed, o_n, 0, FACTORED, FLAGS) if AS_ROWS else None,
+        load_columns(packed, o_n, 0, FACTORED, FLAGS) if AS_COLUMNS else None,
+    )
+    other = Operand(y, y_tiles, y_ids, M, stride_y)
 
-    # With one kind of weight, sum_ij w_ij s_ij is <x, w y>: a row dot at the end for a reduction in every tile. Where
-    # dx fills the registers, x beside it spills. Not where the term is of something else than s.
+    # With one kind of weight, sum_ij w_ij s_ij is <x, w y>: a row dot at the end replaces a reduction in every tile.
+    # Not if dx fills the registers, where x beside it spills, and not for terms of a distance.
     ROW_DOT: tl.constexpr = (
-        dx is not None and BD <= 128 and not ((Q > 0 or COLUMNS) and TERM != "") and TERM != "distance_hinge"
+        dx is not None and BD <= 128 and not ((Q > 0 or FLAGS.COLUMN_LSE) and TERM != "") and TERM != "distance_hinge"
     )
     b_dx = tl.zeros([BN, BD], tl.float32)
     b_d_scale, b_d_term_scale = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     b_d_bias, b_d_term_offset = tl.zeros([BN], tl.float32), tl.zeros([BN], tl.float32)
     b_total = tl.zeros([BN], tl.float32)
-    b_x = x_tiles.load([o_own, 0]) if SPECIALIZED else load_tile(x, o_n, o_d, N, stride_x, D)
-    for i_m in tl.range(0, M, BM, warp_specialize=SPECIALIZED):
-        o_m = i_m + tl.arange(0, BM).to(tl.int64)
-        b_y = y_tiles.load([i_m, 0]) if y_tiles is not None else load_tile(y, o_m, o_d, M, stride_y, D)
-        b_s = similarity(x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D, BD, PRECISION)
+    own_block = Block(Operand(x, None, x_ids, N, stride_x), 0, o_n)
+    b_x = load_block(own_block, 0, o_d, D)
+    for i_m in range(0, M, BM):
+        other_block = Block(other, i_m, i_m + tl.arange(0, BM).to(tl.int64))
+        b_y = load_block(other_block, 0, o_d, D)
+        b_s = similarity(own_block, other_block, b_x, b_y, D, BD, FLAGS)
         b_g, b_soft, b_prob, b_slope, b_value = tile_grad(
-            b_s, own_rows, own_cols, own_id, i_n * BN, row_stats, col_stats, centers, y_ids, i_m, M,
-            row_stride, col_stride, b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            AS_ROWS, AS_COLUMNS, Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, FACTORED, SPECIALIZED,
-        )  # fmt: skip
+            b_s, own, other, i_m, packed, scalars, AS_ROWS, AS_COLUMNS, FACTORED, FLAGS
+        )
         if dx is not None:
-            b_dx = tl.dot(b_g.to(b_y.dtype), b_y, b_dx, input_precision=PRECISION)
-        if d_scale is not None and not ROW_DOT:
+            b_dx = tl.dot(b_g.to(b_y.dtype), b_y, b_dx, input_precision=FLAGS.PRECISION)
+        if shares.scale is not None and not ROW_DOT:
             b_d_scale += tl.sum(b_soft * b_s, 1)
-        if d_term_scale is not None and not ROW_DOT:
+        if shares.term_scale is not None and not ROW_DOT:
             b_d_term_scale += tl.sum(b_slope * term_base(b_s, TERM), 1)
-        if d_bias is not None:
+        if shares.bias is not None:
             b_d_bias += tl.sum(b_prob, 1)
-        if d_term_offset is not None:
+        if shares.term_offset is not None:
             b_d_term_offset += tl.sum(b_slope, 1)
-        if total is not None:
+        if shares.total is not None:
             b_total += tl.sum(b_value, 1)
 
-    b_undo = weight_factor(unit, 1.0, 1.0, False, "")
+    b_inverse_scale = inverse_of(grad_scale)
     m_dx = m_n[:, None] & (o_d < D)[None, :]
     if ROW_DOT:
-        # Read again, and in another way: or the compiler keeps b_x in registers throughout the loop.
+        # x is read again, in another way: otherwise the compiler keeps b_x in registers throughout the loop
         p_x = x + o_n[:, None] * stride_x + o_d[None, :]
         b_x = tl.load(p_x, mask=m_dx, other=0.0, eviction_policy="evict_first")
         b_dot = tl.sum(b_dx * b_x.to(tl.float32), 1)
@@ -119,78 +132,97 @@ def _grad_bwd_kernel(
         else:
             b_d_term_scale = b_dot
     if dx is not None:
-        b_dx *= weight_factor(unit, b_scale, b_term_scale, Q > 0 or COLUMNS, TERM)
+        b_dx *= weight_factor(grad_scale, scalars, FLAGS)
         tl.store(dx + o_n[:, None] * stride_dx + o_d[None, :], b_dx.to(dx.dtype.element_ty), mask=m_dx)
-    if d_scale is not None:
-        tl.store(d_scale + o_n, b_d_scale * b_undo, mask=m_n)
-    if d_term_scale is not None:
-        tl.store(d_term_scale + o_n, b_d_term_scale * b_undo, mask=m_n)
-    if d_bias is not None:
-        tl.store(d_bias + o_n, b_d_bias * b_undo, mask=m_n)
-    if d_term_offset is not None:
-        tl.store(d_term_offset + o_n, b_d_term_offset * b_undo, mask=m_n)
-    if total is not None:
-        tl.store(total + o_n, b_total * b_undo, mask=m_n)
+    if shares.scale is not None:
+        tl.store(shares.scale + o_n, b_d_scale * b_inverse_scale, mask=m_n)
+    if shares.term_scale is not None:
+        tl.store(shares.term_scale + o_n, b_d_term_scale * b_inverse_scale, mask=m_n)
+    if shares.bias is not None:
+        tl.store(shares.bias + o_n, b_d_bias * b_inverse_scale, mask=m_n)
+    if shares.term_offset is not None:
+        tl.store(shares.term_offset + o_n, b_d_term_offset * b_inverse_scale, mask=m_n)
+    if shares.total is not None:
+        tl.store(shares.total + o_n, b_total * b_inverse_scale, mask=m_n)
 
 
-def tile_for(sweep: Sweep, wanted: set[str], specializable: bool = False) -> tiles.Tile | None:
-    """The tile with dX in registers; None where it does not fit."""
-    return tiles.pick("total" if "total" in wanted else "grad", sweep.x, sweep.heavy, specializable)
+def _kernel_in_table(wanted: set[str]) -> str:
+    return "total" if "total" in wanted else "grad"
 
 
-def grad_bwd(sweep: Sweep, packed: Packed, rows: bool, columns: bool, wanted: set[str]) -> dict[str, Tensor]:
-    """The wanted gradients with x acting as rows, y as columns or x as both; "x" or "y" is that of the owner."""
-    x, y, x_ids, y_ids = sweep.x, sweep.y, sweep.x_ids, sweep.y_ids
+def fits_in_registers(operands: Operands, wanted: set[str]) -> bool:
+    """Return whether there is a tile with dX in registers."""
+    return tiles.find_for(_kernel_in_table(wanted), operands.x, operands.large_epilogue) is not None
+
+
+def grad_bwd(
+    operands: Operands, packed: PackedVectors, rows: bool, columns: bool, wanted: set[str]
+) -> dict[str, Tensor]:
+    """Return the wanted gradients with the owner, x or y, acting as the sweep's rows, its columns or both."""
+    x, y, x_ids, y_ids = operands.x, operands.y, operands.x_ids, operands.y_ids
     if not rows:
         x, y, x_ids, y_ids = y, x, y_ids, x_ids
     (n, d), m, owner = x.shape, y.shape[0], "x" if rows else "y"
-    # What a specialized loop takes, see the kernel; heavy epilogues spill in it.
-    specializable = (
-        owner in wanted and not wanted & {"bias", "term_offset", "total"} and not sweep.heavy
-        and m % tiles.SPECIALIZED_SIDE == 0 and all(describable(v) for v in (x, y, x_ids, y_ids) if v is not None)
-    )  # fmt: skip
     if owner in wanted:
-        tile = tile_for(sweep, wanted, specializable)
+        tile = tiles.pick(_kernel_in_table(wanted), x, operands.large_epilogue)
     else:
-        tile = tiles.pick("weights", x, sweep.heavy or "total" in wanted)
-    shapes = {owner: (n, d)} | dict.fromkeys(SHARES, (n,))
-    outputs = {
-        name: x.new_empty(shape, dtype=x.dtype if name == owner else torch.float32)
-        for name, shape in shapes.items()
-        if name in wanted
-    }
+        tile = tiles.pick("weights", x, operands.large_epilogue or "total" in wanted)
+    dx = x.new_empty((n, d)) if owner in wanted else None
+    shares = Shares(*(x.new_empty(n, dtype=torch.float32) if name in wanted else None for name in Shares._fields))
 
     def launch(tile: tiles.Tile) -> None:
+        y_tiles = tiles_of(y, tile.width, tile) if d <= tile.blocks(d)["BD"] else None
         for factored in (False,) if packed.center is None else (True, False):
-            if tile.specialized and packed.center is not None and not factored:
-                tile = tile_for(sweep, wanted)  # seldom needed, and two exponentials spill in a specialized loop
-            y_tiles = tiles_of(y, tile.columns, tile) if d <= tile.blocks(d)["BD"] else None
-            x_tiles, vectors = None, (x_ids, y_ids, packed.rows, packed.columns)
-            if tile.specialized:
-                x_tiles, vectors = tiles_of(x, tile.rows, tile), tuple(blocks_of(v, tile) for v in vectors)
-            _grad_bwd_kernel[(triton.cdiv(n, tile.rows),)](
-                x, y, x_tiles, y_tiles, *vectors, packed.center, sweep.scale, sweep.term_scale,
-                packed.unit, outputs.get(owner), *(outputs.get(name) for name in SHARES),
-                n, m, x.stride(0), y.stride(0), d, packed.rows.shape[1], packed.columns.shape[1], **sweep.scalars(),
-                D=d, **tile.blocks(d), AS_ROWS=rows, AS_COLUMNS=columns, **sweep.flags(), FACTORED=factored,
+            _grad_bwd_kernel[(triton.cdiv(n, tile.height),)](
+                x=x,
+                y=y,
+                y_tiles=y_tiles,
+                x_ids=x_ids,
+                y_ids=y_ids,
+                row_stats=packed.rows,
+                col_stats=packed.columns,
+                center=packed.center,
+                scale=operands.scale,
+                term_scale=operands.term_scale,
+                grad_scale=packed.grad_scale,
+                dx=dx,
+                shares=shares,
+                N=n,
+                M=m,
+                stride_x=x.stride(0),
+                stride_y=y.stride(0),
+                stride_dx=d,
+                row_stride=packed.rows.shape[1],
+                col_stride=packed.columns.shape[1],
+                numbers=operands.numbers(),
+                D=d,
+                **tile.blocks(d),
+                AS_ROWS=rows,
+                AS_COLUMNS=columns,
+                FACTORED=factored,
+                FLAGS=operands.flags(),
                 **tile.options(),
-            )  # fmt: skip
+            )
 
-    tune.run(tile, x, launch, specializable=specializable and tile.takes_descriptors(d))
-    return {name: output.sum() if name in SUMS else output for name, output in outputs.items()}
+    tune.run(tile, x, launch)
+    gradients = {} if dx is None else {owner: dx}
+    for name, share in shares._asdict().items():
+        if share is not None:
+            gradients[name] = share.sum() if name in SUMS else share
+    return gradients
 
 
-def backward(sweep: Sweep, packed: Packed, wanted: set[str]) -> dict[str, Tensor]:
-    """All wanted gradients, by the fewest launches."""
-    if sweep.self_similarity:
+def backward(operands: Operands, packed: PackedVectors, wanted: set[str]) -> dict[str, Tensor]:
+    """Return all wanted gradients, by the fewest launches."""
+    if operands.self_similarity:
         # Without a product or a bias every pair is met in the role of rows already.
-        return grad_bwd(sweep, packed, True, bool(wanted & {"x", "bias"}), wanted)
+        return grad_bwd(operands, packed, True, bool(wanted & {"x", "bias"}), wanted)
     of_rows, of_columns = wanted & {"x", "term_offset"}, wanted & {"y", "bias"}
     scalars = wanted - of_rows - of_columns
-    gradients = {}
+    gradients: dict[str, Tensor] = {}
     if of_rows or not of_columns:
-        gradients |= grad_bwd(sweep, packed, True, False, of_rows | scalars)
+        gradients |= grad_bwd(operands, packed, True, False, of_rows | scalars)
         scalars = set()
     if of_columns:
-        gradients |= grad_bwd(sweep, packed, False, True, of_columns | scalars)
+        gradients |= grad_bwd(operands, packed, False, True, of_columns | scalars)
     return gradients

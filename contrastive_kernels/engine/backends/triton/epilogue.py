@@ -1,140 +1,291 @@
-"""What happens to one tile of similarities, and the vectors that go with it: every kernel of the sweep uses this.
+"""What the sweep's kernels do with one tile of similarities and with the vectors beside it.
 
-A kernel walks over pairs of an *owner*, whose block a program keeps, and a *streamed* operand. Either may hold the rows
-of the sweep: vectors are put on the axis of the tile where their operand is, so that one epilogue serves dX, dY and the
-self-similarity, where a tile plays both roles. Logits are in base 2.
+A kernel walks over pairs of its *owner*, the operand of which a program keeps a block (`own`), and of the *other*
+operand. Either may hold the rows of the sweep. A vector lies on the axis of the tile where its operand is, so that one
+epilogue serves dX, dY and the self-similarity, where a tile plays both roles. Logits are in base 2.
+
+Helpers take named tuples. A kernel takes them only where its pointers and numbers keep their order: the registers of a
+binary depend on it.
 """
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# The square of the least distance that counts, for terms of distances.
-LEAST_SQUARE = tl.constexpr(1e-12)
-OUT = tl.constexpr(float("-inf"))
+# A tensor or a Python number at the launch; a pointer, a number or a value in registers on the device.
+Pointer = Any
+Number = Any
+Value = Any
 
-# Rows of the packed statistics, see `_pack_bwd_kernel`. Those of a sweep's row ...
-LSE_0 = tl.constexpr(0)
-GRAD_0 = tl.constexpr(1)
-LSE_1 = tl.constexpr(2)
-GRAD_1 = tl.constexpr(3)
-GRAD_SUM = tl.constexpr(4)
-OFFSET = tl.constexpr(5)
-CUTOFF = tl.constexpr(6)
-FACTOR_0 = tl.constexpr(7)
-FACTOR_1 = tl.constexpr(8)
-# ... and those of a sweep's column, which has one log-sum-exp in the places of the first.
-BIAS = tl.constexpr(2)
 PACKED_ROWS = 9
-
-# What `_center_bwd_kernel` leaves behind: a center for each exponent, and whether one exponential will not do.
-FLAG = tl.constexpr(2)
 CENTER_SIZE = 3
-# The largest exponent that a center lets an exponential have, and how far apart the log-sum-exps of one center may be:
-# what is lost below 2^-126 is then 2^-46 of its own row.
-HIGHEST = tl.constexpr(100.0)
-SPREAD = tl.constexpr(180.0)
+
+
+# Constants are compile-time functions, or local: Triton compares a kernel's global constants at every launch, about a
+# microsecond each.
+
+
+@triton.constexpr_function
+def log2e() -> float:
+    """Return the factor of natural logarithms that makes them binary ones."""
+    return 1.4426950408889634
+
+
+@triton.constexpr_function
+def ln2() -> float:
+    """Return the factor of binary logarithms that makes them natural ones."""
+    return 0.6931471805599453
+
+
+@triton.constexpr_function
+def least_square() -> float:
+    """Return the square of the least distance that counts, for terms of distances."""
+    return 1e-12
+
+
+@triton.constexpr_function
+def packed_row(name: str) -> int:
+    """Return the row of a vector among those of `_pack_bwd_kernel`.
+
+    The log-sum-exp and gradient of a second exponent are two rows further on, its factor one. Only the sweep's columns
+    have a bias, in the place of the second log-sum-exp, which only rows have.
+    """
+    return {"lse": 0, "grad": 1, "grad_sum": 4, "offset": 5, "cutoff": 6, "factor": 7, "bias": 2}[name]
+
+
+class Flags(NamedTuple):
+    """What a kernel of the sweep is compiled for; one compile-time argument."""
+
+    Q: int  # the number of exponents, each with a log-sum-exp per row
+    COLUMN_LSE: bool
+    TERM: str  # empty: none
+    BIASED: bool  # logits have a bias per column
+    SHIFTED: bool  # the term's argument has an offset per row
+    IDS: bool
+    KEEP_EQUAL_IDS: bool
+    DIAGONALS: int
+    CUT: bool  # similarities above a row's cutoff are dropped
+    PRECISION: str  # of products, see `tl.dot`
+
+
+class Numbers(NamedTuple):
+    """The numbers of a sweep that the host knows; those that a flag switches off have some value."""
+
+    exponent_0: Number
+    exponent_1: Number
+    constant_0: Number
+    constant_1: Number
+
+
+class Scores(NamedTuple):
+    """Similarities that a forward saved for its backward, see `store_scores`."""
+
+    matrix: Pointer | None  # (N, M): int16, or float32 without quanta; None: nothing is saved
+    x_quantum: Pointer | None  # (N,)
+    y_quantum: Pointer | None  # (M,)
+
+
+class ScoreStore(NamedTuple):
+    """Where a forward saves similarities, and the inverses of their quanta; no matrix: nowhere."""
+
+    matrix: Pointer | None
+    x_inverse: Pointer | None
+    y_inverse: Pointer | None
+
+
+# The named tuples below are made on the device.
+
+
+class Operand(NamedTuple):
+    """One side of the sweep: features (size, D) with inner stride 1."""
+
+    features: Pointer
+    tiles: Value  # the features as a descriptor of tiles, or None
+    ids: Pointer | None
+    size: Value
+    stride: Value
+
+
+class Block(NamedTuple):
+    """A block of an operand's rows: the first, and the int64 offsets of all."""
+
+    operand: Operand
+    start: Value
+    rows: Value
+
+
+class Scalars(NamedTuple):
+    """The numbers of a sweep."""
+
+    scale: Value
+    term_scale: Value
+    exponent_0: Value
+    exponent_1: Value
+    constant_0: Value
+    constant_1: Value
+
+
+class Packed(NamedTuple):
+    """The vectors of a backward sweep, see `_pack_bwd_kernel`, and the centers of its exponents."""
+
+    rows: Pointer  # (PACKED_ROWS, row_stride)
+    columns: Pointer  # (PACKED_ROWS, column_stride)
+    row_stride: Value
+    column_stride: Value
+    centers: Value
+
+
+class Pairs(NamedTuple):
+    """What decides which pairs of a tile are kept."""
+
+    own_ids: Value
+    other_ids: Value
+    ahead: Value  # how far the first other row is ahead of the first own one
+    size: Value  # of the other operand
+
+
+class RowVectors(NamedTuple):
+    """What a gradient needs of the sweep's rows in a tile."""
+
+    lse_0: Value
+    grad_0: Value
+    lse_1: Value
+    grad_1: Value
+    grad_sum: Value
+    offset: Value
+    cutoff: Value
+
+
+class ColumnVectors(NamedTuple):
+    """What a gradient needs of the sweep's columns in a tile."""
+
+    lse: Value
+    grad: Value
+    bias: Value
+
+
+class Side(NamedTuple):
+    """What a gradient needs of a program's own block."""
+
+    start: Value
+    ids: Value
+    rows: Value  # RowVectors, or None if the block never acts as the sweep's rows
+    columns: Value  # ColumnVectors, or None
 
 
 @triton.jit
 def load_tile(p, o_n, o_d, N, stride, D: tl.constexpr):
-    """Rows o_n and columns o_d of an (N, D) matrix with inner stride 1, 0 outside."""
+    """Return rows o_n and columns o_d of an (N, D) matrix with inner stride 1, 0 outside."""
     m_tile = (o_n < N)[:, None] & (o_d < D)[None, :]
     p_tile = p + o_n[:, None] * stride + o_d[None, :]
     return tl.load(p_tile, mask=m_tile, other=0.0)  # [BN, BD]
 
 
 @triton.jit
-def load_operand(p, tiles, i_n, i_d, o_n, o_d, N, stride, D: tl.constexpr):
-    """The tile at row i_n and column i_d by the descriptor `tiles`; where that is None, `load_tile` of o_n and o_d."""
-    return tiles.load([i_n, i_d]) if tiles is not None else load_tile(p, o_n, o_d, N, stride, D)  # [BN, BD]
+def load_block(block, i_d, o_d, D: tl.constexpr):
+    """Return the features of a block from column i_d on, by a descriptor or else at columns o_d."""
+    x = block.operand
+    if x.tiles is not None:
+        b_x = x.tiles.load([block.start, i_d])
+    else:
+        b_x = load_tile(x.features, block.rows, o_d, x.size, x.stride, D)
+    return b_x  # [BN, BD]
 
 
 @triton.jit
 def load_vector(p, o_n, N, AXIS: tl.constexpr):
-    """Entries o_n of a vector, 0 outside, as a tile operand whose extent is along AXIS.
-
-    Of a descriptor instead of a pointer, one block: o_n is the first of its entries.
-    """
-    b_v = p.load([o_n]) if hasattr(p, "block_shape") else tl.load(p + o_n, mask=o_n < N, other=0)
-    return tl.expand_dims(b_v, 1 - AXIS)
+    """Return entries o_n of a vector, 0 outside, on AXIS of the tile."""
+    return tl.expand_dims(tl.load(p + o_n, mask=o_n < N, other=0), 1 - AXIS)
 
 
 @triton.jit
-def similarity(
-    x, y, b_x, b_y, o_n, o_m, N, M, stride_x, stride_y, D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr,
-    x_tiles=None, y_tiles=None, i_n=0, i_m=0,
-):  # fmt: skip
-    """s = <x_n, y_m> with float32 accumulation; b_x and b_y are the first BD columns of the two tiles.
+def load_ids(ids, o_n, N, AXIS: tl.constexpr, IDS: tl.constexpr):
+    """Return the ids of a block on AXIS of the tile; an unused 0 unless IDS."""
+    return load_vector(ids, o_n, N, AXIS) if IDS else 0
 
-    Where these are not all, the loop starts afresh, so that the compiler pipelines all of it and drops the two. With
-    descriptors x_tiles and y_tiles it loads by them, from rows i_n and i_m on.
+
+@triton.jit
+def load_scalars(scale, term_scale, numbers):
+    """Return all `Scalars`."""
+    b_scale, b_term_scale = tl.load(scale), 1.0
+    if term_scale is not None:
+        b_term_scale = tl.load(term_scale)
+    return Scalars(
+        b_scale, b_term_scale, numbers.exponent_0, numbers.exponent_1, numbers.constant_0, numbers.constant_1
+    )  # fmt: skip
+
+
+@triton.jit
+def similarity(x, y, b_x, b_y, D: tl.constexpr, BD: tl.constexpr, FLAGS: tl.constexpr):
+    """Return s = <x_n, y_m> of two blocks with float32 accumulation; b_x and b_y are their first BD columns.
+
+    If D exceeds BD, the loop starts afresh, so that the compiler pipelines all of it and drops b_x and b_y.
     """
     if D <= BD:
-        b_s = tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+        b_s = tl.dot(b_x, tl.trans(b_y), input_precision=FLAGS.PRECISION)
     else:
         b_s = tl.zeros([b_x.shape[0], b_y.shape[0]], tl.float32)
         for i_d in range(0, D, BD):
             o_d = i_d + tl.arange(0, BD)
-            b_xd = load_operand(x, x_tiles, i_n, i_d, o_n, o_d, N, stride_x, D)
-            b_yd = load_operand(y, y_tiles, i_m, i_d, o_m, o_d, M, stride_y, D)
-            b_s = tl.dot(b_xd, tl.trans(b_yd), b_s, input_precision=PRECISION)
+            b_xd = load_block(x, i_d, o_d, D)
+            b_yd = load_block(y, i_d, o_d, D)
+            b_s = tl.dot(b_xd, tl.trans(b_yd), b_s, input_precision=FLAGS.PRECISION)
     return b_s  # [BN, BM]
 
 
 @triton.jit
-def store_scores(scores, b_s, x_inverse, y_inverse, o_n, o_m, N, M):
-    """Save a tile of similarities for the backward: times the inverses of both units, rounded to 16 bits.
+def store_scores(store, b_s, o_n, o_m, N, M):
+    """Save a tile of similarities for the backward, as multiples of a quantum per row times one per column.
 
-    A similarity is at most the product of its rows' norms, so that the error is 2^-16 of that, whatever the range of
-    the others. Without inverses they stay float32.
+    A similarity is at most the product of its rows' norms, which 16 bits resolve to 2^-16 whatever the other rows are.
+    Without quanta similarities stay float32.
     """
     b_v = b_s
-    if x_inverse is not None:
-        b_v = b_s * load_vector(x_inverse, o_n, N, 0) * load_vector(y_inverse, o_m, M, 1)
+    if store.x_inverse is not None:
+        b_v = b_s * load_vector(store.x_inverse, o_n, N, 0) * load_vector(store.y_inverse, o_m, M, 1)
         # adding 1.5 * 2^23 leaves the nearest integer in the low bits
         b_v = (b_v + 12582912.0).to(tl.int32, bitcast=True).to(tl.int16)
-    tl.store(scores + o_n[:, None] * M + o_m[None, :], b_v, mask=(o_n < N)[:, None] & (o_m < M)[None, :])
+    tl.store(store.matrix + o_n[:, None] * M + o_m[None, :], b_v, mask=(o_n < N)[:, None] & (o_m < M)[None, :])
 
 
 @triton.jit
-def load_scores(scores, x_unit, y_unit, o_n, o_m, N, M):
-    """Similarities as `store_scores` left them, 0 outside."""
+def load_scores(scores, o_n, o_m, N, M):
+    """Return similarities as `store_scores` left them, 0 outside."""
     m_s = (o_n < N)[:, None] & (o_m < M)[None, :]
-    b_s = tl.load(scores + o_n[:, None] * M + o_m[None, :], mask=m_s, other=0).to(tl.float32)
-    if x_unit is not None:
-        b_s = b_s * load_vector(x_unit, o_n, N, 0) * load_vector(y_unit, o_m, M, 1)
+    b_s = tl.load(scores.matrix + o_n[:, None] * M + o_m[None, :], mask=m_s, other=0).to(tl.float32)
+    if scores.x_quantum is not None:
+        b_s = b_s * load_vector(scores.x_quantum, o_n, N, 0) * load_vector(scores.y_quantum, o_m, M, 1)
     return b_s
 
 
 @triton.jit
-def exclude(
-    b_v, b_s, own_id, str_id, ahead, M, cutoff, FILL: tl.constexpr,
-    IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr,
-    SPECIALIZED: tl.constexpr = False,
-):  # fmt: skip
-    """b_v with FILL at every dropped pair: a select, so that nothing of a dropped pair survives, not even NaN.
+def exclude(b_v, b_s, pairs, cutoff, FILL: tl.constexpr, FLAGS: tl.constexpr):
+    """Return b_v with FILL at every dropped pair: a select, so that nothing of a dropped pair survives, not even NaN.
 
-    `ahead` is how far the first streamed element is ahead of the owner's first. DIAGONAL views of M / DIAGONAL samples
-    have as many diagonals on either side. A SPECIALIZED loop admits no branch.
+    DIAGONALS views of pairs.size / DIAGONALS samples have as many diagonals on either side.
     """
-    if IDS:
-        m_kept = own_id == str_id if SAME else own_id != str_id
+    DIAGONALS: tl.constexpr = FLAGS.DIAGONALS
+    if FLAGS.IDS:
+        m_kept = pairs.own_ids == pairs.other_ids if FLAGS.KEEP_EQUAL_IDS else pairs.own_ids != pairs.other_ids
         b_v = tl.where(m_kept, b_v, FILL)
-    if DIAGONAL:
-        # the same for the whole program: only tiles on a diagonal pay
+    if DIAGONALS:
+        # uniform branch, taken only by tiles on a diagonal
         near = False
-        for k in tl.static_range(2 * DIAGONAL - 1):
-            i_k = ahead + (k + 1 - DIAGONAL) * (M // DIAGONAL)
+        for k in tl.static_range(2 * DIAGONALS - 1):
+            i_k = pairs.ahead + (k + 1 - DIAGONALS) * (pairs.size // DIAGONALS)
             near = near | ((i_k < b_v.shape[0]) & (i_k > -b_v.shape[1]))
-        if SPECIALIZED or near:
-            o_n, o_m = tl.arange(0, b_v.shape[0])[:, None], tl.arange(0, b_v.shape[1])[None, :] + ahead.to(tl.int32)
+        if near:
+            o_n = tl.arange(0, b_v.shape[0])[:, None]
+            o_m = tl.arange(0, b_v.shape[1])[None, :] + pairs.ahead.to(tl.int32)
             m_kept = o_n != o_m
-            for k in tl.static_range(1, DIAGONAL):
-                m_kept = m_kept & (o_n != o_m + k * (M // DIAGONAL)) & (o_n != o_m - k * (M // DIAGONAL))
+            for k in tl.static_range(1, DIAGONALS):
+                samples = pairs.size // DIAGONALS
+                m_kept = m_kept & (o_n != o_m + k * samples) & (o_n != o_m - k * samples)
             b_v = tl.where(m_kept, b_v, FILL)
-    if CUT:
+    if FLAGS.CUT:
         # not `s <= cutoff`: a NaN similarity is kept
         b_v = tl.where(b_s > cutoff, FILL, b_v)
     return b_v
@@ -142,7 +293,7 @@ def exclude(
 
 @triton.jit
 def log1p_unit(b_v):
-    """log(1 + v) for v in [0, 1], relative error 4e-7; NaN stays. The library's logarithm is far too slow per pair."""
+    """Return log(1 + v) for v in [0, 1], relative error 4e-7; NaN stays. The library's logarithm is too slow a pair."""
     b_p = b_v * -0.00853916816 + 0.0440894887
     b_p = b_p * b_v - 0.107681513
     b_p = b_p * b_v + 0.177452266
@@ -154,9 +305,9 @@ def log1p_unit(b_v):
 
 @triton.jit
 def term_base(b_s, TERM: tl.constexpr):
-    """What the argument of the term is linear in: the similarity, or minus the distance of unit rows."""
+    """Return what the term's argument is linear in: the similarity, or minus the distance of unit rows."""
     if TERM == "distance_hinge":
-        b_b = -tl.sqrt(tl.maximum(2.0 - 2.0 * b_s, LEAST_SQUARE, propagate_nan=tl.PropagateNan.ALL))
+        b_b = -tl.sqrt(tl.maximum(2.0 - 2.0 * b_s, least_square(), propagate_nan=tl.PropagateNan.ALL))
     else:
         b_b = b_s
     return b_b
@@ -164,10 +315,10 @@ def term_base(b_s, TERM: tl.constexpr):
 
 @triton.jit
 def through_base(b_s, b_slope, TERM: tl.constexpr):
-    """The slope times the derivative of `term_base`."""
+    """Return the slope times the derivative of `term_base`."""
     if TERM == "distance_hinge":
         b_square = 2.0 - 2.0 * b_s
-        b_g = tl.where(b_square < LEAST_SQUARE, 0.0, b_slope * tl.rsqrt(b_square))
+        b_g = tl.where(b_square < least_square(), 0.0, b_slope * tl.rsqrt(b_square))
     else:
         b_g = b_slope
     return b_g
@@ -175,7 +326,7 @@ def through_base(b_s, b_slope, TERM: tl.constexpr):
 
 @triton.jit
 def phi(b_v, constant_0, constant_1, TERM: tl.constexpr):
-    """The term; NaN stays NaN, for which tl.maximum has to be asked."""
+    """Return the term; NaN stays NaN, which tl.maximum does only if told so."""
     if TERM == "identity":
         b_p = b_v
     elif TERM == "count":
@@ -186,7 +337,7 @@ def phi(b_v, constant_0, constant_1, TERM: tl.constexpr):
         b_d = 0.5 - 0.5 * b_v
         b_p = tl.maximum((b_d - constant_0) * (constant_1 - b_d), 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif TERM == "softplus":
-        b_p = tl.maximum(b_v, 0.0) + log1p_unit(tl.exp2(-LOG2E * tl.abs(b_v)))
+        b_p = tl.maximum(b_v, 0.0) + log1p_unit(tl.exp2(-log2e() * tl.abs(b_v)))
     elif TERM == "hinge" or TERM == "distance_hinge":
         b_p = tl.maximum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif TERM == "student":
@@ -194,13 +345,13 @@ def phi(b_v, constant_0, constant_1, TERM: tl.constexpr):
         b_p = tl.exp2(-constant_0 * tl.log2(b_q))
     else:
         tl.static_assert(TERM == "gaussian", "unknown term")
-        b_p = tl.exp2((2.0 * LOG2E) * constant_0 * (b_v - 1.0))
+        b_p = tl.exp2((2.0 * log2e()) * constant_0 * (b_v - 1.0))
     return b_p
 
 
 @triton.jit
 def phi_grad(b_v, constant_0, constant_1, TERM: tl.constexpr):
-    """The derivative of the term. Comparisons single out where it is 0, so that NaN takes the other branch."""
+    """Return the derivative of the term. Comparisons single out where it is 0, so that NaN takes the other branch."""
     if TERM == "identity":
         b_p = tl.full(b_v.shape, 1.0, tl.float32)
     elif TERM == "count":
@@ -211,7 +362,7 @@ def phi_grad(b_v, constant_0, constant_1, TERM: tl.constexpr):
         b_d = 0.5 - 0.5 * b_v
         b_p = tl.where((b_d <= constant_0) | (b_d >= constant_1), 0.0, b_d - 0.5 * (constant_0 + constant_1))
     elif TERM == "softplus":
-        b_e = tl.exp2(-LOG2E * tl.abs(b_v))
+        b_e = tl.exp2(-log2e() * tl.abs(b_v))
         b_r = 1.0 / (1.0 + b_e)
         b_p = tl.where(b_v >= 0, b_r, b_e * b_r)
     elif TERM == "hinge" or TERM == "distance_hinge":
@@ -221,233 +372,206 @@ def phi_grad(b_v, constant_0, constant_1, TERM: tl.constexpr):
         b_p = -constant_0 * tl.exp2((-constant_0 - 1.0) * tl.log2(b_q))
     else:
         tl.static_assert(TERM == "gaussian", "unknown term")
-        b_p = 2.0 * constant_0 * tl.exp2((2.0 * LOG2E) * constant_0 * (b_v - 1.0))
+        b_p = 2.0 * constant_0 * tl.exp2((2.0 * log2e()) * constant_0 * (b_v - 1.0))
     return b_p
 
 
 @triton.jit
 def widen(lse, N, b_least, b_most, b_bad, BN: tl.constexpr):
-    """The range of logarithms in base 2, among them those of lse (N,); -inf are none, and NaN or +inf are bad."""
+    """Widen a range of base-2 logarithms by those of lse (N,); -inf is no logarithm, NaN and +inf set b_bad."""
     for i_n in range(0, N, BN):
         o_n = i_n + tl.arange(0, BN)
-        b_lse = tl.load(lse + o_n, mask=o_n < N, other=OUT) * LOG2E
-        m_finite = tl.abs(b_lse) < -OUT
-        b_least = tl.minimum(b_least, tl.where(m_finite, b_lse, -OUT))
-        b_most = tl.maximum(b_most, tl.where(m_finite, b_lse, OUT))
-        b_bad = tl.maximum(b_bad, tl.where(m_finite | (b_lse == OUT), 0, 1))
+        b_lse = tl.load(lse + o_n, mask=o_n < N, other=float("-inf")) * log2e()
+        m_finite = tl.abs(b_lse) < float("inf")
+        b_least = tl.minimum(b_least, tl.where(m_finite, b_lse, float("inf")))
+        b_most = tl.maximum(b_most, tl.where(m_finite, b_lse, float("-inf")))
+        b_bad = tl.maximum(b_bad, tl.where(m_finite | (b_lse == float("-inf")), 0, 1))
     return b_least, b_most, b_bad
 
 
 @triton.jit
-def _center_bwd_kernel(row_lse, col_lse, center, N, M, Q: tl.constexpr, COLUMNS: tl.constexpr, BN: tl.constexpr):
-    """By how much to shift the logits of each exponent so that one exponential serves a row's and a column's statistic.
+def _center_bwd_kernel(row_lse, col_lse, center, N, M, Q: tl.constexpr, COLUMN_LSE: tl.constexpr, BN: tl.constexpr):
+    """Find the shift of each exponent's logits with which one exponential serves a row's and a column's statistic.
 
-    A probability exp2(u - lse) is then exp2(u - center) times a factor of its row or column. As no logit exceeds its
-    log-sum-exp, nothing overflows, and what underflows does not matter unless the log-sum-exps are very far apart.
+    A probability exp2(u - lse) is exp2(u - center) times a factor of its row or column. No logit exceeds its
+    log-sum-exp, so nothing overflows; what underflows does not matter unless the log-sum-exps are very far apart.
+    See docs/gpu.md.
     """
     b_bad = tl.zeros([BN], tl.int32)
-    flag = 0
+    fails = 0
+    # exponentials up to 2^100; of log-sum-exps up to 180 apart, what is lost below 2^-126 is 2^-46 of its own row
+    LARGEST_EXPONENT: tl.constexpr = 100.0
+    LARGEST_SPREAD: tl.constexpr = 180.0
     for q in tl.static_range(Q):
-        b_least, b_most = tl.full([BN], -OUT, tl.float32), tl.full([BN], OUT, tl.float32)
+        b_least, b_most = tl.full([BN], float("inf"), tl.float32), tl.full([BN], float("-inf"), tl.float32)
         b_least, b_most, b_bad = widen(row_lse + q * N.to(tl.int64), N, b_least, b_most, b_bad, BN)
-        if COLUMNS and q == 0:
+        if COLUMN_LSE and q == 0:
             b_least, b_most, b_bad = widen(col_lse, M, b_least, b_most, b_bad, BN)
         least, most = tl.min(b_least, 0), tl.max(b_most, 0)
-        # no log-sum-exp is finite: nothing is multiplied by anything but 0
-        tl.store(center + q, tl.where(most == OUT, 0.0, most - HIGHEST))
-        flag |= (most - least > SPREAD).to(tl.int32)
-    flag |= tl.max(b_bad, 0)
-    tl.store(center + FLAG, flag.to(tl.float32))
+        # if no log-sum-exp is finite, all factors are 0
+        tl.store(center + q, tl.where(most == float("-inf"), 0.0, most - LARGEST_EXPONENT))
+        fails |= (most - least > LARGEST_SPREAD).to(tl.int32)
+    fails |= tl.max(b_bad, 0)
+    tl.store(center + 2, fails.to(tl.float32))
+
+
+@triton.jit
+def load_center(center):
+    """Return the centers of both exponents, and whether they cannot be used (not 0)."""
+    return (tl.load(center), tl.load(center + 1)), tl.load(center + 2)
 
 
 @triton.jit
 def _pack_bwd_kernel(
-    lse, grad, grad_sum, offset, cutoff, bias, unit, center, packed, N, stride,
+    lse, grad, grad_sum, offset, cutoff, bias, grad_scale, center, packed, N, stride,
     Q: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The vectors of one axis of the sweep as tiles want them: (PACKED_ROWS, stride), stride a multiple of any tile.
+    """Write the vectors of one axis of the sweep into packed (PACKED_ROWS, stride), stride a multiple of any tile.
 
     Padded and converted once, they are loaded without masks by every tile. A log-sum-exp of -inf (no pair kept) becomes
-    +inf with gradient 0, so that its weights are exactly 0. `unit` scales all gradients, see `gradient_unit`.
+    +inf with gradient 0, so that its weights are exactly 0. `grad_scale` scales all gradients, see `gradient_scale`.
     """
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
     p_packed = packed + o_n
-    b_unit = 1.0
-    if unit is not None:
-        b_unit = tl.load(unit)
+    b_grad_scale = 1.0
+    if grad_scale is not None:
+        b_grad_scale = tl.load(grad_scale)
     for q in tl.static_range(Q):
-        b_lse = tl.load(lse + q * N + o_n, mask=m_n, other=OUT)
-        b_grad = tl.load(grad + q * N + o_n, mask=m_n, other=0.0) * b_unit
-        m_none = b_lse == OUT
-        tl.store(p_packed + 2 * q * stride, tl.where(m_none, -OUT, b_lse * LOG2E))
+        b_lse = tl.load(lse + q * N + o_n, mask=m_n, other=float("-inf"))
+        b_grad = tl.load(grad + q * N + o_n, mask=m_n, other=0.0) * b_grad_scale
+        m_none = b_lse == float("-inf")
+        tl.store(p_packed + 2 * q * stride, tl.where(m_none, float("inf"), b_lse * log2e()))
         tl.store(p_packed + (2 * q + 1) * stride, tl.where(m_none, 0.0, b_grad))
         if center is not None:
-            b_factor = tl.exp2(tl.load(center + q) - b_lse * LOG2E) * b_grad
-            tl.store(p_packed + (FACTOR_0 + q) * stride, tl.where(m_none, 0.0, b_factor))
+            b_factor = tl.exp2(tl.load(center + q) - b_lse * log2e()) * b_grad
+            tl.store(p_packed + (packed_row("factor") + q) * stride, tl.where(m_none, 0.0, b_factor))
     if grad_sum is not None:
-        tl.store(p_packed + GRAD_SUM * stride, tl.load(grad_sum + o_n, mask=m_n, other=0.0) * b_unit)
+        b_grad_sum = tl.load(grad_sum + o_n, mask=m_n, other=0.0) * b_grad_scale
+        tl.store(p_packed + packed_row("grad_sum") * stride, b_grad_sum)
     if offset is not None:
-        tl.store(p_packed + OFFSET * stride, tl.load(offset + o_n, mask=m_n, other=0.0))
+        tl.store(p_packed + packed_row("offset") * stride, tl.load(offset + o_n, mask=m_n, other=0.0))
     if cutoff is not None:
-        tl.store(p_packed + CUTOFF * stride, tl.load(cutoff + o_n, mask=m_n, other=0.0))
+        tl.store(p_packed + packed_row("cutoff") * stride, tl.load(cutoff + o_n, mask=m_n, other=0.0))
     if bias is not None:
-        tl.store(p_packed + BIAS * stride, tl.load(bias + o_n, mask=m_n, other=0.0) * LOG2E)
+        tl.store(p_packed + packed_row("bias") * stride, tl.load(bias + o_n, mask=m_n, other=0.0) * log2e())
 
 
 @triton.jit
 def packed_vector(packed, o_n, stride, i_row: tl.constexpr, WANTED: tl.constexpr, AXIS: tl.constexpr):
-    """One packed vector on AXIS of the tile; a 0 that nobody reads where it is not wanted. o_n: see `load_vector`."""
-    if WANTED:
-        i_0 = i_row * stride
-        b_v = packed.load([i_0 + o_n]) if hasattr(packed, "block_shape") else tl.load(packed + i_0 + o_n)
-        b_v = tl.expand_dims(b_v, 1 - AXIS)
-    else:
-        b_v = 0.0
-    return b_v
-
-
-@triton.jit
-def load_ids(ids, o_n, N, AXIS: tl.constexpr, IDS: tl.constexpr):
-    """The ids of a block on AXIS of the tile."""
-    return load_vector(ids, o_n, N, AXIS) if IDS else 0
+    """Return one packed vector on AXIS of the tile; an unused 0.0 unless WANTED."""
+    return tl.expand_dims(tl.load(packed + i_row * stride + o_n), 1 - AXIS) if WANTED else 0.0
 
 
 @triton.jit
 def load_statistic(
     packed, o_n, stride, centers, q: tl.constexpr, WANTED: tl.constexpr, FACTORED: tl.constexpr, AXIS: tl.constexpr
 ):
-    """A log-sum-exp and its gradient; FACTORED, the center of all of them and a factor that makes up for it."""
+    """Return a log-sum-exp and its gradient; if FACTORED, the common center and a factor that makes up for it."""
     if FACTORED:
         b_lse = centers[q]
-        b_grad = packed_vector(packed, o_n, stride, FACTOR_0 + q, WANTED, AXIS)
+        b_grad = packed_vector(packed, o_n, stride, packed_row("factor") + q, WANTED, AXIS)
     else:
-        b_lse = packed_vector(packed, o_n, stride, LSE_0 + 2 * q, WANTED, AXIS)
-        b_grad = packed_vector(packed, o_n, stride, GRAD_0 + 2 * q, WANTED, AXIS)
+        b_lse = packed_vector(packed, o_n, stride, packed_row("lse") + 2 * q, WANTED, AXIS)
+        b_grad = packed_vector(packed, o_n, stride, packed_row("grad") + 2 * q, WANTED, AXIS)
     return b_lse, b_grad
 
 
 @triton.jit
-def load_rows(
-    packed, o_n, stride, centers, AXIS: tl.constexpr,
-    Q: tl.constexpr, TERM: tl.constexpr, SHIFTED: tl.constexpr, CUT: tl.constexpr, FACTORED: tl.constexpr,
-):  # fmt: skip
-    """What a gradient needs of the sweep's rows o_n."""
-    lse_0, grad_0 = load_statistic(packed, o_n, stride, centers, 0, Q > 0, FACTORED, AXIS)
-    lse_1, grad_1 = load_statistic(packed, o_n, stride, centers, 1, Q > 1, FACTORED, AXIS)
-    return (
+def load_rows(packed, o_n, AXIS: tl.constexpr, FACTORED: tl.constexpr, FLAGS: tl.constexpr):
+    """Return the `RowVectors` of the sweep's rows o_n."""
+    p, stride = packed.rows, packed.row_stride
+    lse_0, grad_0 = load_statistic(p, o_n, stride, packed.centers, 0, FLAGS.Q > 0, FACTORED, AXIS)
+    lse_1, grad_1 = load_statistic(p, o_n, stride, packed.centers, 1, FLAGS.Q > 1, FACTORED, AXIS)
+    return RowVectors(
         lse_0,
         grad_0,
         lse_1,
         grad_1,
-        packed_vector(packed, o_n, stride, GRAD_SUM, TERM != "", AXIS),
-        packed_vector(packed, o_n, stride, OFFSET, SHIFTED, AXIS),
-        packed_vector(packed, o_n, stride, CUTOFF, CUT, AXIS),
+        packed_vector(p, o_n, stride, packed_row("grad_sum"), FLAGS.TERM != "", AXIS),
+        packed_vector(p, o_n, stride, packed_row("offset"), FLAGS.SHIFTED, AXIS),
+        packed_vector(p, o_n, stride, packed_row("cutoff"), FLAGS.CUT, AXIS),
     )
 
 
 @triton.jit
-def load_columns(
-    packed, o_m, stride, centers, AXIS: tl.constexpr, COLUMNS: tl.constexpr, BIASED: tl.constexpr,
-    FACTORED: tl.constexpr,
-):  # fmt: skip
-    """What a gradient needs of the sweep's columns o_m."""
-    lse, grad = load_statistic(packed, o_m, stride, centers, 0, COLUMNS, FACTORED, AXIS)
-    return (
-        lse,
-        grad,
-        packed_vector(packed, o_m, stride, BIAS, BIASED, AXIS),
-    )
+def load_columns(packed, o_m, AXIS: tl.constexpr, FACTORED: tl.constexpr, FLAGS: tl.constexpr):
+    """Return the `ColumnVectors` of the sweep's columns o_m."""
+    p, stride = packed.columns, packed.column_stride
+    lse, grad = load_statistic(p, o_m, stride, packed.centers, 0, FLAGS.COLUMN_LSE, FACTORED, AXIS)
+    return ColumnVectors(lse, grad, packed_vector(p, o_m, stride, packed_row("bias"), FLAGS.BIASED, AXIS))
 
 
 @triton.jit
-def pair_grad(
-    b_s, rows, cols, own_id, str_id, ahead, M,
-    b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-    Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr, BIASED: tl.constexpr, SHIFTED: tl.constexpr,
-    IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr, CUT: tl.constexpr, SPECIALIZED: tl.constexpr,
-):  # fmt: skip
-    """The three derivatives of a tile's pairs, each times the incoming gradients: with respect to scale * s (soft), to
-    the logit's bias (prob) and to the argument of the term (slope); and the term's value, times its gradient likewise.
-    What a kernel does not use, it does not compute.
+def pair_grad(b_s, rows, columns, pairs, scalars, FLAGS: tl.constexpr):
+    """Return (soft, prob, slope, value) of a tile's pairs, each times its incoming gradient.
+
+    The derivatives are with respect to scale * s (soft), to the logit's bias (prob) and to the argument of the term
+    (slope); value is the term itself. A kernel computes only those that it uses.
     """
-    lse_0, grad_0, lse_1, grad_1, grad_sum, offset, cutoff = rows
-    col_lse, grad_col, bias = cols
-    # Every derivative is assigned before it is added to: the compiler may not drop an addition of 0.
+    Q: tl.constexpr = FLAGS.Q
+    TERM: tl.constexpr = FLAGS.TERM
+    # no derivative begins with the addition of 0, which the compiler may not drop
     b_zero = tl.zeros(b_s.shape, tl.float32)
     b_soft, b_prob, b_slope, b_value = b_zero, b_zero, b_zero, b_zero
-    if Q > 0 or COLUMNS:
+    if Q > 0 or FLAGS.COLUMN_LSE:
         # a column statistic beside that of the row has the same logits: its exponent is 1 then
-        b_u = b_s * (b_scale * LOG2E * exponent_0)
-        if BIASED:
-            b_u += bias
-        b_u = exclude(b_u, b_s, own_id, str_id, ahead, M, cutoff, OUT, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
+        b_u = b_s * (scalars.scale * log2e() * scalars.exponent_0)
+        if FLAGS.BIASED:
+            b_u += columns.bias
+        b_u = exclude(b_u, b_s, pairs, rows.cutoff, float("-inf"), FLAGS)
     if Q > 0:
-        b_e = tl.exp2(b_u - lse_0)
-        b_soft, b_prob = b_e * (grad_0 * exponent_0), b_e * grad_0
+        b_e = tl.exp2(b_u - rows.lse_0)
+        b_soft, b_prob = b_e * (rows.grad_0 * scalars.exponent_0), b_e * rows.grad_0
     if Q > 1:
-        b_v = b_s * (b_scale * LOG2E * exponent_1)
-        if BIASED:
-            b_v += bias
-        b_v = exclude(b_v, b_s, own_id, str_id, ahead, M, cutoff, OUT, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
-        b_e = tl.exp2(b_v - lse_1)
-        b_soft, b_prob = b_soft + b_e * (grad_1 * exponent_1), b_prob + b_e * grad_1
-    if COLUMNS:
-        b_e = tl.exp2(b_u - col_lse) * grad_col
+        b_v = b_s * (scalars.scale * log2e() * scalars.exponent_1)
+        if FLAGS.BIASED:
+            b_v += columns.bias
+        b_v = exclude(b_v, b_s, pairs, rows.cutoff, float("-inf"), FLAGS)
+        b_e = tl.exp2(b_v - rows.lse_1)
+        b_soft, b_prob = b_soft + b_e * (rows.grad_1 * scalars.exponent_1), b_prob + b_e * rows.grad_1
+    if FLAGS.COLUMN_LSE:
+        b_e = tl.exp2(b_u - columns.lse) * columns.grad
         b_soft = b_soft + b_e if Q > 0 else b_e
     if TERM != "":
-        b_v = term_base(b_s, TERM) * b_term_scale
-        if SHIFTED:
-            b_v += offset
-        b_slope = phi_grad(b_v, constant_0, constant_1, TERM) * grad_sum
-        b_slope = exclude(b_slope, b_s, own_id, str_id, ahead, M, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
-        b_value = phi(b_v, constant_0, constant_1, TERM) * grad_sum
-        b_value = exclude(b_value, b_s, own_id, str_id, ahead, M, cutoff, 0.0, IDS, SAME, DIAGONAL, CUT, SPECIALIZED)
+        b_v = term_base(b_s, TERM) * scalars.term_scale
+        if FLAGS.SHIFTED:
+            b_v += rows.offset
+        b_slope = phi_grad(b_v, scalars.constant_0, scalars.constant_1, TERM) * rows.grad_sum
+        b_slope = exclude(b_slope, b_s, pairs, rows.cutoff, 0.0, FLAGS)
+        b_value = phi(b_v, scalars.constant_0, scalars.constant_1, TERM) * rows.grad_sum
+        b_value = exclude(b_value, b_s, pairs, rows.cutoff, 0.0, FLAGS)
     return b_soft, b_prob, b_slope, b_value
 
 
 @triton.jit
 def tile_grad(
-    b_s, own_rows, own_cols, own_id, i_n, row_stats, col_stats, centers, y_ids, i_m, M, row_stride, col_stride,
-    b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-    AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, Q: tl.constexpr, COLUMNS: tl.constexpr, TERM: tl.constexpr,
-    BIASED: tl.constexpr, SHIFTED: tl.constexpr, IDS: tl.constexpr, SAME: tl.constexpr, DIAGONAL: tl.constexpr,
-    CUT: tl.constexpr, FACTORED: tl.constexpr, SPECIALIZED: tl.constexpr = False,
+    b_s, own, other, i_m, packed, scalars,
+    AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, FACTORED: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
-    """The weights that multiply the streamed operand, the owner at i_n on axis 0, the streamed block at i_m on axis 1,
-    and what the other results are sums of: (weights, soft, prob, slope, value), see `pair_grad`; 0 beyond the last
-    streamed.
+    """Return the weights that multiply the other features, and soft, prob, slope and value of `pair_grad`.
 
-    The owner acts as the sweep's rows, as its columns, or, x against itself, as both. In that case soft, slope and
-    value are those of its part as rows: every pair once. The weights lack `weight_factor`. FACTORED, the exponentials
-    of both parts are the same number, which the compiler computes once. SPECIALIZED, what is streamed comes through
-    descriptors and ends with a whole tile.
+    The own block is on axis 0, that of the other operand begins at i_m; everything is 0 beyond the other one's last
+    row. The own block acts as the sweep's rows, as its columns, or, x against itself, as both: soft, slope and value
+    are then those of its part as rows, every pair once. The weights lack `weight_factor`. If FACTORED, the exponentials
+    of both parts are the same number, which the compiler computes once.
     """
+    TERM: tl.constexpr = FLAGS.TERM
     o_m = i_m + tl.arange(0, b_s.shape[1]).to(tl.int64)
-    ahead = i_m - i_n
-    o_str = i_m if SPECIALIZED else o_m
-    str_id = load_ids(y_ids, o_str, M, 1, IDS)
-    SOFT: tl.constexpr = Q > 0 or COLUMNS
+    ahead = i_m - own.start
+    pairs = Pairs(own.ids, load_ids(other.ids, o_m, other.size, 1, FLAGS.IDS), ahead, other.size)
     if AS_COLUMNS:
-        str_rows = load_rows(row_stats, o_str, row_stride, centers, 1, Q, TERM, SHIFTED, CUT, FACTORED)
-        b_soft, b_prob, b_slope, b_value = pair_grad(
-            b_s, str_rows, own_cols, own_id, str_id, ahead, M,
-            b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, SPECIALIZED,
-        )  # fmt: skip
-        b_g = combine(b_soft, through_base(b_s, b_slope, TERM), b_scale, b_term_scale, SOFT, TERM)
+        other_rows = load_rows(packed, o_m, 1, FACTORED, FLAGS)
+        b_soft, b_prob, b_slope, b_value = pair_grad(b_s, other_rows, own.columns, pairs, scalars, FLAGS)
+        b_g = combine(b_soft, through_base(b_s, b_slope, TERM), scalars, FLAGS)
     if AS_ROWS:
-        str_cols = load_columns(col_stats, o_str, col_stride, centers, 1, COLUMNS, BIASED, FACTORED)
-        b_soft, b_row_prob, b_slope, b_value = pair_grad(
-            b_s, own_rows, str_cols, own_id, str_id, ahead, M,
-            b_scale, b_term_scale, exponent_0, exponent_1, constant_0, constant_1,
-            Q, COLUMNS, TERM, BIASED, SHIFTED, IDS, SAME, DIAGONAL, CUT, SPECIALIZED,
-        )  # fmt: skip
-        b_row_g = combine(b_soft, through_base(b_s, b_slope, TERM), b_scale, b_term_scale, SOFT, TERM)
+        other_columns = load_columns(packed, o_m, 1, FACTORED, FLAGS)
+        b_soft, b_row_prob, b_slope, b_value = pair_grad(b_s, own.rows, other_columns, pairs, scalars, FLAGS)
+        b_row_g = combine(b_soft, through_base(b_s, b_slope, TERM), scalars, FLAGS)
         b_g, b_prob = (b_g + b_row_g, b_prob) if AS_COLUMNS else (b_row_g, b_row_prob)
-    # The same for the whole program: only a ragged last tile pays. Zeros loaded for y do not suffice, 0 * inf is NaN.
-    if not SPECIALIZED and i_m + b_s.shape[1] > M:
-        m_m = o_m[None, :] < M
+    # uniform branch, taken only by a ragged last tile; zeros loaded for y do not suffice, 0 * inf is NaN
+    if i_m + b_s.shape[1] > other.size:
+        m_m = o_m[None, :] < other.size
         b_g = tl.where(m_m, b_g, 0.0)
         b_soft = tl.where(m_m, b_soft, 0.0)
         b_prob = tl.where(m_m, b_prob, 0.0)
@@ -457,10 +581,11 @@ def tile_grad(
 
 
 @triton.jit
-def combine(b_soft, b_slope, b_scale, b_term_scale, SOFT: tl.constexpr, TERM: tl.constexpr):
-    """dL/ds up to `weight_factor`: the factors are applied per pair only where there are two of them."""
-    if SOFT and TERM != "":
-        b_g = b_soft * b_scale + b_slope * b_term_scale
+def combine(b_soft, b_slope, scalars, FLAGS: tl.constexpr):
+    """Return dL/ds up to `weight_factor`: the factors are applied per pair only if there are two of them."""
+    SOFT: tl.constexpr = FLAGS.Q > 0 or FLAGS.COLUMN_LSE
+    if SOFT and FLAGS.TERM != "":
+        b_g = b_soft * scalars.scale + b_slope * scalars.term_scale
     elif SOFT:
         b_g = b_soft
     else:
@@ -469,13 +594,21 @@ def combine(b_soft, b_slope, b_scale, b_term_scale, SOFT: tl.constexpr, TERM: tl
 
 
 @triton.jit
-def weight_factor(unit, b_scale, b_term_scale, SOFT: tl.constexpr, TERM: tl.constexpr):
-    """What a sum of weights is to be multiplied by in float32."""
+def inverse_of(grad_scale):
+    """Return the factor that takes the gradients' power of two out of a sum."""
     b_factor = 1.0
-    if unit is not None:
-        b_factor /= tl.load(unit)
-    if SOFT and TERM == "":
-        b_factor *= b_scale
-    if TERM != "" and not SOFT:
-        b_factor *= b_term_scale
+    if grad_scale is not None:
+        b_factor /= tl.load(grad_scale)
+    return b_factor
+
+
+@triton.jit
+def weight_factor(grad_scale, scalars, FLAGS: tl.constexpr):
+    """Return the float32 factor of a sum of weights."""
+    SOFT: tl.constexpr = FLAGS.Q > 0 or FLAGS.COLUMN_LSE
+    b_factor = inverse_of(grad_scale)
+    if SOFT and FLAGS.TERM == "":
+        b_factor *= scalars.scale
+    if FLAGS.TERM != "" and not SOFT:
+        b_factor *= scalars.term_scale
     return b_factor

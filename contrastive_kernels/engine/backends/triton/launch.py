@@ -1,4 +1,4 @@
-"""What every launcher needs: the inputs of one sweep, its compile-time flags, scalars and packed vectors."""
+"""What the launches of the sweep's kernels share on the host: their operands, compile-time flags and packed vectors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from contrastive_kernels.engine.backends.triton import tiles
 from contrastive_kernels.engine.backends.triton.epilogue import (
     CENTER_SIZE,
     PACKED_ROWS,
+    Flags,
+    Numbers,
+    Scores,
+    ScoreStore,
     _center_bwd_kernel,
     _pack_bwd_kernel,
 )
@@ -20,11 +24,11 @@ from contrastive_kernels.engine.spec import Description, Inputs, Upstream
 # Elements that the one program of `_center_bwd_kernel` reads at a time.
 CENTER_ROWS = 1024
 
-# Of 16 bits, what 1 has in them; a little less than there is, for similarities that rounding has made larger.
+# The integer that a saved similarity of 1 becomes: less than 2^15, for similarities that rounding has made larger.
 STEPS = 32700.0
 
 
-def _rows(x: Tensor) -> Tensor:
+def _with_inner_stride_1(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -33,7 +37,7 @@ def _dense(v: Tensor | None) -> Tensor | None:
 
 
 @dataclass(frozen=True, eq=False)
-class Sweep:
+class Operands:
     """The inputs of one sweep as the kernels take them; y is x where a matrix meets itself."""
 
     x: Tensor
@@ -54,17 +58,21 @@ class Sweep:
     self_similarity: bool
 
     @classmethod
-    def of(cls, inputs: Inputs, what: Description) -> Sweep:
-        """Return the inputs of an operator as the kernels take them."""
+    def of(cls, inputs: Inputs, what: Description) -> Operands:
+        """Return the operands of an operator's inputs.
+
+        Raises:
+            NotImplementedError: the kernels do not take these exponents.
+        """
         exponents = tuple(what.exponents)
         if len(exponents) > 2 or (what.column_lse and exponents not in ((), (1.0,))):
             raise NotImplementedError(
                 f"at most two exponents, with columns only 1, not {list(exponents)}; backend='torch' takes any"
             )
-        rows, x_ids, y = _rows(inputs.x), _dense(inputs.x_ids), inputs.y
+        x, x_ids, y = _with_inner_stride_1(inputs.x), _dense(inputs.x_ids), inputs.y
         return cls(
-            x=rows,
-            y=rows if y is None else _rows(y),
+            x=x,
+            y=x if y is None else _with_inner_stride_1(y),
             scale=inputs.scale,
             bias=_dense(inputs.bias),
             x_ids=x_ids,
@@ -92,7 +100,7 @@ class Sweep:
         return bool(self.exponents) or self.column_lse
 
     @property
-    def heavy(self) -> bool:
+    def large_epilogue(self) -> bool:
         """Whether the epilogue holds more than one pair of vectors per side of the tile, or a second tile of slopes."""
         mixed = (self.soft and self.term != "") or self.term == "distance_hinge"
         return len(self.exponents) > 1 or self.bias is not None or self.cutoff is not None or mixed
@@ -107,22 +115,29 @@ class Sweep:
             return "ieee"
         return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
-    def scalars(self) -> dict[str, float]:
-        """The run-time scalars; those that a flag switches off have some value."""
+    def numbers(self) -> Numbers:
+        """Return the kernels' numbers."""
         exponents, constants = (*self.exponents, 1.0, 1.0), (*self.constants, 0.0, 0.0)
-        return dict(exponent_0=exponents[0], exponent_1=exponents[1], constant_0=constants[0], constant_1=constants[1])
+        return Numbers(exponents[0], exponents[1], constants[0], constants[1])
 
-    def flags(self) -> dict[str, object]:
-        """The compile-time description of the epilogue."""
-        return dict(
-            Q=len(self.exponents), COLUMNS=self.column_lse, TERM=self.term, BIASED=self.bias is not None,
-            SHIFTED=self.term_offset is not None, IDS=self.x_ids is not None, SAME=self.keep_equal_ids,
-            DIAGONAL=self.diagonals, CUT=self.cutoff is not None, PRECISION=self.precision,
-        )  # fmt: skip
+    def flags(self) -> Flags:
+        """Return what the kernels are compiled for."""
+        return Flags(
+            Q=len(self.exponents),
+            COLUMN_LSE=self.column_lse,
+            TERM=self.term,
+            BIASED=self.bias is not None,
+            SHIFTED=self.term_offset is not None,
+            IDS=self.x_ids is not None,
+            KEEP_EQUAL_IDS=self.keep_equal_ids,
+            DIAGONALS=self.diagonals,
+            CUT=self.cutoff is not None,
+            PRECISION=self.precision,
+        )
 
     def largest_similarity(self) -> Tensor:
-        """A bound of |s|: the product of the largest norms. On the device, as everything that depends on values."""
-        x = torch.linalg.vector_norm(self.x, dim=1, dtype=torch.float32).amax()
+        """Return a bound of |s|, the product of the largest norms; on the device, as all that depends on values."""
+        x: Tensor = torch.linalg.vector_norm(self.x, dim=1, dtype=torch.float32).amax()
         return x * (x if self.self_similarity else torch.linalg.vector_norm(self.y, dim=1, dtype=torch.float32).amax())
 
 
@@ -130,145 +145,173 @@ def _largest(v: Tensor) -> Tensor:
     return v.abs().amax() if v.numel() else v.new_zeros(())
 
 
-def _largest_slope(sweep: Sweep) -> Tensor | float:
-    """A bound of |phi'|, for a distance times its own; 1 holds for every other term that does not grow with s."""
-    if sweep.term == "student":
-        return sweep.constants[0]
-    if sweep.term == "distance_hinge":
+def _largest_slope(operands: Operands) -> Tensor | float:
+    """Return a bound of |phi'|, for a distance times its own; 1 holds for all terms that do not grow with s."""
+    if operands.term == "student":
+        return operands.constants[0]
+    if operands.term == "distance_hinge":
         return 1e6
-    if sweep.term not in ("square", "gaussian"):
+    if operands.term not in ("square", "gaussian"):
         return 1.0
-    v = sweep.largest_similarity()
-    if sweep.term_scale is not None:
-        v = v * sweep.term_scale.abs()
-    if sweep.term_offset is not None:
-        v = v + _largest(sweep.term_offset)
-    if sweep.term == "square":
+    v = operands.largest_similarity()
+    if operands.term_scale is not None:
+        v = v * operands.term_scale.abs()
+    if operands.term_offset is not None:
+        v = v + _largest(operands.term_offset)
+    if operands.term == "square":
         return 2 * v
-    t = sweep.constants[0]
+    t = operands.constants[0]
     return 2 * abs(t) * torch.exp(2 * abs(t) * v - 2 * t)
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """The similarities of a sweep, saved for its backward, and their units by row and column, see `store_scores`."""
+def scores_of(operands: Operands, values: Tensor) -> Scores:
+    """Return saved values, or those to be filled, with their quanta; the quanta of a row that is not finite are NaN."""
+    if values.dtype == torch.float32:
+        return Scores(values, None, None)
+    x_norm, y_norm = (
+        torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).nan_to_num(torch.nan, torch.nan)
+        for features in (operands.x, operands.y)
+    )
+    return Scores(values, x_norm / STEPS, y_norm)
 
-    values: Tensor  # (N, M): int16, or float32 without units
-    x_unit: Tensor | None = None
-    y_unit: Tensor | None = None
 
-    @classmethod
-    def of(cls, sweep: Sweep, values: Tensor) -> Scores:
-        """Values that are or will be those of the sweep."""
-        if values.dtype == torch.float32:
-            return cls(values)
-        x_norm, y_norm = (
-            torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).nan_to_num(torch.nan, torch.nan)
-            for rows in (sweep.x, sweep.y)
-        )
-        return cls(values, x_norm / STEPS, y_norm)
-
-    def inverses(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of the units; 0 for rows of zeros, and for those that are not finite, whose units are NaN."""
-        if self.x_unit is None:
-            return None, None
-        return tuple(torch.where(unit > 0, 1 / unit, 0.0) for unit in (self.x_unit, self.y_unit))
+def score_store(scores: Scores | None) -> ScoreStore:
+    """Return where to save similarities; the inverse is 0 of quanta that are 0 or NaN."""
+    if scores is None:
+        return ScoreStore(None, None, None)
+    inverses = (None if q is None else torch.where(q > 0, 1 / q, 0.0) for q in (scores.x_quantum, scores.y_quantum))
+    return ScoreStore(scores.matrix, *inverses)
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class PackedVectors:
     """The vectors of a backward sweep, packed for the tiles, and the power of two that its weights carry."""
 
     rows: Tensor  # (PACKED_ROWS, stride)
     columns: Tensor  # (PACKED_ROWS, stride)
-    unit: Tensor | None
-    center: Tensor | None  # of `_center_bwd_kernel`, where one exponential may serve two statistics
+    grad_scale: Tensor | None  # None for 1
+    center: Tensor | None  # of `_center_bwd_kernel`, if one exponential may serve two statistics
 
     @classmethod
-    def of(cls, sweep: Sweep, upstream: Upstream, centered: bool) -> Packed:
+    def of(cls, operands: Operands, upstream: Upstream, centered: bool) -> PackedVectors:
         """Pack what flows back; `centered` if one exponential may serve the statistics of two sides."""
         grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse = upstream
-        unit = gradient_unit(sweep, grad_row_lse, grad_col_lse, grad_row_sum)
-        grad_row_sum = grad_row_sum if sweep.term else None
-        n, m, none = sweep.x.shape[0], sweep.y.shape[0], col_lse.new_empty(0, 0)
-        center = center_bwd(sweep, row_lse, col_lse) if centered else None
-        rows = pack_bwd(n, row_lse, grad_row_lse, grad_row_sum, sweep.term_offset, sweep.cutoff, None, unit, center)
-        col_lse, grad_col_lse = (col_lse[None], grad_col_lse[None]) if sweep.column_lse else (none, none)
-        columns = pack_bwd(m, col_lse, grad_col_lse, None, None, None, sweep.bias, unit, center)
-        return cls(rows, columns, unit, center)
+        grad_scale = gradient_scale(operands, grad_row_lse, grad_col_lse, grad_row_sum)
+        center = center_bwd(operands, row_lse, col_lse) if centered else None
+        rows = pack_bwd(
+            size=operands.x.shape[0],
+            lse=row_lse,
+            grad=grad_row_lse,
+            grad_sum=grad_row_sum if operands.term else None,
+            offset=operands.term_offset,
+            cutoff=operands.cutoff,
+            grad_scale=grad_scale,
+            center=center,
+        )
+        none = col_lse.new_empty(0, 0)
+        columns = pack_bwd(
+            size=operands.y.shape[0],
+            lse=col_lse[None] if operands.column_lse else none,
+            grad=grad_col_lse[None] if operands.column_lse else none,
+            bias=operands.bias,
+            grad_scale=grad_scale,
+            center=center,
+        )
+        return cls(rows, columns, grad_scale, center)
 
-    def factor(self, sweep: Sweep) -> Tensor | float:
-        """`tile.weight_factor` for the products that a library makes."""
-        factor = 1.0 if self.unit is None else 1.0 / self.unit
-        if sweep.soft and not sweep.term:
-            factor = sweep.scale * factor
-        if sweep.term and not sweep.soft and sweep.term_scale is not None:
-            factor = sweep.term_scale * factor
+    def product_factor(self, operands: Operands) -> Tensor | float:
+        """Return `epilogue.weight_factor` for the products that a library makes."""
+        factor: Tensor | float = 1.0 if self.grad_scale is None else 1.0 / self.grad_scale
+        if operands.soft and not operands.term:
+            factor = operands.scale * factor
+        if operands.term and not operands.soft and operands.term_scale is not None:
+            factor = operands.term_scale * factor
         return factor
 
 
-def gradient_unit(sweep: Sweep, grad_row_lse: Tensor, grad_col_lse: Tensor, grad_row_sum: Tensor) -> Tensor | None:
-    """A power of two that brings the largest weight below 2^14: float16 holds neither 1 / N^2 nor more than 65504.
+def gradient_scale(
+    operands: Operands, grad_row_lse: Tensor, grad_col_lse: Tensor, grad_row_sum: Tensor
+) -> Tensor | None:
+    """Return a power of two that brings the largest weight below 2^14; None for 1.
 
-    No softmax probability exceeds 1 and no slope its bound, so the incoming gradients bound the weights.
+    float16 holds neither 1 / N^2 nor more than 65504. No softmax probability exceeds 1 and no slope its bound, so the
+    incoming gradients bound the weights.
     """
-    if sweep.x.dtype != torch.float16:
+    if operands.x.dtype != torch.float16:
         return None
     soft = _largest(grad_col_lse)
-    for exponent, grad in zip(sweep.exponents, grad_row_lse, strict=True):
+    for exponent, grad in zip(operands.exponents, grad_row_lse, strict=True):
         soft = soft + abs(exponent) * _largest(grad)
-    slope = _largest(grad_row_sum) * _largest_slope(sweep) if sweep.term else 0.0
-    if sweep.term and sweep.soft:
-        soft = soft * sweep.scale.abs()
-        slope = slope if sweep.term_scale is None else slope * sweep.term_scale.abs()
-    # x against itself adds the weights of both roles.
-    bound = (soft + slope) * (2 if sweep.self_similarity else 1)
+    slope = _largest(grad_row_sum) * _largest_slope(operands) if operands.term else 0.0
+    if operands.term and operands.soft:
+        soft = soft * operands.scale.abs()
+        slope = slope if operands.term_scale is None else slope * operands.term_scale.abs()
+    # x against itself adds the weights of both roles
+    bound = (soft + slope) * (2 if operands.self_similarity else 1)
     return torch.exp2(14 - bound.clamp(min=2.0**-100).log2().ceil())
 
 
-def center_bwd(sweep: Sweep, row_lse: Tensor, col_lse: Tensor) -> Tensor:
-    """(CENTER_SIZE,), see the kernel."""
+def center_bwd(operands: Operands, row_lse: Tensor, col_lse: Tensor) -> Tensor:
+    """Return the (CENTER_SIZE,) vector of `_center_bwd_kernel`."""
     center = row_lse.new_empty(CENTER_SIZE)
     _center_bwd_kernel[(1,)](
-        row_lse.contiguous(), col_lse.contiguous(), center, sweep.x.shape[0], sweep.y.shape[0],
-        Q=len(sweep.exponents), COLUMNS=sweep.column_lse, BN=CENTER_ROWS,
-    )  # fmt: skip
+        row_lse=row_lse.contiguous(),
+        col_lse=col_lse.contiguous(),
+        center=center,
+        N=operands.x.shape[0],
+        M=operands.y.shape[0],
+        Q=len(operands.exponents),
+        COLUMN_LSE=operands.column_lse,
+        BN=CENTER_ROWS,
+    )
     return center
 
 
-def pack_bwd(n, lse, grad, grad_sum, offset, cutoff, bias, unit, center) -> Tensor:
-    """(PACKED_ROWS, n padded to whole tiles), see the kernel; lse and grad are (Q, n)."""
-    packed = lse.new_empty((PACKED_ROWS, tiles.round_up(n, tiles.ALIGNMENT)))
+def pack_bwd(
+    *,
+    size: int,
+    lse: Tensor,
+    grad: Tensor,
+    grad_sum: Tensor | None = None,
+    offset: Tensor | None = None,
+    cutoff: Tensor | None = None,
+    bias: Tensor | None = None,
+    grad_scale: Tensor | None,
+    center: Tensor | None,
+) -> Tensor:
+    """Return (PACKED_ROWS, size padded to whole tiles), see `_pack_bwd_kernel`; lse and grad are (Q, size)."""
+    packed = lse.new_empty((PACKED_ROWS, tiles.round_up(size, tiles.ALIGNMENT)))
     _pack_bwd_kernel[(packed.shape[1] // tiles.ALIGNMENT,)](
-        lse.contiguous(), grad.contiguous(), _dense(grad_sum), offset, cutoff, bias, unit, center, packed, n,
-        packed.shape[1],
-        Q=lse.shape[0], BN=tiles.ALIGNMENT,
-    )  # fmt: skip
+        lse=lse.contiguous(),
+        grad=grad.contiguous(),
+        grad_sum=_dense(grad_sum),
+        offset=offset,
+        cutoff=cutoff,
+        bias=bias,
+        grad_scale=grad_scale,
+        center=center,
+        packed=packed,
+        N=size,
+        stride=packed.shape[1],
+        Q=lse.shape[0],
+        BN=tiles.ALIGNMENT,
+    )
     return packed
 
 
-def describable(v: Tensor) -> bool:
-    """Whether the hardware takes a descriptor of v, whose inner stride is 1."""
-    outer = v.stride()[:-1]
-    return v.numel() > 0 and v.data_ptr() % 16 == 0 and all(s > 0 and s * v.element_size() % 16 == 0 for s in outer)
+def tiles_of(x: Tensor, height: int, tile: tiles.Tile) -> TensorDescriptor | None:
+    """Return x as a descriptor of tiles of `height` rows, which the hardware loads and pads with zeros, or None.
 
-
-def tiles_of(x: Tensor, side: int, tile: tiles.Tile) -> TensorDescriptor | None:
-    """x as a descriptor of tiles of `side` rows, which the hardware loads and fills up with zeros; None: use pointers.
-
-    Pointers where the tile does not gain, or the first row or the distance between rows is not aligned to 16 bytes.
+    None, so that the kernel takes pointers: the tile gains nothing by descriptors, or the first row or the distance
+    between rows is not aligned to 16 bytes.
     """
-    d = x.shape[1]
-    if not tile.takes_descriptors(d) or not describable(x):
+    (n, d), stride = x.shape, x.stride(0)
+    aligned = x.data_ptr() % 16 == 0 and stride > 0 and stride * x.element_size() % 16 == 0
+    if not tile.takes_descriptors(d) or not x.numel() or not aligned:
         return None
-    return TensorDescriptor(x, [x.shape[0], d], [x.stride(0), 1], [side, tile.blocks(d)["BD"]])
-
-
-def blocks_of(v: Tensor | None, tile: tiles.Tile) -> TensorDescriptor | None:
-    """All of v in a row, as a descriptor of blocks of tile.columns."""
-    return None if v is None else TensorDescriptor(v.view(-1), [v.numel()], [1], [tile.columns])
+    return TensorDescriptor(x, [n, d], [stride, 1], [height, tile.blocks(d)["BD"]])
 
 
 def processors(x: Tensor) -> int:
-    """Streaming multiprocessors (compute units) of x's device; a few in the interpreter, so that work gets split."""
+    """Return the multiprocessors (compute units) of x's device; 2 in the interpreter, so that work gets split."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2

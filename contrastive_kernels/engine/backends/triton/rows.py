@@ -1,4 +1,4 @@
-"""What is done row by row, each in one launch: rows of unit norm, the products of paired rows, and their gradients."""
+"""Rows of unit norm, the products of paired rows, and the gradients of both, each in one launch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from contrastive_kernels.engine.spec import NORM_EPSILON
 
 # Elements of D at a time, and of a program's block. untuned
 DEPTH, BLOCK = 1024, 4096
-EPSILON = tl.constexpr(NORM_EPSILON)
 
 
 @triton.jit
-def _unit_rows_fwd_kernel(x, unit, norm, N, stride, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """unit (N, D) and norm (N,) of x (N, D)."""
+def _unit_rows_fwd_kernel(
+    x, unit, norm, N, stride, EPSILON: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Write unit (N, D) and norm (N,) of x (N, D)."""
     o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_n = o_n < N
     b_square = tl.zeros([BN], tl.float32)
@@ -37,9 +38,10 @@ def _unit_rows_fwd_kernel(x, unit, norm, N, stride, D: tl.constexpr, BN: tl.cons
 
 @triton.jit
 def _unit_rows_bwd_kernel(
-    grad, x, norm, dx, N, stride_grad, stride, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+    grad, x, norm, dx, N, stride_grad, stride,
+    EPSILON: tl.constexpr, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dx (N, D) from the gradient of the unit rows."""
+    """Write dx (N, D) from the gradient of the unit rows."""
     o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_n = o_n < N
     b_norm = tl.load(norm + o_n, mask=m_n, other=1.0)
@@ -61,7 +63,7 @@ def _unit_rows_bwd_kernel(
 
 @triton.jit
 def _row_dot_fwd_kernel(x, y, dot, N, stride_x, stride_y, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """dot (N,): <x_n, y_n>."""
+    """Write dot (N,), <x_n, y_n>."""
     o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_n = o_n < N
     b_dot = tl.zeros([BN], tl.float32)
@@ -77,7 +79,7 @@ def _row_dot_fwd_kernel(x, y, dot, N, stride_x, stride_y, D: tl.constexpr, BN: t
 def _row_dot_bwd_kernel(
     grad, x, y, dx, dy, N, stride_x, stride_y, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """dx and dy (N, D) from the gradient of the products; None is not computed."""
+    """Write dx and dy (N, D) from the gradient of the products; None is not computed."""
     o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
     m_n = o_n < N
     b_grad = tl.load(grad + o_n, mask=m_n, other=0.0)[:, None]
@@ -92,66 +94,85 @@ def _row_dot_bwd_kernel(
             tl.store(dy + p_out, (b_grad * b_x).to(dy.dtype.element_ty), mask=m_x)
 
 
-def blocks(d: int) -> dict[str, int]:
-    """The block sizes as compile-time arguments."""
+def block_sizes(d: int) -> dict[str, int]:
+    """Return the block sizes as compile-time arguments."""
     depth = min(DEPTH, max(16, 1 << (d - 1).bit_length()))
     return dict(BN=max(1, BLOCK // depth), BD=depth)
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """(rows, D) with inner stride 1."""
+    """Return x as (rows, D) with inner stride 1."""
     x = x.flatten(0, -2) if x.dim() > 2 else x
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _statistic(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Of every row of x, in float32; 0 where rows have no entries."""
+    """Return float32 memory for a number per row of x; 0 if rows have no entries."""
     return x.new_empty(shape, dtype=torch.float32) if x.numel() else x.new_zeros(shape, dtype=torch.float32)
 
 
 def unit_rows_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., D) -> (..., D), (..., 1)."""
+    """Return the unit rows (..., D) and the norms (..., 1)."""
     unit = torch.empty_like(x, memory_format=torch.contiguous_format)
     norm = _statistic(x, (*x.shape[:-1], 1))
     if x.numel():
-        rows, tile = _matrix(x), blocks(x.shape[-1])
+        rows, sizes = _matrix(x), block_sizes(x.shape[-1])
         n, d = rows.shape
-        _unit_rows_fwd_kernel[(triton.cdiv(n, tile["BN"]),)](rows, unit, norm, n, rows.stride(0), D=d, **tile)
+        _unit_rows_fwd_kernel[(triton.cdiv(n, sizes["BN"]),)](
+            x=rows, unit=unit, norm=norm, N=n, stride=rows.stride(0), EPSILON=NORM_EPSILON, D=d, **sizes
+        )
     return unit, norm
 
 
 def unit_rows_bwd(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
-    """The gradient of x."""
+    """Return the gradient of x."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.numel():
-        rows, grad, tile = _matrix(x), _matrix(grad), blocks(x.shape[-1])
+        rows, grad, sizes = _matrix(x), _matrix(grad), block_sizes(x.shape[-1])
         n, d = rows.shape
-        _unit_rows_bwd_kernel[(triton.cdiv(n, tile["BN"]),)](
-            grad, rows, norm.contiguous(), dx, n, grad.stride(0), rows.stride(0), D=d, **tile
+        _unit_rows_bwd_kernel[(triton.cdiv(n, sizes["BN"]),)](
+            grad=grad,
+            x=rows,
+            norm=norm.contiguous(),
+            dx=dx,
+            N=n,
+            stride_grad=grad.stride(0),
+            stride=rows.stride(0),
+            EPSILON=NORM_EPSILON,
+            D=d,
+            **sizes,
         )
     return dx
 
 
 def row_dot_fwd(x: Tensor, y: Tensor) -> Tensor:
-    """(..., D), (..., D) -> (...)."""
+    """Return the products (...) of rows (..., D)."""
     dot = _statistic(x, x.shape[:-1])
     if x.numel():
-        rows, others, tile = _matrix(x), _matrix(y), blocks(x.shape[-1])
+        rows, others, sizes = _matrix(x), _matrix(y), block_sizes(x.shape[-1])
         n, d = rows.shape
-        _row_dot_fwd_kernel[(triton.cdiv(n, tile["BN"]),)](
-            rows, others, dot, n, rows.stride(0), others.stride(0), D=d, **tile
+        _row_dot_fwd_kernel[(triton.cdiv(n, sizes["BN"]),)](
+            x=rows, y=others, dot=dot, N=n, stride_x=rows.stride(0), stride_y=others.stride(0), D=d, **sizes
         )
     return dot
 
 
-def row_dot_bwd(grad: Tensor, x: Tensor, y: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor]:
-    """The gradients of x and y, empty where not needed."""
-    dx, dy = (torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0) for need in needs)
-    if x.numel() and any(needs):
-        rows, others, tile = _matrix(x), _matrix(y), blocks(x.shape[-1])
+def row_dot_bwd(grad: Tensor, x: Tensor, y: Tensor, wanted: list[bool]) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and y, empty if not wanted."""
+    dx, dy = (torch.empty_like(x, memory_format=torch.contiguous_format) if want else x.new_empty(0) for want in wanted)
+    if x.numel() and any(wanted):
+        rows, others, sizes = _matrix(x), _matrix(y), block_sizes(x.shape[-1])
         n, d = rows.shape
-        _row_dot_bwd_kernel[(triton.cdiv(n, tile["BN"]),)](
-            grad.contiguous(), rows, others, dx if needs[0] else None, dy if needs[1] else None, n, rows.stride(0),
-            others.stride(0), D=d, **tile,
-        )  # fmt: skip
+        _row_dot_bwd_kernel[(triton.cdiv(n, sizes["BN"]),)](
+            grad=grad.contiguous(),
+            x=rows,
+            y=others,
+            dx=dx if wanted[0] else None,
+            dy=dy if wanted[1] else None,
+            N=n,
+            stride_x=rows.stride(0),
+            stride_y=others.stride(0),
+            D=d,
+            **sizes,
+        )
     return dx, dy

@@ -1,13 +1,13 @@
 """The tile table: how large the tiles of each kernel are on each architecture, and what limits them.
 
-Registers and shared memory were read from binaries compiled ahead of time (`tests/test_aot.py`). Nothing here was
-timed: every row is `untuned` among those that its reason admits.
+Registers and shared memory were read from binaries compiled ahead of time (`tests/triton/test_aot.py`). Nothing here
+was timed: every row is `untuned` among those that its reason admits.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,64 +17,48 @@ ALIGNMENT = 256
 
 ANY = 1 << 31
 
-# The side of a specialized tile: each of two groups of warps takes 64 rows, the least that the matrix unit has.
-SPECIALIZED_SIDE = 128
-
 
 def round_up(size: int, multiple: int) -> int:
+    """Return the least multiple that is not less than size."""
     return -(-size // multiple) * multiple
-
-
-def round_down(size: int, multiple: int) -> int:
-    return size // multiple * multiple
 
 
 @dataclass(frozen=True)
 class Tile:
     """One row: for `kernel` on `architecture`, elements of `size` bytes, D up to `limit`.
 
-    `rows` is the side of the tile along N and `columns` that along M, whatever the two are of. `depth` is how much of D
-    is taken at a time, None for all of it. A `heavy` row serves the epilogues that hold more than one pair of vectors
-    per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids. "total" is "grad" where a
-    term's values are added up beside its slopes; "weights" takes its heavy rows for that.
-
-    A `specialized` row of "grad" goes before the others where the sweep admits it (see `grad`): D up to 128, light, the
-    tile of `specialize`. The table has none: how fast such a loop is, and that it is right, has been seen on no device.
-    To measure, tune, which tries it, or add a row.
+    `height` is the side of the tile along N and `width` that along M, whatever the two are of. `depth` is how much of D
+    is taken at a time, None for all of it. A row for a `large_epilogue` serves those that hold more than one pair of
+    vectors per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids. "total" is "grad"
+    with a term's values added up beside its slopes; "weights" takes its rows for a large epilogue for that.
     """
 
     kernel: str
     architecture: int | str
     size: int
-    heavy: bool
+    large_epilogue: bool
     limit: int
-    rows: int
-    columns: int
+    height: int
+    width: int
     depth: int | None
     warps: int
     stages: int
     reason: str
-    specialized: bool = False
-
-    def specialize(self) -> Tile:
-        """This row with warps that load beside others that multiply: to these the compiler adds up to twelve."""
-        side, warps = SPECIALIZED_SIDE, 8 if self.architecture == 100 else 4
-        return replace(self, rows=side, columns=side, warps=warps, specialized=True)
 
     def blocks(self, d: int) -> dict[str, int]:
-        """The block sizes as compile-time arguments."""
-        return dict(BN=self.rows, BM=self.columns, BD=self.depth or max(16, 1 << (d - 1).bit_length()))
+        """Return the block sizes as compile-time arguments."""
+        return dict(BN=self.height, BM=self.width, BD=self.depth or max(16, 1 << (d - 1).bit_length()))
 
     def options(self) -> dict[str, int]:
-        """The launch options."""
+        """Return the launch options."""
         return dict(num_warps=self.warps, num_stages=self.stages)
 
     def takes_descriptors(self, d: int) -> bool:
-        """Whether tiles are loaded by descriptors, which need no registers for addresses and masks.
+        """Return whether tiles are loaded by descriptors, which need no registers for addresses and masks.
 
         Most kernels load all that way: 128 registers instead of 191 for the forward of CLIP at D = 128 on sm_90, so
         that two programs share a multiprocessor. "grad" loads y that way, which spills at D = 256; "saved_weights"
-        loads none. The interpreter does as if it could.
+        loads none. The interpreter emulates descriptors.
         """
         if self.kernel == "saved_weights" or (self.kernel in ("grad", "total") and d > 128):
             return False
@@ -168,6 +152,7 @@ TABLE = (
 def _architecture(device: torch.device) -> int | str:
     if device.type != "cuda":
         return "interpreter"
+    name: int | str
     if torch.version.hip:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     else:
@@ -177,15 +162,19 @@ def _architecture(device: torch.device) -> int | str:
 
 
 @functools.cache
-def find(
-    kernel: str, architecture: int | str, size: int, d: int, heavy: bool, specializable: bool = False
-) -> Tile | None:
-    """The row that applies; with none of its weight an epilogue takes the other one. None: not this kernel."""
+def find(kernel: str, architecture: int | str, size: int, d: int, large_epilogue: bool) -> Tile | None:
+    """Return the row that applies, of the other kind of epilogue if it has none of its own; None: not this kernel."""
     rows = [r for r in TABLE if (r.kernel, r.architecture, r.size) == (kernel, architecture, size) and d <= r.limit]
-    rows = [r for r in rows if not r.specialized or (specializable and r.takes_descriptors(d))]
-    return min(rows, key=lambda row: (row.heavy != heavy, not row.specialized), default=None)
+    return min(rows, key=lambda row: row.large_epilogue != large_epilogue, default=None)
 
 
-def pick(kernel: str, x: Tensor, heavy: bool, specializable: bool = False) -> Tile | None:
-    """The tile for rows like those of x on its device."""
-    return find(kernel, _architecture(x.device), x.element_size(), x.shape[1], heavy, specializable)
+def find_for(kernel: str, x: Tensor, large_epilogue: bool) -> Tile | None:
+    """Return the tile for rows like those of x on its device; None: not this kernel."""
+    return find(kernel, _architecture(x.device), x.element_size(), x.shape[1], large_epilogue)
+
+
+def pick(kernel: str, x: Tensor, large_epilogue: bool) -> Tile:
+    """Return the tile of a kernel that takes rows like those of x."""
+    tile = find_for(kernel, x, large_epilogue)
+    assert tile is not None, f"no tile of {kernel} for {x.dtype} rows of {x.shape[1]} on {x.device}"
+    return tile

@@ -15,7 +15,7 @@ ROWS, DEPTH = 32, 64
 def _view_minimum_fwd_kernel(
     views, pairs, N, V, stride_n, stride_v, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
-    """pairs (N, 2): the first pair j < k, in row-major order, with the least similarity; a NaN counts as least."""
+    """Write pairs (N, 2): the first pair j < k, in row-major order, with the least similarity; a NaN is least."""
     o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
     p_n = views + o_n[:, None] * stride_n
@@ -38,11 +38,19 @@ def _view_minimum_fwd_kernel(
 
 
 def view_minimum_fwd(views: Tensor) -> Tensor:
-    """(N, V, D) -> (N, 2) int64."""
+    """Return the pairs (N, 2), int64, of views (N, V, D)."""
     views = views if views.stride(2) == 1 else views.contiguous()
     n, v, d = views.shape
     pairs = torch.empty((n, 2), dtype=torch.int64, device=views.device)
     _view_minimum_fwd_kernel[(triton.cdiv(n, ROWS),)](
-        views, pairs, n, v, views.stride(0), views.stride(1), D=d, BN=ROWS, BD=DEPTH
+        views=views,
+        pairs=pairs,
+        N=n,
+        V=v,
+        stride_n=views.stride(0),
+        stride_v=views.stride(1),
+        D=d,
+        BN=ROWS,
+        BD=DEPTH,
     )
     return pairs

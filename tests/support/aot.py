@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 import triton
@@ -31,46 +32,69 @@ class Binary:
     tensor_memory: int
     matrix_instructions: int
     exponentials: int  # instructions for 2^x: as written, whatever loop they are in
-    warps: int  # of a program, those added by specialization among them
+    warps: int
     warnings: tuple[str, ...]  # ptxas C75xx: serialized matrix instructions
 
 
 def argument_type(name: str, dtype: torch.dtype) -> str:
-    """The type of a kernel's argument, by the names that the kernels of this package use."""
+    """Return the type of a kernel's argument or of a bundle's entry, by the names that the package's kernels use."""
     if name in ("x", "y", "dx", "g", "views"):
         return f"*{TYPES[dtype]}"
     if name in ("x_ids", "y_ids", "pairs"):
         return "*i64"
-    if name == "scores":
-        # those of half precision
-        return "*i16"
-    if name == "flag" or name.startswith("largest_"):
+    if name == "matrix":
+        return "*fp32" if dtype == torch.float32 else "*i16"
+    if name in ("shift_failed", "largest_bits", "x_square", "y_square"):
         return "*i32"
     if name.startswith(("exponent_", "constant_")) or name == "terms":
         return "fp32"
-    if name in ("N", "M", "V", "slots", "splits") or name.startswith(("first", "last")) or "stride" in name:
+    if name in ("N", "M", "V", "last", "slots", "splits") or name.startswith("first") or "stride" in name:
         return "i32"
     return "*fp32"
 
 
+def divisible_by_16(name: str, type_: str) -> bool:
+    """Return whether a launch of usual sizes finds the argument divisible by 16."""
+    return type_.startswith("*") or name in ("N", "M") or name.startswith("first") or "stride" in name
+
+
+def bundle_of(kernel, name: str) -> type | None:
+    """Return the named tuple that the kernel takes under a name; None: it is no bundle."""
+    hint = get_type_hints(kernel.fn).get(name)
+    return hint if hasattr(hint, "_fields") else None
+
+
 def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict, options: dict) -> Binary:
-    """Compile with `constants` (compile-time arguments, and None for absent pointers), sizes multiples of 16."""
-    types = {p.name: "constexpr" if p.name in constants else argument_type(p.name, dtype) for p in kernel.params}
-    for name, side in (("x_tiles", "BN"), ("y_tiles", "BM")):
-        if types.get(name, "constexpr") != "constexpr":
-            types[name] = f"tensordesc<{TYPES[dtype]}[{constants[side]},{constants['BD']}]>"
-    if "dx" in types and types.get("x_tiles", "constexpr") != "constexpr":
-        # a specialized loop of gradients: blocks of vectors are descriptors too
-        for name in ("x_ids", "y_ids", "row_stats", "col_stats"):
-            if types[name] != "constexpr":
-                types[name] = f"tensordesc<{types[name].removeprefix('*')}[{constants['BM']}]>"
-    sizes = {name for name in types if name in ("N", "M") or name.startswith("first") or "stride" in name}
-    attributes = {
-        (number,): [["tt.divisibility", 16]]
-        for number, (name, type_) in enumerate(types.items())
-        if type_.startswith("*") or (name in sizes and type_ != "constexpr")
-    }
-    source = ASTSource(kernel, types, constants, attributes)
+    """Compile with `constants`, sizes multiples of 16.
+
+    Constants are compile-time arguments, and None for absent pointers; "bundle.entry" is the name of a bundle's entry.
+    """
+    signature, values, attributes = {}, {}, {}
+
+    def leaf(name: str, full_name: str, path: tuple[int, ...], type_: str) -> str:
+        if full_name in constants:
+            values[path] = constants[full_name]
+            return "constexpr"
+        if divisible_by_16(name, type_):
+            attributes[path] = [["tt.divisibility", 16]]
+        return type_
+
+    for i, parameter in enumerate(kernel.params):
+        name, bundle = parameter.name, bundle_of(kernel, parameter.name)
+        if bundle is not None and name not in constants:
+            signature[name] = bundle(
+                *(
+                    leaf(entry, f"{name}.{entry}", (i, j), argument_type(entry, dtype))
+                    for j, entry in enumerate(bundle._fields)
+                )
+            )
+            continue
+        type_ = argument_type(name, dtype)
+        if name in ("x_tiles", "y_tiles"):
+            side = constants["BN" if name == "x_tiles" else "BM"]
+            type_ = f"tensordesc<{TYPES[dtype]}[{side},{constants['BD']}]>"
+        signature[name] = leaf(name, name, (i,), type_)
+    source = ASTSource(kernel, signature, values, attributes)
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source, target=target, options=options)
     return (_read_amd if isinstance(arch, str) else _read_nvidia)(compiled, arch)

@@ -1,4 +1,4 @@
-"""What of the Triton backend needs a process of its own."""
+"""The tests of the Triton backend that need a process of their own."""
 
 import importlib.util
 import os
@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from contrastive_kernels.backends import triton as backend
+from contrastive_kernels.engine.backends import triton as backend
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 def run(*command: str, **environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, *command], cwd=HERE.parent, env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, *command], cwd=TESTS.parent, env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
@@ -25,16 +25,21 @@ def run(*command: str, **environment: str) -> None:
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="is interpreting already")
 def test_interpreter():
-    files = [str(HERE / name) for name in ("test_interpret.py", "test_rows.py", "test_launches.py")]
+    """The interpreter's tests pass in a process in which the kernels are imported with TRITON_INTERPRET=1."""
+    files = [
+        str(path) for name in ("test_interpret.py", "test_launches.py", "test_rows.py") for path in TESTS.rglob(name)
+    ]
+    assert len(files) == 3, files
     run("-m", "pytest", "-q", "-x", *files, TRITON_INTERPRET="1")
 
 
 def test_import_is_light():
-    """Without Triton's import, and so without a driver."""
-    run("-c", "import sys, contrastive_kernels.backends.triton; assert 'triton' not in sys.modules")
+    """Importing the backend imports no Triton and so asks no driver."""
+    run("-c", "import sys, contrastive_kernels.engine.backends.triton; assert 'triton' not in sys.modules")
 
 
 def test_not_supported_reasons():
+    """The reasons name the dtype and the device that the backend does not take."""
     reasons = backend.not_supported_reasons(torch.zeros(2, 2, dtype=torch.float64))
     assert any("float64" in reason for reason in reasons)
     if os.environ.get("TRITON_INTERPRET") != "1":

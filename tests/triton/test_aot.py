@@ -1,6 +1,6 @@
-"""Every row of the tile table, compiled for its GPU with the epilogues that the losses ask for: no GPU, no driver.
+"""Every row of the tile table, compiled for its GPU with the epilogues of the losses, without a GPU or a driver.
 
-What the binaries are, not how fast and not that they are right: nothing spilled, the matrix unit in use, within limits.
+The tests look at the binaries, not at their speed or results: nothing spills, the matrix unit is in use, limits hold.
 """
 
 from __future__ import annotations
@@ -8,66 +8,68 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 
-aot = pytest.importorskip("aot", reason="triton is not installed", exc_type=ImportError)
+aot = pytest.importorskip("tests.support.aot", reason="triton is not installed", exc_type=ImportError)
 pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 if os.environ.get("TRITON_INTERPRET") != "1":
-    from contrastive_kernels.backends.triton import chunk, grad, launch, rows, sums, tile, tiles, views
+    from contrastive_kernels.engine.backends.triton import (
+        backward,
+        chunks,
+        epilogue,
+        forward,
+        launch,
+        rows,
+        tiles,
+        views,
+    )
 
-PLAIN = dict(Q=1, COLUMNS=False, TERM="", BIASED=False, SHIFTED=False)
-PLAIN |= dict(IDS=False, SAME=False, DIAGONAL=0, CUT=False, symmetric=False, SAVED=False)
-# The epilogues that the losses ask for, those light and heavy on registers apart.
-LIGHT = {
-    "clip": dict(COLUMNS=True, DIAGONAL=1),
-    "nt_xent": dict(DIAGONAL=2, symmetric=True),
+PLAIN = dict(Q=1, COLUMN_LSE=False, TERM="", BIASED=False, SHIFTED=False)
+PLAIN |= dict(IDS=False, KEEP_EQUAL_IDS=False, DIAGONALS=0, CUT=False, symmetric=False, saved=False)
+# The epilogues that the losses ask for, small and large ones.
+SMALL = {
+    "clip": dict(COLUMN_LSE=True, DIAGONALS=1),
+    "nt_xent": dict(DIAGONALS=2, symmetric=True),
     "ids": dict(IDS=True, symmetric=True),
     "siglip": dict(Q=0, TERM="softplus", SHIFTED=True),
 }
-HEAVY = {
+LARGE = {
     "hard_negative-band": dict(Q=2, IDS=True, symmetric=True, TERM="band"),
-    "info_nce-columns-band": dict(COLUMNS=True, IDS=True, DIAGONAL=1, TERM="band"),
+    "info_nce-columns-band": dict(COLUMN_LSE=True, IDS=True, DIAGONALS=1, TERM="band"),
     "cutoff": dict(IDS=True, CUT=True),
     "bias": dict(IDS=True, symmetric=True, BIASED=True),
-    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONAL=1),
+    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONALS=1),
 }
 # Terms that are added up in the sweep of their gradients.
 TOTALS = {
-    "siglip": dict(Q=0, TERM="softplus", SHIFTED=True, DIAGONAL=1),
-    "band": dict(Q=0, TERM="band", IDS=True, DIAGONAL=1, symmetric=True),
-    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONAL=1),
-    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONAL=1),
+    "siglip": dict(Q=0, TERM="softplus", SHIFTED=True, DIAGONALS=1),
+    "band": dict(Q=0, TERM="band", IDS=True, DIAGONALS=1, symmetric=True),
+    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONALS=1),
+    "distance_hinge": dict(Q=0, TERM="distance_hinge", SHIFTED=True, DIAGONALS=1),
 }
-# The rest of the flags, on one architecture.
+# All other flags, on one architecture.
 OTHERS = {
     "rows": {},
-    "columns-alone": dict(Q=0, COLUMNS=True),
-    "same": dict(IDS=True, SAME=True, DIAGONAL=1, symmetric=True),
-    "clip-ids": dict(COLUMNS=True, IDS=True),
-    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONAL=1),
+    "columns-alone": dict(Q=0, COLUMN_LSE=True),
+    "same": dict(IDS=True, KEEP_EQUAL_IDS=True, DIAGONALS=1, symmetric=True),
+    "clip-ids": dict(COLUMN_LSE=True, IDS=True),
+    "student": dict(Q=0, TERM="student", SHIFTED=True, DIAGONALS=1),
     # Not identity and count, whose weights do not depend on S: the one product left is serialized. Slow, not wrong.
     **{term: dict(Q=0, TERM=term, IDS=True) for term in ("square", "hinge", "gaussian")},
 }
-# What a specialized loop takes, and how many warps there are then.
-SPECIALIZED = {
-    "clip": LIGHT["clip"],
-    "nt_xent": LIGHT["nt_xent"],
-    "ids": LIGHT["ids"],
-    "softplus": dict(Q=0, TERM="softplus"),
-}
-SPECIALIZED_WARPS = 12
+QUANTA = {"store.x_inverse", "store.y_inverse", "scores.x_quantum", "scores.y_quantum"}
 ARCHITECTURES = (80, 90, 100, "gfx942")
 EVERYTHING = "CONTRASTIVE_KERNELS_AOT_ALL"  # set: all epilogues on all architectures
 RECORDING = "CONTRASTIVE_KERNELS_AOT_RECORD"  # set: write what was found as the new record
-RECORD = Path(__file__).with_name("aot_record.json")
+RECORD = Path(aot.__file__).with_name("aot_record.json")
 RECORDED, RECORDED_WITH = ("registers", "exponentials"), "3.6.0"
 
 
@@ -79,41 +81,49 @@ def triton_version() -> str:
 
 
 def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False, **extra) -> dict:
-    """The compile-time arguments of a kernel: block sizes, flags, None for the pointers that they switch off."""
+    """Return the compile-time arguments of a kernel: block sizes, flags, None for the pointers that they switch off."""
     d = min(row.limit, 768)
-    flags = PLAIN | flags
+    options = PLAIN | flags
+    symmetric, saved = options.pop("symmetric"), options.pop("saved")
     precision = "ieee" if row.size == 2 or row.architecture == "gfx942" else "tf32x3"
-    constants = row.blocks(d) | flags | extra | dict(D=d, PRECISION=precision, MAXIMUM=False, GROUP=8)
-    constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=flags["symmetric"], flag=None, d_bias=None)
-    absent = {
-        "IDS": ("x_ids", "y_ids"), "CUT": ("cutoff",), "BIASED": ("bias",), "SHIFTED": ("term_offset", "d_term_offset")
-    }  # fmt: skip
-    constants |= {name: None for flag, names in absent.items() if not flags[flag] for name in names}
-    constants |= {} if flags["TERM"] in ("softplus", "student") else {"term_scale": None, "d_term_scale": None}
-    constants |= {} if total else {"total": None}
+    flags = epilogue.Flags(**options, PRECISION=precision)
     # two log-sum-exps of a pair take one exponential, or in another program two
-    factored = row.kernel == "grad" and not flags["BIASED"] and (flags["COLUMNS"] or flags["symmetric"]) and flags["Q"]
-    constants |= dict(FACTORED=bool(factored and not twin)) | ({} if factored else {"center": None})
-    constants |= {} if row.takes_descriptors(d) else {"x_tiles": None, "y_tiles": None}
-    constants |= {} if row.specialized or "dx" not in kernel.arg_names else {"x_tiles": None}
-    if not flags["SAVED"] and row.kernel not in ("saved_sums", "saved_weights"):
-        constants |= dict.fromkeys(("scores", "x_inverse", "y_inverse", "x_unit", "y_unit"))
-    # a power of two for float16 only; the rows are compiled for bfloat16
-    constants |= {"unit": None}
-    return {name: value for name, value in constants.items() if name in kernel.arg_names}
+    factored = row.kernel == "grad" and not flags.BIASED and (flags.COLUMN_LSE or symmetric) and flags.Q > 0
+    constants = row.blocks(d) | extra | dict(D=d, MAXIMUM=False, GROUP=8, FLAGS=flags)
+    constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=symmetric, FACTORED=factored and not twin)
+    # grad_scale is for float16 only; the rows are compiled for bfloat16
+    absent = {"shift_failed", "shares.bias", "grad_scale"}
+    absent |= set() if flags.IDS else {"x_ids", "y_ids"}
+    absent |= set() if flags.CUT else {"cutoff"}
+    absent |= set() if flags.BIASED else {"bias"}
+    absent |= set() if flags.SHIFTED else {"term_offset", "shares.term_offset"}
+    absent |= set() if flags.TERM in ("softplus", "student") else {"term_scale", "shares.term_scale"}
+    absent |= set() if total else {"shares.total"}
+    absent |= set() if factored else {"center"}
+    absent |= set() if row.takes_descriptors(d) else {"x_tiles", "y_tiles"}
+    saved = saved or row.kernel in ("saved_sums", "saved_weights")
+    absent |= set() if saved else {"store.matrix", "scores.matrix"}
+    # saved similarities of float32 features have no quanta
+    absent |= set() if saved and row.size == 2 else QUANTA
+    constants |= dict.fromkeys(absent)
+    return {name: value for name, value in constants.items() if name.split(".")[0] in kernel.arg_names}
 
 
 def variants(row, epilogues: dict) -> list:
-    """(name, kernel, compile-time arguments) of the launches that use a row."""
+    """Return (name, kernel, compile-time arguments) of the launches that use a row."""
     kernel = {
-        "sums": sums._sums_fwd_kernel, "saved_sums": sums._sums_fwd_kernel, "safe_sums": sums._safe_sums_fwd_kernel,
-        "grad": grad._grad_bwd_kernel, "total": grad._grad_bwd_kernel,
-        "weights": chunk._weights_bwd_kernel, "saved_weights": chunk._weights_bwd_kernel,
-    }[row.kernel]  # fmt: skip
+        "sums": forward._sums_fwd_kernel,
+        "saved_sums": forward._sums_fwd_kernel,
+        "safe_sums": forward._safe_sums_fwd_kernel,
+        "grad": backward._grad_bwd_kernel,
+        "total": backward._grad_bwd_kernel,
+        "weights": chunks._weights_bwd_kernel,
+        "saved_weights": chunks._weights_bwd_kernel,
+    }[row.kernel]
     found = []
     for name, flags in epilogues.items():
         roles = dict(AS_ROWS=True, AS_COLUMNS=bool(flags.get("symmetric")))
-        total = row.kernel == "total" or (row.kernel == "weights" and name in TOTALS and takes_heavy(row))
+        total = row.kernel == "total" or (row.kernel == "weights" and name in TOTALS and takes_large_epilogues(row))
         constants = arguments(kernel, row, flags, total, **roles)
         found.append((name, kernel, constants))
         if constants.get("FACTORED") and row.architecture == 90:
@@ -121,8 +131,8 @@ def variants(row, epilogues: dict) -> list:
     return found
 
 
-def takes_heavy(row) -> bool:
-    """Whether heavy epilogues get this row."""
+def takes_large_epilogues(row) -> bool:
+    """Return whether large epilogues get this row."""
     return tiles.find(row.kernel, row.architecture, row.size, row.limit, True) is row
 
 
@@ -133,43 +143,34 @@ def cases() -> list:
     for row in tiles.TABLE:
         if row.architecture not in ARCHITECTURES or (row.kernel.startswith("saved") and row.size == 4):
             continue
-        epilogues = HEAVY if row.heavy else LIGHT
+        epilogues = LARGE if row.large_epilogue else SMALL
         if row.kernel == "sums":
-            # ids are what is heavy here; without a heavy row the light one takes them
-            demanding = ("ids",) if takes_heavy(row) and row.architecture != 90 else ("clip", "nt_xent")
+            # ids make a large epilogue here; without a row for it the other one takes them
+            demanding = ("ids",) if takes_large_epilogues(row) and row.architecture != 90 else ("clip", "nt_xent")
             if row.architecture == 90:
                 demanding += ("ids",)
-            epilogues = {name: LIGHT[name] for name in demanding}
+            epilogues = {name: SMALL[name] for name in demanding}
         elif row.kernel == "total":
             demanding = TOTALS if row.architecture == 90 else ("siglip", "distance_hinge")
             epilogues = {name: TOTALS[name] for name in demanding}
         elif (row.kernel, row.architecture) != ("grad", 90) and os.environ.get(EVERYTHING) is None:
             # The most demanding of them; all where tuning begins.
-            demanding = "hard_negative-band" if row.heavy else "ids"
+            demanding = "hard_negative-band" if row.large_epilogue else "ids"
             epilogues = {demanding: epilogues[demanding]}
-        if row.kernel not in ("sums", "saved_sums", "total") and takes_heavy(row):
-            epilogues = epilogues | {"hard_negative-band": HEAVY["hard_negative-band"]}
-        if row.kernel == "weights" and row.size == 2 and takes_heavy(row):
+        if row.kernel not in ("sums", "saved_sums", "total") and takes_large_epilogues(row):
+            epilogues = epilogues | {"hard_negative-band": LARGE["hard_negative-band"]}
+        if row.kernel == "weights" and row.size == 2 and takes_large_epilogues(row):
             epilogues = epilogues | {"siglip": TOTALS["siglip"]}
         if row.architecture == 90 and row.kernel == "grad" and row.size == 2 and row.limit == 128:
             epilogues = epilogues | OTHERS
         elif row.kernel == "saved_sums":
             epilogues = {"clip-ids": OTHERS["clip-ids"]}
         elif row.kernel == "saved_weights":
-            epilogues = {"hard_negative-band": HEAVY["hard_negative-band"]}
+            epilogues = {"hard_negative-band": LARGE["hard_negative-band"]}
         if row.kernel == "safe_sums" and row.size == 2 and row.architecture == 90:
             # similarities saved for the backward
-            epilogues = epilogues | {f"{name}-saved": flags | dict(SAVED=True) for name, flags in epilogues.items()}
+            epilogues = epilogues | {f"{name}-saved": flags | dict(saved=True) for name, flags in epilogues.items()}
         found += [(row, *variant) for variant in variants(row, epilogues)]
-    for architecture, d in ((90, 64), (90, 128), (100, 128)):
-        row = replace(tiles.find("grad", architecture, 2, d, False), limit=d).specialize()
-        demanding = SPECIALIZED if (architecture, d) == (90, 128) else ("nt_xent",)
-        epilogues = {name: flags for name, flags in SPECIALIZED.items() if name in demanding}
-        found += [
-            (row, f"{name}-specialized", *rest)
-            for name, *rest in variants(row, epilogues)
-            if "twin" not in name  # takes the usual tile
-        ]
     return found
 
 
@@ -179,15 +180,16 @@ def case_id(case) -> str:
 
 
 def planned_exponentials(case) -> int:
-    """How many a pair takes: one for each log-sum-exp and role, or for each exponent, and what the term has."""
+    """Return how many a pair takes: one for each log-sum-exp and role, or for each exponent, and the term's."""
     row, _, _, constants = case
     if row.kernel in ("sums", "saved_sums"):
         return 1
-    term = dict(softplus=1, gaussian=1, student=2 if row.kernel == "total" else 1).get(constants["TERM"], 0)
-    exponents = constants["Q"]
+    flags = constants["FLAGS"]
+    term = dict(softplus=1, gaussian=1, student=2 if row.kernel == "total" else 1).get(flags.TERM, 0)
+    exponents = flags.Q
     if row.kernel == "safe_sums" or constants.get("FACTORED"):
         return exponents + term
-    return exponents * (1 + constants["AS_COLUMNS"]) + constants["COLUMNS"] + term
+    return exponents * (1 + constants["AS_COLUMNS"]) + flags.COLUMN_LSE + term
 
 
 def repeatable(name: str, key: str) -> bool:
@@ -200,7 +202,7 @@ def record() -> dict:
 
 @pytest.fixture(scope="module")
 def binaries():
-    """All of them compiled, two at a time: ptxas and LLVM release the interpreter."""
+    """Compile all cases, as many at a time as there are processors: ptxas and LLVM release the interpreter."""
     jobs = cases()
 
     def build(case):
@@ -223,6 +225,7 @@ def binaries():
 
 @pytest.mark.parametrize("case", cases(), ids=case_id)
 def test_binary(binaries, case):
+    """A binary spills nothing, fits its GPU, uses the matrix unit and takes no exponential twice."""
     row, binary = case[0], binaries[case_id(case)]
     if isinstance(binary, Exception):
         raise binary
@@ -231,10 +234,10 @@ def test_binary(binaries, case):
     assert binary.tensor_memory <= 512, binary
     assert (binary.matrix_instructions > 0) == (row.kernel != "saved_weights"), binary
     assert not binary.warnings, binary
-    assert binary.warps == (SPECIALIZED_WARPS if row.specialized else row.warps), binary
+    assert binary.warps == row.warps, binary
 
     threads = 64 * row.warps if row.architecture == "gfx942" else 32 * row.warps
-    planned = planned_exponentials(case) * row.rows * row.columns // threads
+    planned = planned_exponentials(case) * row.height * row.width // threads
     # A loop may appear twice, and a running maximum takes a few more; where tuning begins neither is expected.
     copies = (1,) if row.architecture == 90 else (1, 2)
     assert any(0 <= binary.exponentials - times * planned <= 8 for times in copies), (
@@ -246,9 +249,9 @@ def test_binary(binaries, case):
 @pytest.mark.skipif(triton_version() != RECORDED_WITH, reason=f"the record is of Triton {RECORDED_WITH}")
 @pytest.mark.parametrize("case", cases(), ids=case_id)
 def test_binary_as_recorded(binaries, case):
-    """Registers and exponentials as in `aot_record.json`, which `CONTRASTIVE_KERNELS_AOT_RECORD=1` writes anew.
+    """Registers and exponentials are those of `aot_record.json`; `CONTRASTIVE_KERNELS_AOT_RECORD=1` rewrites the file.
 
-    Not the registers of sm_100: the same source took 155 or 204, by what was compiled beside it. None may spill.
+    It has no registers of sm_100: the same source took 155 or 204, by what was compiled beside it.
     """
     binary, recorded = binaries[case_id(case)], record().get(case_id(case))
     assert recorded, f"no record: run this file with {RECORDING}=1 and look at the difference"
@@ -261,26 +264,35 @@ def test_binary_as_recorded(binaries, case):
 
 @pytest.mark.skipif(EVERYTHING in os.environ, reason="the record is of the usual cases")
 def test_record_is_of_these_cases():
+    """The record has an entry for every case and no other."""
     assert set(record()) == set(map(case_id, cases()))
+
+
+@pytest.mark.parametrize("kernel", ["saved_sums", "saved_weights"])
+def test_saved_scores_of_float32(kernel):
+    """The kernels that save and read float32 similarities, which have no quanta, spill nothing."""
+    row = tiles.find(kernel, 90, 4, 768, False)
+    ((_, function, constants),) = variants(row, {"clip-ids": OTHERS["clip-ids"]})
+    assert aot.compile_kernel(function, 90, torch.float32, constants, row.options()).spilled == 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_small_kernels(architecture):
-    """Those without a row of the table."""
+    """Kernels without a row of the table spill nothing."""
     for kernel, constants in (
-        (tile._pack_bwd_kernel, dict(Q=2, BN=tiles.ALIGNMENT, unit=None)),
-        (tile._center_bwd_kernel, dict(Q=2, COLUMNS=True, BN=launch.CENTER_ROWS)),
+        (epilogue._pack_bwd_kernel, dict(Q=2, BN=tiles.ALIGNMENT, grad_scale=None)),
+        (epilogue._center_bwd_kernel, dict(Q=2, COLUMN_LSE=True, BN=launch.CENTER_ROWS)),
         (
-            sums._fold_fwd_kernel,
-            dict(BLOCK=128, TRIANGLE=True, ACCUMULATE=True, BN=sums.FOLD_ROWS, BS=sums.FOLD_SLOTS),
+            forward._fold_fwd_kernel,
+            dict(BLOCK=128, TRIANGLE=True, ACCUMULATE=True, BN=forward.FOLD_ROWS, BS=forward.FOLD_SLOTS),
         ),
-        (sums._merge_fwd_kernel, dict(Q=2, TERM="band", MAXIMUM=True, BN=sums.MERGE_ROWS)),
+        (forward._merge_fwd_kernel, dict(Q=2, TERM="band", MAXIMUM=True, BN=forward.MERGE_ROWS)),
         (views._view_minimum_fwd_kernel, dict(D=128, BN=views.ROWS, BD=views.DEPTH)),
-        (rows._unit_rows_fwd_kernel, dict(D=768, **rows.blocks(768))),
-        (rows._unit_rows_bwd_kernel, dict(D=768, **rows.blocks(768))),
-        (rows._row_dot_fwd_kernel, dict(D=768, **rows.blocks(768))),
-        (rows._row_dot_bwd_kernel, dict(D=768, **rows.blocks(768))),
-        (sums._largest_norm_fwd_kernel, dict(D=768, **rows.blocks(768))),
+        (rows._unit_rows_fwd_kernel, dict(EPSILON=rows.NORM_EPSILON, D=768, **rows.block_sizes(768))),
+        (rows._unit_rows_bwd_kernel, dict(EPSILON=rows.NORM_EPSILON, D=768, **rows.block_sizes(768))),
+        (rows._row_dot_fwd_kernel, dict(D=768, **rows.block_sizes(768))),
+        (rows._row_dot_bwd_kernel, dict(D=768, **rows.block_sizes(768))),
+        (forward._largest_norm_fwd_kernel, dict(D=768, **rows.block_sizes(768))),
     ):
         assert aot.compile_kernel(kernel, architecture, torch.bfloat16, constants, {}).spilled == 0
 
@@ -290,9 +302,9 @@ def test_small_kernels(architecture):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("d", [1, 128, 256, 4096])
 def test_table_complete(kernel, architecture, size, d):
-    """A tile for every D of every kernel but grad, which chunk stands in for."""
-    for heavy in (False, True):
-        assert tiles.find(kernel, architecture, size, d, heavy)
+    """Every kernel has a tile for every D, but `grad`, which `chunks` replaces."""
+    for large_epilogue in (False, True):
+        assert tiles.find(kernel, architecture, size, d, large_epilogue)
     symmetric = tiles.find("sums", architecture, size, d, True)
-    assert symmetric.rows == symmetric.columns, "the triangle needs square tiles"
-    assert tiles.ALIGNMENT % max(symmetric.rows, tiles.find("weights", architecture, size, d, False).rows) == 0
+    assert symmetric.height == symmetric.width, "the triangle needs square tiles"
+    assert tiles.ALIGNMENT % max(symmetric.height, tiles.find("weights", architecture, size, d, False).height) == 0

@@ -1,6 +1,6 @@
-"""How many kernels a training step of a loss launches: all there is to the time of a small batch on a GPU.
+"""How many kernels a training step of a loss launches: the time of a small batch on a GPU is that of its launches.
 
-Counted in the interpreter: launches of Triton kernels, and operators of PyTorch that do more than describe memory.
+The interpreter counts launches of Triton kernels, and operators of PyTorch that do more than describe memory.
 """
 
 import collections
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import contrastive_kernels as ck
-from contrastive_kernels.backends import triton as triton_backend
+from contrastive_kernels.engine import operators
+from contrastive_kernels.engine.backends import triton as triton_backend
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning"),
 ]
 
-# What one kernel does, and what none does: the rest is counted as one, as it is on a GPU.
+# Operators that launch nothing; every other one is counted as one launch, as on a GPU.
 DESCRIBE = {
     *(
         "view",
@@ -42,7 +43,7 @@ DESCRIBE = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts by name; `kernels` of Triton, the rest operators."""
+    """Count launches: `kernels` of Triton, and operators by name."""
 
     def __init__(self):
         super().__init__()
@@ -51,8 +52,9 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         namespace, name = function._schema.name.split("::")
         if namespace == "contrastive_kernels":
-            with self:  # what it launches is counted
-                return getattr(triton_backend, name.removeprefix("triton_"))(*args, **(kwargs or {}))
+            with self:  # count its launches
+                name = name.removeprefix("triton_")
+                return operators._kernel(name, triton_backend.operators[name])(*args, **(kwargs or {}))
         out = function(*args, **(kwargs or {}))
         empty = isinstance(out, torch.Tensor) and not out.numel()
         self.counts[name] += not (name in DESCRIBE or empty)
@@ -103,7 +105,7 @@ def dense_nt_xent(x, y, scale):
     return F.cross_entropy(logits, torch.arange(len(z)).roll(len(x)))
 
 
-# Launches of a forward and backward, at most: every small batch pays for them.
+# The most launches that a forward and backward take: every small batch pays for them.
 CASES = {
     "clip": (41, lambda x, y, scale: ck.clip_loss(x, y, scale, normalize=True, backend="triton"), dense_clip),
     "info_nce": (31, lambda x, y, scale: ck.info_nce_loss(x, y, logit_scale=scale, backend="triton"), dense_info_nce),
@@ -113,6 +115,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_launches(name, launches):
+    """A forward and backward take no more launches than recorded, nor than plain PyTorch."""
     most, loss, dense = CASES[name]
     x, y = torch.randn(2, 64, 32).unbind(0)
     x, y, scale = x.requires_grad_(), y.requires_grad_(), torch.tensor(10.0, requires_grad=True)
