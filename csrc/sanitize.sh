@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the extension with AddressSanitizer and UndefinedBehaviorSanitizer in a scratch copy and runs its tests there.
+# Build the extension with AddressSanitizer and UndefinedBehaviorSanitizer in a scratch copy, and run its tests there.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
@@ -17,7 +17,7 @@ CONTRASTIVE_KERNELS_CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-
 CONTRASTIVE_KERNELS_LDFLAGS="-fsanitize=address,undefined" \
   "$python" setup.py --quiet build_ext --inplace
 
-# Python itself leaks at exit, and is not built with the sanitizer, which therefore has to be loaded first.
+# Python itself leaks at exit. It is not built with the sanitizers, so they have to be loaded first.
 LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$scratch" \
-  "$python" -m pytest -q -p no:cacheprovider tests "${@:--k=shapes or empty or strides or nothing or views or kept or switches and threads2}"
+  "$python" -m pytest -q -p no:cacheprovider tests "${@:--k=shapes or empty or strides or nothing or views or saved or alone or switches and threads2}"
