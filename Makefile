@@ -6,24 +6,30 @@ PEERS := .venv-peers/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+# two files at a time, the long ones first
+PYTEST := $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-peers bench lint format interpret aot gpu sanitize clean
+.PHONY: demo test test-fast test-peers bench lint format interpret aot gpu sanitize clean
 
 demo: .venv/built      ## compare time and memory on this machine, about three minutes
 	$(VENV) -m benchmarks --preset demo
 
-test: .venv/built      ## the whole suite, two files at a time; GPU tests skip themselves
-	$(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: .venv/built lint ## everything: style, types and the whole suite; GPU tests skip themselves
+	$(PYTEST)
+
+test-fast: .venv/built ## what finds most mistakes, in two minutes
+	$(PYTEST) -m "not slow"
 
 test-peers: .venv/built .venv-peers/installed  ## against the published losses of other packages, in .venv-peers
-	$(PEERS) -m pytest -m peers tests/test_peers.py
+	$(PEERS) -m pytest -m peers tests/package/test_peers.py
 
 bench: .venv/built     ## every loss, more sizes and dtypes: about half an hour
 	$(VENV) -m benchmarks --losses all --dims 128 512 --dtypes float32 bfloat16
 
-lint: .venv/installed
+lint: .venv/installed  ## style and types
 	$(VENV) -m ruff check . && $(VENV) -m ruff format --check .
 	.venv/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV) -m mypy
 
 format: .venv/installed
 	$(VENV) -m ruff check --fix . && $(VENV) -m ruff format .
