@@ -1,4 +1,4 @@
-"""Fixtures: the seed, the backends that can run here, poisoned memory."""
+"""Fixtures of all tests, and the order and the tiers that they run in."""
 
 import os
 
@@ -6,8 +6,11 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
-import testing
 import torch
+
+pytest.register_assert_rewrite("tests.support")
+
+from tests.support import testing  # noqa: E402, after its assertions got their messages
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +25,54 @@ def backend(request):
 
 @pytest.fixture
 def poison():
-    """Uninitialised floating memory is filled with NaN, in Python and in C++ alike."""
+    """Fill uninitialised floating memory with NaN, in Python and in C++ alike."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
-# Few tests that take long; two workers share the rest evenly only if these come first.
-LONG = ("test_triton_processes.py", "test_aot.py", "test_memory.py", "test_compile.py")
+# The files that take longest. Two workers share the rest evenly only if these come first.
+LONG = (
+    "triton/test_processes.py",
+    "losses/test_every_loss.py",
+    "engine/test_memory.py",
+    "triton/test_aot.py",
+    "engine/test_compile.py",
+    "losses/test_accuracy.py",
+    "package/test_sdist.py",
+    "package/benchmarks/test_gpu.py",
+    "package/test_examples.py",
+    "package/test_types.py",
+)
+# Left out by `make test-fast`: two thirds of the time, and little that the other tests would not notice first.
+SLOW = (
+    "engine/test_autograd.py",
+    "engine/test_compile.py",
+    "engine/test_memory.py",
+    "engine/test_operators.py",
+    "losses/test_accuracy.py",
+    "losses/test_every_loss.py::test_derivatives",
+    "package/benchmarks/",
+    "package/diagnostics/test_plots.py",
+    "package/test_examples.py",
+    "package/test_sdist.py",
+    "package/test_types.py::test_mypy",
+    "package/test_types.py::test_pyright",
+    "triton/",
+)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    def name(item):
+        path = os.path.relpath(item.path, testing.ROOT / "tests")
+        return f"{path}::{getattr(item, 'originalname', item.name)}"
+
+    def place(item):
+        file = name(item).partition("::")[0]
+        return LONG.index(file) if file in LONG else len(LONG)
+
+    items.sort(key=place)
+    for item in items:
+        if name(item).startswith(SLOW):
+            item.add_marker(pytest.mark.slow)

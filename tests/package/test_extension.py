@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from contrastive_kernels.__main__ import report
-from contrastive_kernels.backends import cpp
+from contrastive_kernels.engine.backends import cpp
 
 MAJOR, MINOR, *_ = torch.__version__.split(".")
 MARKER = "contrastive_kernels: built for torch "

@@ -17,9 +17,8 @@ import pytest
 import torch
 
 import contrastive_kernels as ck
-from contrastive_kernels.backends import cpp
-
-ROOT = Path(__file__).resolve().parents[2]
+from contrastive_kernels.engine.backends import cpp
+from tests.support.testing import ROOT
 
 BUILD_SDIST = "import setuptools.build_meta, sys; print(setuptools.build_meta.build_sdist(sys.argv[1]))"
 RUN_A_LOSS = """

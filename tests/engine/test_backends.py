@@ -1,0 +1,108 @@
+"""Every backend fulfils the protocol, and the choice between the backends."""
+
+import inspect
+import typing
+
+import pytest
+import torch
+
+from contrastive_kernels.engine import backends, spec
+from contrastive_kernels.engine.backends import BACKENDS, base, choose
+from tests.support.testing import dtype_id
+
+REQUIRED = {"forward", "backward", "unit_rows", "unit_rows_backward", "views"}
+PROTOCOL = {name: member for name, member in vars(base.Backend).items() if not name.startswith("_")}
+every_backend = pytest.mark.parametrize("backend", [pytest.param(b, id=name) for name, b in BACKENDS.items()])
+
+
+def parameters(function, *, of_class=False):
+    """Return names and kinds of the parameters of a function or, without self, of a method."""
+    found = [(parameter.name, parameter.kind) for parameter in inspect.signature(function).parameters.values()]
+    return found[1:] if of_class else found
+
+
+@every_backend
+def test_attributes(backend):
+    """Every attribute of the protocol exists with its type, every method with its parameters and result."""
+    assert set(PROTOCOL) >= {"name", "saved_scores_bytes", "operators", "not_supported_reasons"}
+    for name, member in PROTOCOL.items():
+        if isinstance(member, property):
+            wanted = typing.get_type_hints(member.fget)["return"]
+            assert isinstance(getattr(backend, name), typing.get_origin(wanted) or wanted), name
+        else:
+            assert parameters(getattr(backend, name)) == parameters(member, of_class=True), name
+    x = torch.zeros(3, 4)
+    reasons = backend.not_supported_reasons(x)
+    assert isinstance(reasons, list)
+    assert all(isinstance(reason, str) and reason for reason in reasons)
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=dtype_id)
+def test_dtypes(backend, dtype):
+    """Statistics are at least as wide as the compute dtype; what takes part in no forward has no score dtype."""
+    x = torch.zeros(3, 4, dtype=dtype)
+    if backend.not_supported_reasons(x):
+        pytest.skip("not this dtype, or not here")
+    assert backend.statistic_dtype(x).itemsize >= spec.compute_dtype(x).itemsize
+    for y in (None, x):
+        assert isinstance(backend.score_dtype(x, y), (torch.dtype, type(None)))
+
+
+@every_backend
+def test_operators(backend):
+    """Each has a schema; the required ones are there; implementations take what the schema passes."""
+    operators = backend.operators
+    if backend.name == "cpp" and not operators:
+        pytest.skip("the extension is not built")
+    assert REQUIRED <= set(operators) <= set(spec.SCHEMAS)
+    for name, function in operators.items():
+        if function is None:
+            assert backend.name == "cpp"
+        elif name in ("forward", "backward"):
+            schema = {
+                "forward": "inputs, what, *, maximum, save_scores",
+                "backward": "upstream, inputs, what, wanted, scores",
+            }[name]
+            kinds = {False: inspect.Parameter.POSITIONAL_OR_KEYWORD, True: inspect.Parameter.KEYWORD_ONLY}
+            positional, _, keyword = schema.partition(", *, ")
+            expected = [(n, kinds[False]) for n in positional.split(", ")]
+            expected += [(n, kinds[True]) for n in keyword.split(", ") if n]
+            assert parameters(function) == expected
+        else:
+            arguments = torch._C.parse_schema(f"f{spec.SCHEMAS[name]}").arguments
+            assert [n for n, _ in parameters(function)] == [argument.name for argument in arguments]
+
+
+def test_pytorch_takes_everything():
+    """So that one backend always does."""
+    assert list(BACKENDS)[-1] == "torch"
+    for dtype in (torch.float64, torch.bfloat16):
+        assert BACKENDS["torch"].not_supported_reasons(torch.zeros(2, 2, dtype=dtype, device="meta")) == []
+
+
+def test_the_first_backend_that_takes_the_features(monkeypatch):
+    x = torch.zeros(2, 2)
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    for name in BACKENDS:
+        for other in BACKENDS.values():
+            reasons = [] if other.name == name else ["not in this test"]
+            monkeypatch.setattr(other, "not_supported_reasons", lambda x, reasons=reasons: reasons)
+        assert choose(x).name == name
+        assert choose(x, name).name == name
+
+
+@pytest.mark.parametrize("operator", spec.SCHEMAS)
+@every_backend
+def test_pytorch_stands_in_for_a_missing_operator(backend, operator, monkeypatch):
+    """The name of the requested backend is still checked, so is whether it takes the features."""
+    x = torch.zeros(2, 2)
+    monkeypatch.setattr(backend, "not_supported_reasons", lambda x: [])
+    has_it = {**backend.operators, operator: backend.operators.get(operator)}
+    monkeypatch.setattr(backend, "operators", has_it)
+    assert choose(x, backend.name, operator).name == backend.name
+    monkeypatch.setattr(backend, "operators", {name: f for name, f in has_it.items() if name != operator})
+    assert choose(x, backend.name, operator).name == "torch"
+    monkeypatch.setattr(backend, "not_supported_reasons", lambda x: ["not in this test"])
+    with pytest.raises(NotImplementedError, match="not in this test"):
+        choose(x, backend.name, operator)

@@ -1,0 +1,105 @@
+"""`similarity_logsumexp` against the dense reference: values, every gradient, masks, scales, rows without pairs."""
+
+import math
+
+import pytest
+import torch
+
+import contrastive_kernels as ck
+from tests.support.primitives import DTYPES, SCALE, SHAPES, compare, logsumexp, pair
+from tests.support.testing import device_of, dtype_id, shape_id
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_logsumexp(shape, dtype, backend, poison):
+    compare(logsumexp, {**pair(shape), "scale": torch.tensor(SCALE)}, backend, dtype, SCALE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_logsumexp_of_x_with_itself(shape, dtype, backend, poison):
+    """Upper triangle only: a row takes from the tiles left of the diagonal as well."""
+    n = shape[0]
+    tensors = {"x": pair(shape)["x"], "scale": torch.tensor(SCALE), "x_ids": torch.arange(n) // 2}
+    compare(logsumexp, tensors, backend, dtype, SCALE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_logsumexp_of_columns(shape, dtype, backend, poison):
+    n, m, _ = shape
+    tensors = {
+        **pair(shape),
+        "scale": torch.tensor(SCALE),
+        "x_ids": torch.randint(9, (n,)),
+        "y_ids": torch.randint(9, (m,)),
+    }
+    compare(logsumexp, tensors, backend, dtype, SCALE, columns=True)
+
+
+def option(name, shape):
+    """The optional tensors of `similarity_logsumexp`, each alone and together."""
+    n, m, _ = shape
+    ids = {"x_ids": torch.randint(5, (n,)), "y_ids": torch.randint(5, (m,))}
+    bias = {"y_bias": torch.randn(m, dtype=torch.float64)}
+    cutoff = {"cutoff": torch.randn(n, dtype=torch.float64) / 20}
+    return {
+        "ids": ids,
+        "small ids": {k: v.to(torch.int32) for k, v in ids.items()},
+        "negative and huge ids": {k: (v - 2) * 2**61 for k, v in ids.items()},
+        "bias": bias,
+        "cutoff": cutoff,
+        "everything": {**ids, **bias, **cutoff},
+    }[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
+@pytest.mark.parametrize("name", ["ids", "small ids", "negative and huge ids", "bias", "cutoff", "everything"])
+def test_logsumexp_options(name, dtype, backend, poison):
+    shape = (65, 129, 24)
+    tensors = {**pair(shape), "scale": torch.tensor(SCALE), **option(name, shape)}
+    cutoff = tensors.pop("cutoff", None)
+    options = {} if cutoff is None else {"cutoff": cutoff.float().to(device_of(backend))}
+    compare(logsumexp, tensors, backend, dtype, SCALE, **options)
+
+
+@pytest.mark.parametrize("name", ["bias", "cutoff"])
+def test_logsumexp_of_x_with_itself_where_the_mask_is_not_symmetric(name, backend, poison):
+    n = 129
+    x = pair((n, 1, 24))["x"]
+    tensors = {"x": x, "scale": torch.tensor(SCALE), "x_ids": torch.arange(n) // 2}
+    if name == "bias":
+        compare(logsumexp, {**tensors, "y_bias": torch.randn(n, dtype=torch.float64)}, backend, scale=SCALE)
+    else:
+        cutoff = torch.randn(n, dtype=torch.float64, device=device_of(backend)) / 20
+        compare(logsumexp, tensors, backend, scale=SCALE, cutoff=cutoff)
+
+
+@pytest.mark.parametrize("scale", [200.0, 0.1, -5.0, 0.0])
+def test_logsumexp_scales(scale, backend, poison):
+    """Cold, warm, negative and no temperature."""
+    compare(logsumexp, {**pair((65, 129, 24)), "scale": torch.tensor(scale)}, backend, torch.float32, 200.0)
+
+
+def test_logsumexp_of_large_and_very_negative_logits(backend, poison):
+    """Raw rows: no shift fixed in advance survives logits from -4000 to 4000."""
+    x = 20 * torch.randn(65, 24, dtype=torch.float64)
+    below = -x.abs()
+    for y in (20 * torch.randn(129, 24, dtype=torch.float64), x.abs().mean(0) * torch.ones(129, 1)):
+        compare(logsumexp, {"x": below, "y": y}, backend, torch.float32, 40.0)
+
+
+def test_logsumexp_rows_without_pairs(backend, poison):
+    """-inf with exactly zero gradient, for rows, columns and the scale."""
+    device = device_of(backend)
+    x = torch.randn(5, 8, device=device, requires_grad=True)
+    scale = torch.tensor(2.0, device=device, requires_grad=True)
+    ids = torch.zeros(5, dtype=torch.int64, device=device)
+    for arguments in ({"x": x, "x_ids": ids}, {"x": x, "y": x.detach()[:3], "cutoff": -1e4}):
+        rows = ck.similarity_logsumexp(scale=scale, backend=backend, **arguments)
+        assert rows.tolist() == [-math.inf] * 5
+        for gradient in torch.autograd.grad(rows.sum(), (x, scale)):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+    rows, columns = ck.similarity_logsumexp(x, x.detach()[:3], x_ids=ids, y_ids=ids[:3], columns=True, backend=backend)
+    assert columns.tolist() == [-math.inf] * 3

@@ -1,0 +1,227 @@
+"""Bad input raises the exact exception, which names the argument and its fault, before any kernel starts."""
+
+import math
+import os
+
+import pytest
+import torch
+
+import contrastive_kernels as ck
+from contrastive_kernels.engine.backends import BACKENDS
+from tests.support.testing import CASES, SOFTMAX, case_params
+
+N, D = 8, 16
+meta = torch.device("meta")
+
+
+def f(*shape, **options):
+    return torch.randn(*shape, **options)
+
+
+def ids(*shape):
+    return torch.zeros(*shape, dtype=torch.int64)
+
+
+def info_nce(*inputs, **options):
+    return ck.info_nce_loss(*(inputs or (f(N, D), f(N, D))), **options)
+
+
+BAD = {
+    # shapes
+    "rows differ": (
+        lambda: ck.info_nce_loss(f(8, 128), f(7, 128)),
+        ValueError,
+        "query (8, 128) and positive_key (7, 128) must have the same first dimension",
+    ),
+    "dimensions differ": (
+        lambda: ck.nt_xent_loss(f(8, 16), f(8, 17)),
+        ValueError,
+        "z0 (8, 16) and z1 (8, 17) must have the same last dimension",
+    ),
+    "clip rows differ": (
+        lambda: ck.clip_loss(f(8, 16), f(4, 16), 1.0),
+        ValueError,
+        "image_features (8, 16) and text_features (4, 16) must have the same first dimension",
+    ),
+    "queue of another dimension": (
+        lambda: ck.moco_loss(f(8, 16), f(8, 16), f(32, 15)),
+        ValueError,
+        "query (8, 16) and queue (32, 15) must have the same last dimension",
+    ),
+    "a vector": (lambda: ck.nt_xent_loss(f(8), f(8)), ValueError, "z0 (8,) must have shape (N, D)"),
+    "three dimensions": (
+        lambda: ck.info_nce_loss(f(8, 2, 4), f(8, 2, 4)),
+        ValueError,
+        "query (8, 2, 4) must have shape (N, D)",
+    ),
+    "two dimensions for views": (
+        lambda: ck.arcl_loss(f(8, 16)),
+        ValueError,
+        "views (8, 16) must have shape (N, V, D)",
+    ),
+    "one view": (lambda: ck.arcl_loss(f(8, 1, 16)), ValueError, "views (8, 1, 16) must have at least 2 views"),
+    "keys of other samples": (
+        lambda: ck.moco_arcl_loss(f(8, 16), f(7, 3, 16), f(9, 16)),
+        ValueError,
+        "query (8, 16) and keys (7, 3, 16) must have the same first dimension",
+    ),
+    "paired negatives for shared": (lambda: info_nce(f(8, 16), f(8, 16), f(8, 3, 16)), ValueError, "negative_keys"),
+    "shared negatives for paired": (
+        lambda: info_nce(f(8, 16), f(8, 16), f(5, 16), negative_mode="paired"),
+        ValueError,
+        "negative_keys",
+    ),
+    "no negatives at all": (lambda: info_nce(in_batch_negatives=False), ValueError, "negative_keys"),
+    "symmetric without the batch": (
+        lambda: info_nce(f(8, 16), f(8, 16), f(5, 16), symmetric=True),
+        ValueError,
+        "symmetric",
+    ),
+    "primitive": (
+        lambda: ck.similarity_logsumexp(f(8, 16), f(9, 15)),
+        ValueError,
+        "x (8, 16) and y (9, 15) must have the same last dimension",
+    ),
+    "primitive of a vector": (lambda: ck.similarity_sum(f(8), term=ck.Square()), ValueError, "x (8,)"),
+    "views of a matrix": (lambda: ck.min_view_similarity(f(8, 16)), ValueError, "views (8, 16)"),
+    # empty batches
+    "empty batch": (lambda: info_nce(f(0, 16), f(0, 16)), ValueError, "query (0, 16) is an empty batch"),
+    "empty views": (lambda: ck.arcl_loss(f(0, 2, 16)), ValueError, "views (0, 2, 16) is an empty batch"),
+    "empty two views": (lambda: ck.nt_xent_loss(f(0, 16), f(0, 16)), ValueError, "z0 (0, 16) is an empty batch"),
+    "empty clip": (lambda: ck.clip_loss(f(0, 16), f(0, 16), 1.0), ValueError, "image_features (0, 16) is an empty"),
+    "empty polarization": (lambda: ck.distance_polarization(f(0, 16)), ValueError, "z (0, 16) is an empty batch"),
+    # dtypes
+    "integer features": (lambda: info_nce(f(8, 16).long(), f(8, 16)), TypeError, "query has dtype torch.int64"),
+    "bool features": (lambda: ck.nt_xent_loss(f(8, 16) > 0, f(8, 16) > 0), TypeError, "z0 has dtype torch.bool"),
+    "complex features": (
+        lambda: ck.arcl_loss(f(8, 2, 16).to(torch.complex64)),
+        TypeError,
+        "views has dtype torch.complex64",
+    ),
+    "mixed features": (
+        lambda: info_nce(f(8, 16), f(8, 16).double()),
+        TypeError,
+        "query is torch.float32 and positive_key is torch.float64",
+    ),
+    "a list": (lambda: ck.nt_xent_loss([[1.0]], f(1, 1)), TypeError, "z0 must be a tensor, not list"),
+    "float ids": (lambda: info_nce(query_ids=f(8)), TypeError, "query_ids has dtype torch.float32"),
+    "bool ids": (lambda: ck.nt_xent_loss(f(8, 16), f(8, 16), ids=f(8) > 0), TypeError, "ids has dtype torch.bool"),
+    "float ids of a primitive": (
+        lambda: ck.similarity_logsumexp(f(8, 16), x_ids=f(8)),
+        TypeError,
+        "x_ids has dtype torch.float32",
+    ),
+    "integer weight": (lambda: info_nce(weight=ids(8)), TypeError, "weight has dtype torch.int64"),
+    "temperature of a string": (lambda: info_nce(temperature="warm"), TypeError, "temperature must be a number"),
+    "term of a string": (lambda: ck.similarity_sum(f(8, 16), term="square"), TypeError, "term must be a Term"),
+    # devices
+    "mixed devices": (
+        lambda: info_nce(f(8, 16), f(8, 16, device=meta)),
+        RuntimeError,
+        "query is on cpu and positive_key on meta",
+    ),
+    "ids elsewhere": (lambda: info_nce(query_ids=ids(8).to(meta)), RuntimeError, "query_ids is on meta"),
+    "weight elsewhere": (lambda: info_nce(weight=f(8, device=meta)), RuntimeError, "weight is on meta"),
+    # vectors
+    "ids too short": (lambda: info_nce(query_ids=ids(7)), ValueError, "query_ids (7,) must have shape (8,)"),
+    "two-view ids per row": (
+        lambda: ck.nt_xent_loss(f(8, 16), f(8, 16), ids=ids(16)),
+        ValueError,
+        "ids (16,) must have shape (8,)",
+    ),
+    "one of two ids": (lambda: ck.similarity_logsumexp(f(8, 16), f(9, 16), x_ids=ids(8)), ValueError, "y_ids is not"),
+    "ids of y without y": (lambda: ck.similarity_logsumexp(f(8, 16), y_ids=ids(8)), ValueError, "y_ids is given"),
+    "queue without ids": (
+        lambda: ck.moco_arcl_loss(f(8, 16), f(8, 3, 16), f(9, 16), query_ids=ids(8)),
+        ValueError,
+        "query_ids and key_ids",
+    ),
+    "weight too long": (lambda: info_nce(weight=f(9)), ValueError, "weight (9,) must have shape (8,)"),
+    "cutoff too long": (lambda: info_nce(cutoff=f(9)), ValueError, "cutoff (9,) must have shape (8,)"),
+    "bias of another length": (
+        lambda: ck.similarity_logsumexp(f(8, 16), f(9, 16), y_bias=f(8)),
+        ValueError,
+        "y_bias (8,) must have shape (9,)",
+    ),
+    # options
+    "temperature zero": (lambda: info_nce(temperature=0.0), ValueError, "temperature 0.0"),
+    "temperature tiny": (lambda: ck.arcl_loss(f(8, 2, 16), temperature=-1e-9), ValueError, "temperature -1e-09"),
+    "temperature of two": (lambda: info_nce(temperature=f(2)), ValueError, "temperature (2,)"),
+    "both scales": (lambda: info_nce(temperature=0.1, logit_scale=10.0), ValueError, "temperature and logit_scale"),
+    "no scale": (lambda: ck.clip_loss(f(8, 16), f(8, 16)), ValueError, "logit_scale"),
+    "both cutoffs": (lambda: info_nce(cutoff=0.1, cutoff_margin=0.1), ValueError, "cutoff and cutoff_margin"),
+    "reduction": (lambda: info_nce(reduction="average"), ValueError, "reduction 'average' is unknown"),
+    "reduction of another loss": (lambda: info_nce(reduction="row"), ValueError, "reduction 'row' is unknown"),
+    "negative mode": (lambda: info_nce(negative_mode="all"), ValueError, "negative_mode 'all' is unknown"),
+    "denominator": (
+        lambda: ck.arcl_loss(f(8, 2, 16), denominator="three_view"),
+        ValueError,
+        "denominator 'three_view' is unknown",
+    ),
+    "positive": (lambda: ck.arcl_loss(f(8, 2, 16), positive="max"), ValueError, "positive 'max' is unknown"),
+    "reduce": (lambda: ck.min_view_similarity(f(8, 2, 16), reduce="max"), ValueError, "reduce 'max' is unknown"),
+    "label smoothing": (lambda: info_nce(label_smoothing=1.5), ValueError, "label_smoothing 1.5"),
+    "band upside down": (lambda: ck.distance_polarization(f(8, 16), lower=0.5, upper=0.1), ValueError, "lower 0.5"),
+    "band beyond the sphere": (lambda: ck.Band(0.1, 1.5), ValueError, "upper 1.5"),
+    "polarization upside down": (lambda: ck.Polarization(0.5, 0.1), ValueError, "lower 0.5"),
+    "columns with a bias": (
+        lambda: ck.similarity_logsumexp(f(8, 16), f(9, 16), y_bias=f(9), columns=True),
+        ValueError,
+        "columns",
+    ),
+    "backend": (lambda: info_nce(backend="cuda"), ValueError, "backend 'cuda' is unknown"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, error, message = BAD[name]
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    assert message in str(caught.value)
+
+
+def test_environment_variable_chooses_the_backend(monkeypatch):
+    monkeypatch.setenv("CONTRASTIVE_KERNELS_BACKEND", "imaginary")
+    with pytest.raises(ValueError, match="backend 'imaginary' is unknown"):
+        info_nce()
+    monkeypatch.setenv("CONTRASTIVE_KERNELS_BACKEND", "torch")
+    x = f(N, D)
+    assert torch.equal(ck.nt_xent_loss(x, x + 1), ck.nt_xent_loss(x, x + 1, backend="torch"))
+    # the argument wins over the environment
+    with pytest.raises(ValueError, match="backend 'other' is unknown"):
+        info_nce(backend="other")
+
+
+@pytest.mark.parametrize("name", ["cpp", "triton"])
+def test_a_missing_backend_says_why(name, monkeypatch):
+    """The message lists every backend with its reasons; no other backend is taken silently."""
+    monkeypatch.setattr(BACKENDS[name], "not_supported_reasons", lambda x: ["it was never built"])
+    with pytest.raises(NotImplementedError) as caught:
+        info_nce(backend=name)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"backend {name!r} does not support this input:"
+    assert [line.split(":")[0].strip() for line in lines[1:]] == list(BACKENDS)
+    assert "it was never built" in str(caught.value)
+    # without a request, the next backend that can run serves
+    assert info_nce().isfinite()
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ, reason="triton can run")
+def test_triton_on_the_cpu_says_why():
+    with pytest.raises(NotImplementedError, match="backend 'triton' does not support this input"):
+        info_nce(backend="triton")
+
+
+@pytest.mark.parametrize("case", case_params(CASES))
+def test_an_unknown_option_is_a_type_error(case):
+    with pytest.raises(TypeError, match="tau"):
+        case(ck, case.features((4, 4, 4)), tau=0.1)
+
+
+@pytest.mark.parametrize("case", case_params({k: v for k, v in SOFTMAX.items() if v.scale == "temperature"}))
+def test_a_temperature_tensor_is_not_read(case):
+    """A zero temperature in a tensor gives inf or NaN, no error: a check would have to wait for a GPU."""
+    features = case.features((4, 4, 4), torch.float32)
+    assert not math.isfinite(case(ck, features, temperature=torch.zeros(())))

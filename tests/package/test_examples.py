@@ -1,0 +1,105 @@
+"""The example programs, in a reduced form: they run, and their claims hold."""
+
+import numpy as np
+import pytest
+import torch
+
+for package in ("matplotlib", "rich", "sklearn"):
+    pytest.importorskip(package)
+
+from examples import digits, own_loss, papers  # noqa: E402, only once its packages are known to be there
+
+STEPS, BATCH_SIZE = 10, 128
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Return the result of a short training, and the path of its picture."""
+    folder = tmp_path_factory.mktemp("digits")
+    options = ["--steps", STEPS, "--batch-size", BATCH_SIZE, "--output", folder]
+    return digits.main([str(option) for option in options]), folder / "digits.png"
+
+
+def test_digits_dense_and_fused_give_one_curve(trained):
+    result, _ = trained
+    assert len(result.relative_difference()) == STEPS
+    assert result.relative_difference().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", digits.LOSSES)
+def test_digits_loss_goes_down(trained, name):
+    losses = trained[0].runs[name].losses
+    assert np.isfinite(losses).all()
+    assert min(losses[-3:]) < losses[0] - 0.2
+
+
+def test_digits_losses_differ(trained):
+    """Different losses have different curves: the curves above agree because they show one loss."""
+    fused, polarized, arcl = (
+        np.array(trained[0].runs[name].losses) for name in (digits.FUSED, digits.POLARIZED, digits.ARCL)
+    )
+    assert (np.abs(polarized - fused) > 1e-3).all()
+    assert (np.abs(arcl - fused) > 1e-2).all()
+
+
+def test_digits_probes_and_picture(trained):
+    result, picture = trained
+    assert set(result.probes) == {"raw pixels", "untrained encoder", *digits.LOSSES}
+    for probe in result.probes.values():
+        # ten classes: chance is 0.1; augmented images are harder
+        assert 0.8 < probe.clean <= 1
+        assert 0.2 < probe.augmented < probe.clean
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 50_000
+
+
+def test_digits_augment_keeps_the_digit_and_changes_it():
+    images = digits.load(0).train[:256]
+    first, second = (digits.augment(images, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    again = digits.augment(images, torch.Generator().manual_seed(0))
+    assert first.shape == images.shape
+    assert torch.equal(first, again)
+    distances = torch.cdist(first.flatten(1), second.flatten(1))
+    own, others = distances.diagonal(), distances.mean(1)
+    assert (own > 0.5).all()
+    assert own.mean() < 0.9 * others.mean()
+
+
+def test_digits_refuses_a_batch_beyond_the_data(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        digits.main(["--batch-size", "5000", "--output", str(tmp_path)])
+    assert "from 2 to 1347" in capsys.readouterr().err
+
+
+def test_own_loss_is_the_dense_formula(capsys):
+    differences, peaks = own_loss.main(["--size", "4096"])
+    assert set(differences) == {"loss", *(f"gradient of {name}" for name in ("users", "items", "log_q", "temperature"))}
+    assert max(differences.values()) < 1e-12
+    if None not in peaks.values():
+        matrix = 4096**2 * 4 / 2**20
+        assert peaks["ours"] < matrix / 4
+        assert peaks["dense"] > matrix
+    assert "N = 4,096" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Return the findings of the reproductions in a short form."""
+    return papers.main(["--steps", "150"])
+
+
+@pytest.mark.parametrize("name", papers.EXPERIMENTS)
+def test_papers_predict_what_is_measured(name, found):
+    """Also I19 counter-example: a small alignment loss and a large risk."""
+    for quantity, predicted, measured in found[name]:
+        if isinstance(predicted, str):
+            relation, bound = predicted.split()
+            assert (measured > float(bound)) if relation == ">" else (measured < float(bound)), quantity
+        else:
+            assert measured == pytest.approx(predicted, rel=0.1, abs=0.02), quantity
+
+
+def test_papers_findings_are_not_the_predictions(found):
+    """Measured values differ from predictions by sampling and training: they are measured."""
+    numbers = [f for findings in found.values() for f in findings if not isinstance(f.predicted, str) and f.predicted]
+    assert all(f.measured != f.predicted for f in numbers)
