@@ -28,12 +28,13 @@ def load(extension: str) -> tuple[dict[str, Any], str | None]:
     spec = importlib.util.find_spec(extension)
     if spec is None:
         return {}, f"the extension is not built; build it with `{BUILD_COMMAND}`"
+    problem: str | None = None
     try:
         info = importlib.import_module(extension).build_info()
     except (ImportError, AttributeError) as error:  # AttributeError: built from sources without build_info
         version, problem = _built_for(Path(str(spec.origin))), f"the extension does not load ({error})"
     else:
-        version, problem = info["torch"], None
+        version = info["torch"]
     if version and version.split(".")[:2] != torch.__version__.split(".")[:2]:
         problem = f"the extension was built for torch {version}, this is torch {torch.__version__}"
     return ({}, f"{problem}; build it again: `{BUILD_COMMAND} --force`") if problem else (info, None)

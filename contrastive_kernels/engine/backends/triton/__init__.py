@@ -32,7 +32,7 @@ def _interpreting() -> bool:
 
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
+    return torch.cuda.device_of(x)
 
 
 def not_supported_reasons(x: Tensor) -> list[str]:
