@@ -23,11 +23,13 @@ pytestmark = [
 if os.environ.get("TRITON_INTERPRET") != "1":
     from contrastive_kernels.engine.backends.triton import (
         backward,
+        bundles,
         chunks,
         epilogue,
         forward,
         launch,
         rows,
+        safe_forward,
         tiles,
         views,
     )
@@ -86,7 +88,7 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
     options = PLAIN | flags
     symmetric, saved = options.pop("symmetric"), options.pop("saved")
     precision = "ieee" if row.size == 2 or row.architecture == "gfx942" else "tf32x3"
-    flags = epilogue.Flags(**options, PRECISION=precision)
+    flags = bundles.Flags(**options, PRECISION=precision)
     # two log-sum-exps of a pair take one exponential, or in another program two
     factored = row.kernel == "grad" and not flags.BIASED and (flags.COLUMN_LSE or symmetric) and flags.Q > 0
     constants = row.blocks(d) | extra | dict(D=d, MAXIMUM=False, GROUP=8, FLAGS=flags)
@@ -114,7 +116,7 @@ def variants(row, epilogues: dict) -> list:
     kernel = {
         "sums": forward._sums_fwd_kernel,
         "saved_sums": forward._sums_fwd_kernel,
-        "safe_sums": forward._safe_sums_fwd_kernel,
+        "safe_sums": safe_forward._safe_sums_fwd_kernel,
         "grad": backward._grad_bwd_kernel,
         "total": backward._grad_bwd_kernel,
         "weights": chunks._weights_bwd_kernel,
@@ -286,7 +288,7 @@ def test_small_kernels(architecture):
             forward._fold_fwd_kernel,
             dict(BLOCK=128, TRIANGLE=True, ACCUMULATE=True, BN=forward.FOLD_ROWS, BS=forward.FOLD_SLOTS),
         ),
-        (forward._merge_fwd_kernel, dict(Q=2, TERM="band", MAXIMUM=True, BN=forward.MERGE_ROWS)),
+        (safe_forward._merge_fwd_kernel, dict(Q=2, TERM="band", MAXIMUM=True, BN=safe_forward.MERGE_ROWS)),
         (views._view_minimum_fwd_kernel, dict(D=128, BN=views.ROWS, BD=views.DEPTH)),
         (rows._unit_rows_fwd_kernel, dict(EPSILON=rows.NORM_EPSILON, D=768, **rows.block_sizes(768))),
         (rows._unit_rows_bwd_kernel, dict(EPSILON=rows.NORM_EPSILON, D=768, **rows.block_sizes(768))),

@@ -14,13 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from contrastive_kernels.engine.backends.triton import tiles, tune
-from contrastive_kernels.engine.backends.triton.epilogue import (
+from contrastive_kernels.engine.backends.triton.bundles import (
     Block,
     Numbers,
     Operand,
     Packed,
     Pointer,
     Side,
+)
+from contrastive_kernels.engine.backends.triton.epilogue import (
     inverse_of,
     load_block,
     load_center,
@@ -29,11 +31,13 @@ from contrastive_kernels.engine.backends.triton.epilogue import (
     load_rows,
     load_scalars,
     similarity,
-    term_base,
     tile_grad,
     weight_factor,
 )
 from contrastive_kernels.engine.backends.triton.launch import Operands, PackedVectors, tiles_of
+from contrastive_kernels.engine.backends.triton.terms import (
+    term_base,
+)
 
 # The outputs that are to be added up over the rows.
 SUMS = ("scale", "term_scale", "total")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from contrastive_kernels.engine.backends.triton import backward as registers
 from contrastive_kernels.engine.backends.triton import tiles, tune
-from contrastive_kernels.engine.backends.triton.epilogue import (
+from contrastive_kernels.engine.backends.triton.bundles import (
     Block,
     Numbers,
     Operand,
@@ -25,6 +25,8 @@ from contrastive_kernels.engine.backends.triton.epilogue import (
     Pointer,
     Scores,
     Side,
+)
+from contrastive_kernels.engine.backends.triton.epilogue import (
     inverse_of,
     load_block,
     load_columns,
@@ -33,10 +35,12 @@ from contrastive_kernels.engine.backends.triton.epilogue import (
     load_scalars,
     load_scores,
     similarity,
-    term_base,
     tile_grad,
 )
 from contrastive_kernels.engine.backends.triton.launch import Operands, PackedVectors, processors, tiles_of
+from contrastive_kernels.engine.backends.triton.terms import (
+    term_base,
+)
 from contrastive_kernels.engine.limits import workspace_limit
 
 # Row blocks that one column block is visited by before the next: the grouped order that keeps tiles in L2.

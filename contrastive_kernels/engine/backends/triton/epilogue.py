@@ -3,177 +3,27 @@
 A kernel walks over pairs of its *owner*, the operand of which a program keeps a block (`own`), and of the *other*
 operand. Either may hold the rows of the sweep. A vector lies on the axis of the tile where its operand is, so that one
 epilogue serves dX, dY and the self-similarity, where a tile plays both roles. Logits are in base 2.
-
-Helpers take named tuples. A kernel takes them only where its pointers and numbers keep their order: the registers of a
-binary depend on it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-# A tensor or a Python number at the launch; a pointer, a number or a value in registers on the device.
-Pointer = Any
-Number = Any
-Value = Any
-
-PACKED_ROWS = 9
-CENTER_SIZE = 3
-
-
-# Constants are compile-time functions, or local: Triton compares a kernel's global constants at every launch, about a
-# microsecond each.
-
-
-@triton.constexpr_function
-def log2e() -> float:
-    """Return the factor of natural logarithms that makes them binary ones."""
-    return 1.4426950408889634
-
-
-@triton.constexpr_function
-def ln2() -> float:
-    """Return the factor of binary logarithms that makes them natural ones."""
-    return 0.6931471805599453
-
-
-@triton.constexpr_function
-def least_square() -> float:
-    """Return the square of the least distance that counts, for terms of distances."""
-    return 1e-12
-
-
-@triton.constexpr_function
-def packed_row(name: str) -> int:
-    """Return the row of a vector among those of `_pack_bwd_kernel`.
-
-    The log-sum-exp and gradient of a second exponent are two rows further on, its factor one. Only the sweep's columns
-    have a bias, in the place of the second log-sum-exp, which only rows have.
-    """
-    return {"lse": 0, "grad": 1, "grad_sum": 4, "offset": 5, "cutoff": 6, "factor": 7, "bias": 2}[name]
-
-
-class Flags(NamedTuple):
-    """What a kernel of the sweep is compiled for; one compile-time argument."""
-
-    Q: int  # the number of exponents, each with a log-sum-exp per row
-    COLUMN_LSE: bool
-    TERM: str  # empty: none
-    BIASED: bool  # logits have a bias per column
-    SHIFTED: bool  # the term's argument has an offset per row
-    IDS: bool
-    KEEP_EQUAL_IDS: bool
-    DIAGONALS: int
-    CUT: bool  # similarities above a row's cutoff are dropped
-    PRECISION: str  # of products, see `tl.dot`
-
-
-class Numbers(NamedTuple):
-    """The numbers of a sweep that the host knows; those that a flag switches off have some value."""
-
-    exponent_0: Number
-    exponent_1: Number
-    constant_0: Number
-    constant_1: Number
-
-
-class Scores(NamedTuple):
-    """Similarities that a forward saved for its backward, see `store_scores`."""
-
-    matrix: Pointer | None  # (N, M): int16, or float32 without quanta; None: nothing is saved
-    x_quantum: Pointer | None  # (N,)
-    y_quantum: Pointer | None  # (M,)
-
-
-class ScoreStore(NamedTuple):
-    """Where a forward saves similarities, and the inverses of their quanta; no matrix: nowhere."""
-
-    matrix: Pointer | None
-    x_inverse: Pointer | None
-    y_inverse: Pointer | None
-
-
-# The named tuples below are made on the device.
-
-
-class Operand(NamedTuple):
-    """One side of the sweep: features (size, D) with inner stride 1."""
-
-    features: Pointer
-    tiles: Value  # the features as a descriptor of tiles, or None
-    ids: Pointer | None
-    size: Value
-    stride: Value
-
-
-class Block(NamedTuple):
-    """A block of an operand's rows: the first, and the int64 offsets of all."""
-
-    operand: Operand
-    start: Value
-    rows: Value
-
-
-class Scalars(NamedTuple):
-    """The numbers of a sweep."""
-
-    scale: Value
-    term_scale: Value
-    exponent_0: Value
-    exponent_1: Value
-    constant_0: Value
-    constant_1: Value
-
-
-class Packed(NamedTuple):
-    """The vectors of a backward sweep, see `_pack_bwd_kernel`, and the centers of its exponents."""
-
-    rows: Pointer  # (PACKED_ROWS, row_stride)
-    columns: Pointer  # (PACKED_ROWS, column_stride)
-    row_stride: Value
-    column_stride: Value
-    centers: Value
-
-
-class Pairs(NamedTuple):
-    """What decides which pairs of a tile are kept."""
-
-    own_ids: Value
-    other_ids: Value
-    ahead: Value  # how far the first other row is ahead of the first own one
-    size: Value  # of the other operand
-
-
-class RowVectors(NamedTuple):
-    """What a gradient needs of the sweep's rows in a tile."""
-
-    lse_0: Value
-    grad_0: Value
-    lse_1: Value
-    grad_1: Value
-    grad_sum: Value
-    offset: Value
-    cutoff: Value
-
-
-class ColumnVectors(NamedTuple):
-    """What a gradient needs of the sweep's columns in a tile."""
-
-    lse: Value
-    grad: Value
-    bias: Value
-
-
-class Side(NamedTuple):
-    """What a gradient needs of a program's own block."""
-
-    start: Value
-    ids: Value
-    rows: Value  # RowVectors, or None if the block never acts as the sweep's rows
-    columns: Value  # ColumnVectors, or None
+from contrastive_kernels.engine.backends.triton.bundles import (
+    ColumnVectors,
+    Pairs,
+    RowVectors,
+    Scalars,
+    log2e,
+    packed_row,
+)
+from contrastive_kernels.engine.backends.triton.terms import (
+    phi,
+    phi_grad,
+    term_base,
+    through_base,
+)
 
 
 @triton.jit
@@ -289,91 +139,6 @@ def exclude(b_v, b_s, pairs, cutoff, FILL: tl.constexpr, FLAGS: tl.constexpr):
         # not `s <= cutoff`: a NaN similarity is kept
         b_v = tl.where(b_s > cutoff, FILL, b_v)
     return b_v
-
-
-@triton.jit
-def log1p_unit(b_v):
-    """Return log(1 + v) for v in [0, 1], relative error 4e-7; NaN stays. The library's logarithm is too slow a pair."""
-    b_p = b_v * -0.00853916816 + 0.0440894887
-    b_p = b_p * b_v - 0.107681513
-    b_p = b_p * b_v + 0.177452266
-    b_p = b_p * b_v - 0.244954571
-    b_p = b_p * b_v + 0.332754791
-    b_p = b_p * b_v - 0.499974042
-    return (b_p * b_v + 0.999999821) * b_v
-
-
-@triton.jit
-def term_base(b_s, TERM: tl.constexpr):
-    """Return what the term's argument is linear in: the similarity, or minus the distance of unit rows."""
-    if TERM == "distance_hinge":
-        b_b = -tl.sqrt(tl.maximum(2.0 - 2.0 * b_s, least_square(), propagate_nan=tl.PropagateNan.ALL))
-    else:
-        b_b = b_s
-    return b_b
-
-
-@triton.jit
-def through_base(b_s, b_slope, TERM: tl.constexpr):
-    """Return the slope times the derivative of `term_base`."""
-    if TERM == "distance_hinge":
-        b_square = 2.0 - 2.0 * b_s
-        b_g = tl.where(b_square < least_square(), 0.0, b_slope * tl.rsqrt(b_square))
-    else:
-        b_g = b_slope
-    return b_g
-
-
-@triton.jit
-def phi(b_v, constant_0, constant_1, TERM: tl.constexpr):
-    """Return the term; NaN stays NaN, which tl.maximum does only if told so."""
-    if TERM == "identity":
-        b_p = b_v
-    elif TERM == "count":
-        b_p = tl.full(b_v.shape, 1.0, tl.float32)
-    elif TERM == "square":
-        b_p = b_v * b_v
-    elif TERM == "band":
-        b_d = 0.5 - 0.5 * b_v
-        b_p = tl.maximum((b_d - constant_0) * (constant_1 - b_d), 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif TERM == "softplus":
-        b_p = tl.maximum(b_v, 0.0) + log1p_unit(tl.exp2(-log2e() * tl.abs(b_v)))
-    elif TERM == "hinge" or TERM == "distance_hinge":
-        b_p = tl.maximum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif TERM == "student":
-        b_q = 1.0 + tl.maximum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        b_p = tl.exp2(-constant_0 * tl.log2(b_q))
-    else:
-        tl.static_assert(TERM == "gaussian", "unknown term")
-        b_p = tl.exp2((2.0 * log2e()) * constant_0 * (b_v - 1.0))
-    return b_p
-
-
-@triton.jit
-def phi_grad(b_v, constant_0, constant_1, TERM: tl.constexpr):
-    """Return the derivative of the term. Comparisons single out where it is 0, so that NaN takes the other branch."""
-    if TERM == "identity":
-        b_p = tl.full(b_v.shape, 1.0, tl.float32)
-    elif TERM == "count":
-        b_p = tl.zeros(b_v.shape, tl.float32)
-    elif TERM == "square":
-        b_p = 2.0 * b_v
-    elif TERM == "band":
-        b_d = 0.5 - 0.5 * b_v
-        b_p = tl.where((b_d <= constant_0) | (b_d >= constant_1), 0.0, b_d - 0.5 * (constant_0 + constant_1))
-    elif TERM == "softplus":
-        b_e = tl.exp2(-log2e() * tl.abs(b_v))
-        b_r = 1.0 / (1.0 + b_e)
-        b_p = tl.where(b_v >= 0, b_r, b_e * b_r)
-    elif TERM == "hinge" or TERM == "distance_hinge":
-        b_p = tl.where(b_v <= 0, 0.0, 1.0 + 0.0 * tl.minimum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL))
-    elif TERM == "student":
-        b_q = 1.0 + tl.maximum(b_v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        b_p = -constant_0 * tl.exp2((-constant_0 - 1.0) * tl.log2(b_q))
-    else:
-        tl.static_assert(TERM == "gaussian", "unknown term")
-        b_p = 2.0 * constant_0 * tl.exp2((2.0 * log2e()) * constant_0 * (b_v - 1.0))
-    return b_p
 
 
 @triton.jit

@@ -9,13 +9,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from contrastive_kernels.engine.backends.triton import tiles
-from contrastive_kernels.engine.backends.triton.epilogue import (
+from contrastive_kernels.engine.backends.triton.bundles import (
     CENTER_SIZE,
     PACKED_ROWS,
     Flags,
     Numbers,
     Scores,
     ScoreStore,
+)
+from contrastive_kernels.engine.backends.triton.epilogue import (
     _center_bwd_kernel,
     _pack_bwd_kernel,
 )
@@ -315,3 +317,10 @@ def tiles_of(x: Tensor, height: int, tile: tiles.Tile) -> TensorDescriptor | Non
 def processors(x: Tensor) -> int:
     """Return the multiprocessors (compute units) of x's device; 2 in the interpreter, so that work gets split."""
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def splits_of(blocks: int, others: int, x: Tensor) -> int:
+    """Return into how many programs to cut the walk over the other blocks, so that two per processor start."""
+    blocks = max(1, blocks)
+    wanted = (2 * processors(x) + blocks - 1) // blocks
+    return max(1, min(others, wanted))
