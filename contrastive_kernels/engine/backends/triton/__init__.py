@@ -1,8 +1,9 @@
 """The sweep in Triton, on GPUs, and in Triton's interpreter on the CPU.
 
-Importing this module imports no Triton and asks no driver. `forward` and `safe_forward` are the forward sweep, `backward`
-and `chunks` those of the backward, `rows` the normalisation and the positives, `views` the view minimum. The sweep's
-kernels share `epilogue` on the device and `launch` on the host; `tiles` is the tile table, `tune` measures for it.
+Importing this module imports no Triton and asks no driver. `forward` and `safe_forward` are the forward sweep,
+`backward` and `chunks` the backward, `rows` the normalisation and the positives, `views` the view minimum. The sweep's
+kernels share `epilogue`, `terms` and `bundles` on the device and `launch` on the host; `tiles` is the tile table,
+`tune` measures for it.
 See docs/gpu.md.
 """
 
