@@ -108,13 +108,15 @@ def test_options(case, options, backend, poison):
 
 @pytest.mark.parametrize("case", case_params({k: c for k, c in EVERY.items() if c.unit and c.takes("normalize")}))
 def test_rows_of_any_length_are_normalised(case, backend, poison):
-    """Unit rows of other lengths select the same pairs."""
+    """Unit rows of other lengths select the same pairs, also at a cold temperature."""
     features = {
         k: x * (1 + torch.rand(*x.shape[:-1], 1)) if x.dim() > 1 else x
         for k, x in case.features(SHAPE, torch.float32).items()
     }
-    ours, reference = compared(case, features, backend, normalize=True)
-    assert_outcomes_match(ours, reference, torch.float32, 20.0)
+    cold = [{"temperature": 0.02}] if case.takes("temperature") and case.scale == "temperature" else []
+    for options in ({}, *cold):
+        ours, reference = compared(case, features, backend, normalize=True, **options)
+        assert_outcomes_match(ours, reference, torch.float32, 20.0)
 
 
 STATISTICS = [
