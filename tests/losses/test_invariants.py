@@ -229,8 +229,9 @@ def test_inputs_in_any_layout(case, backend, poison):
 
 
 @every_form
-def test_inputs_stay_as_they_were_and_bits_repeat(case, backend, poison):
-    features = case.features((65, 129, 24), torch.float32, device_of(backend))
+def test_inputs_stay_as_they_were_and_bits_repeat(case, backend):
+    """So many rows, and without `use_deterministic_algorithms`, that threads share out what PyTorch itself adds up."""
+    features = case.features((520, 129, 100), torch.float32, device_of(backend))
     before = {k: x.clone() for k, x in features.items()}
     first, again = outcome(case, features, backend), outcome(case, features, backend)
     assert all(torch.equal(before[k], x) for k, x in features.items())

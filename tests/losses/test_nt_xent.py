@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import contrastive_kernels as ck
 import python_ref
 from tests.support.losses import assert_exact, assert_module_is_function, double
-from tests.support.testing import Case, assert_matches, check, device_of
+from tests.support.testing import BAND, Case, assert_matches, check, device_of, two
 
 SHAPE = (65, 129, 24)
 
@@ -23,6 +23,12 @@ def test_sum_directions_is_twice_the_mean(backend):
         torch.testing.assert_close(
             ck.nt_xent_loss(z0, z1, reduction="sum_directions", backend=backend, **options), 2 * mean
         )
+
+
+def test_sum_directions_adds_the_polarization_once(backend):
+    """The two directions have one regulariser, as in the reference."""
+    case = Case("nt_xent_loss", two("z0", "z1"), {"polarization": BAND})
+    check(case, SHAPE, torch.float32, backend, reduction="sum_directions")
 
 
 def test_pairs_of_views(backend, poison):
