@@ -137,10 +137,11 @@ def easy_negative_loss(
         return_stats=return_stats,
         backend=backend,
     )
-    if k is None:
-        return info_nce(query, positive_key, negative_keys, cutoff=threshold, normalize=normalize)
-    checks.count("k", k)
     checks.paired("query", query, "positive_key", positive_key)
+    if k is None:
+        limit = checks.per_row("threshold", threshold, query)
+        return info_nce(query, positive_key, negative_keys, cutoff=limit, normalize=normalize)
+    checks.count("k", k)
     if negative_keys is not None:
         checks.features("negative_keys", negative_keys)
         checks.alike("query", query, "negative_keys", negative_keys, rows=False)
@@ -214,7 +215,8 @@ def _candidate_ids(
     """Return the ids of the queries and of the candidates, as `info_nce_loss` reads them; None where there are none."""
     if key_ids is not None and query_ids is None:
         raise ValueError("key_ids is given but query_ids is not; a key is no negative when its id is its query's")
+    query_ids = checks.optional_ids("query_ids", query_ids, query.shape[0], query)
+    key_ids = checks.optional_ids("key_ids", key_ids, candidates.shape[0], query)
     if query_ids is None or (key_ids is None and not in_batch):
         return None, None
-    query_ids = checks.ids("query_ids", query_ids, query.shape[0], query)
-    return query_ids, query_ids if key_ids is None else checks.ids("key_ids", key_ids, candidates.shape[0], query)
+    return query_ids, query_ids if key_ids is None else key_ids
