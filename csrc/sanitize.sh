@@ -6,9 +6,8 @@ python=${PYTHON:-$root/.venv/bin/python}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-mkdir "$scratch/tests"
 cp -r "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$scratch"
-cp "$root/tests/test_cpp_engine.py" "$scratch/tests"
+(cd "$root" && cp --parents -r tests/__init__.py tests/conftest.py tests/support tests/engine/__init__.py tests/engine/test_cpp.py python_ref "$scratch")
 (cd "$root" && find contrastive_kernels -name '*.py' -exec cp --parents {} "$scratch" \;)
 
 cd "$scratch"

@@ -71,7 +71,8 @@ class Anchors(NamedTuple):
         ids = checks.optional_ids("ids", ids, n, z0)
         views = unit_rows(stack_views(z0, z1), normalize, backend)
         if v == 2:
-            similarities = row_dot(views[0], views[1], backend).repeat(2).unsqueeze(1)
+            first, second = views.unbind(0)  # one operation in the backward, where two indexings would be two
+            similarities = row_dot(first, second, backend).repeat(2).unsqueeze(1)
         else:
             similarities = other_views(views, backend)
         own = similarities.squeeze(1) if v == 2 else similarities.mean(1)
