@@ -29,7 +29,11 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
     PyTorch inspects the signature of every function with ``setup_context``; a small batch's loss takes less time.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        differentiable = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        # without gradients Dynamo counts the parameters of `forward` and takes `*arguments` for one
+        return function.apply(*args) if differentiable else function.forward(*args)
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # of a base class in C
 
