@@ -6,19 +6,17 @@ PEERS := .venv-peers/bin/python
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
-# two files at a time, the long ones first
-PYTEST := $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-fast test-peers bench lint format interpret aot gpu sanitize clean
 
 demo: .venv/built      ## compare time and memory on this machine, about three minutes
 	$(VENV) -m benchmarks --preset demo
 
-test: .venv/built lint ## everything: style, types and the whole suite; GPU tests skip themselves
-	$(PYTEST)
+test: .venv/built lint ## style, types and all tests, two files at a time, the long ones first; GPU tests skip themselves
+	$(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/built ## what finds most mistakes, in two minutes
-	$(PYTEST) -m "not slow"
+	$(VENV) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-peers: .venv/built .venv-peers/installed  ## against the published losses of other packages, in .venv-peers
 	$(PEERS) -m pytest -m peers tests/package/test_peers.py

@@ -46,7 +46,7 @@ LONG = (
     "package/test_examples.py",
     "package/test_types.py",
 )
-# Left out by `make test-fast`: two thirds of the time, and little that the other tests would not notice first.
+# Left out by `make test-fast`: four fifths of the time, and little that the other tests would not notice first.
 SLOW = (
     "engine/test_autograd.py",
     "engine/test_compile.py",
@@ -54,6 +54,10 @@ SLOW = (
     "engine/test_operators.py",
     "losses/test_accuracy.py",
     "losses/test_every_loss.py::test_derivatives",
+    "losses/test_every_loss.py::test_statistics",
+    "losses/test_invariants.py",
+    "losses/test_mmcl.py::test_compile",
+    "losses/test_properties.py",
     "package/benchmarks/",
     "package/diagnostics/test_plots.py",
     "package/test_examples.py",
