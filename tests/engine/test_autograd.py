@@ -1,4 +1,4 @@
-"""First and second derivatives of losses and primitives, checked numerically, and what has no derivative."""
+"""First and second derivatives of losses and primitives, checked numerically; ids and cutoffs have none."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ DERIVATIVES = {
 
 @pytest.mark.parametrize("case", case_params(DERIVATIVES))
 def test_first_and_second_derivatives(case, backend):
-    """Features and scale, with weights and duplicates; the second derivative comes from the differentiable backend."""
+    """Derivatives by features and scale, with weights; the second ones come from the PyTorch backend."""
     if precise(backend) != torch.float64:
         pytest.skip(f"{backend} has no float64")
     features = case.features((4, 3, 3), torch.float64, device_of(backend))
@@ -72,7 +72,7 @@ def test_derivatives_of_the_primitives(backend):
 
 
 def test_activation_checkpointing(backend):
-    """The loss inside a recomputed region gives the same gradients."""
+    """The gradients are the same where the loss is recomputed in the backward."""
     device = device_of(backend)
     z = torch.randn(2, 33, 24, device=device)
 
@@ -86,8 +86,8 @@ def test_activation_checkpointing(backend):
 
 
 @pytest.mark.parametrize("name", ["cutoff per anchor", "ids", "weight"])
-def test_nothing_flows_into_what_is_no_variable(name, backend):
-    """Ids, cutoffs and masks have no gradient; a weight has one."""
+def test_only_a_weight_has_a_gradient(name, backend):
+    """Ids and cutoffs have none."""
     case = CASES["info_nce"]
     features = case.features((16, 16, 24), torch.float32, device_of(backend))
     options = {

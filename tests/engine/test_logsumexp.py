@@ -19,7 +19,7 @@ def test_logsumexp(shape, dtype, backend, poison):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_logsumexp_of_x_with_itself(shape, dtype, backend, poison):
-    """Upper triangle only: a row takes from the tiles left of the diagonal as well."""
+    """A sweep of the upper triangle only: a row sums over the tiles left of the diagonal as well."""
     n = shape[0]
     tensors = {"x": pair(shape)["x"], "scale": torch.tensor(SCALE), "x_ids": torch.arange(n) // 2}
     compare(logsumexp, tensors, backend, dtype, SCALE)
@@ -39,7 +39,7 @@ def test_logsumexp_of_columns(shape, dtype, backend, poison):
 
 
 def option(name, shape):
-    """The optional tensors of `similarity_logsumexp`, each alone and together."""
+    """Return optional tensors of `similarity_logsumexp`, one of them or all together."""
     n, m, _ = shape
     ids = {"x_ids": torch.randint(5, (n,)), "y_ids": torch.randint(5, (m,))}
     bias = {"y_bias": torch.randn(m, dtype=torch.float64)}
@@ -78,12 +78,12 @@ def test_logsumexp_of_x_with_itself_where_the_mask_is_not_symmetric(name, backen
 
 @pytest.mark.parametrize("scale", [200.0, 0.1, -5.0, 0.0])
 def test_logsumexp_scales(scale, backend, poison):
-    """Cold, warm, negative and no temperature."""
+    """The scales of cold, warm and negative temperatures, and 0."""
     compare(logsumexp, {**pair((65, 129, 24)), "scale": torch.tensor(scale)}, backend, torch.float32, 200.0)
 
 
 def test_logsumexp_of_large_and_very_negative_logits(backend, poison):
-    """Raw rows: no shift fixed in advance survives logits from -4000 to 4000."""
+    """Raw rows have logits from -4000 to 4000, where no shift fixed in advance is safe."""
     x = 20 * torch.randn(65, 24, dtype=torch.float64)
     below = -x.abs()
     for y in (20 * torch.randn(129, 24, dtype=torch.float64), x.abs().mean(0) * torch.ones(129, 1)):
@@ -91,7 +91,7 @@ def test_logsumexp_of_large_and_very_negative_logits(backend, poison):
 
 
 def test_logsumexp_rows_without_pairs(backend, poison):
-    """-inf with exactly zero gradient, for rows, columns and the scale."""
+    """A row or column without pairs is -inf, and its gradients are exactly 0."""
     device = device_of(backend)
     x = torch.randn(5, 8, device=device, requires_grad=True)
     scale = torch.tensor(2.0, device=device, requires_grad=True)

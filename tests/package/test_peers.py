@@ -3,7 +3,7 @@
 Longer than 500 lines because the comparisons are one table, a few lines each.
 
 Peer and ours run in float64 on the same rows; temperatures and scales are tensors, whose gradients are compared too.
-What a peer means differently is in the formula of the comparison, never in its tolerance:
+Where a peer means something else, the formula of the comparison says so, never its tolerance:
 
 | peer | what differs | relation tested |
 |---|---|---|
@@ -59,7 +59,7 @@ for package in ("lightly", "open_clip"):
 
 
 def load_lightly():
-    """lightly.loss; it imports torchvision, of which the losses compared here use nothing."""
+    """Return lightly.loss, which imports torchvision; the losses compared here do not use it."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("torchvision", "torchvision.ops"):
             patch.setitem(sys.modules, name, MagicMock())
@@ -68,7 +68,7 @@ def load_lightly():
 
 
 def load_open_clip():
-    """The file of open_clip's losses, which imports torch alone; the package imports torchvision and timm."""
+    """Return the file of open_clip's losses, which only imports torch; the package imports torchvision and timm."""
     path = Path(importlib.util.find_spec("open_clip").origin).with_name("loss.py")
     spec = importlib.util.spec_from_file_location("open_clip_loss", path)
     module = importlib.util.module_from_spec(spec)
@@ -103,7 +103,7 @@ SENTENCES = Rows()
 
 
 def encoded(loss, *columns):
-    """A loss of sentence-transformers on columns of embeddings."""
+    """Return a loss of sentence-transformers on columns of embeddings."""
     return loss([{"rows": column} for column in columns], None)
 
 
@@ -112,12 +112,12 @@ def ranking(*columns, **options):
 
 
 def two_towers(loss, x, y):
-    """A loss of pytorch-metric-learning with anchors x, positives and negatives y."""
+    """Return a loss of pytorch-metric-learning with anchors x, positives and negatives y."""
     return pml.SelfSupervisedLoss(loss, symmetric=False)(x, y)
 
 
 def hardest_triplets(x, y, m, distance):
-    """Both directions of the hardest in-batch negative."""
+    """Return the loss of the hardest in-batch negatives, both directions."""
     labels, total = torch.arange(len(x)), 0.0
     loss, miner = (
         pml.TripletMarginLoss(margin=m, distance=distance, reducer=reducers.MeanReducer()),
@@ -130,7 +130,7 @@ def hardest_triplets(x, y, m, distance):
 
 
 def of_proxies(loss, name, proxies, x, labels):
-    """A loss of pytorch-metric-learning with `proxies` in place of its own parameter."""
+    """Return a loss of pytorch-metric-learning with `proxies` in place of its own parameter."""
     delattr(loss, name)
     setattr(loss, name, proxies)
     loss.cast_types = lambda dtype, device: None
@@ -145,7 +145,7 @@ def against_bank(query, key, bank, t):
 
 
 def classes(n):
-    """Labels of about three rows each, and one row that is alone."""
+    """Return labels of about three rows each, and of one row alone."""
     labels = torch.arange(n) % max(n // 3, 1)
     labels[0] = n
     return labels
@@ -167,7 +167,7 @@ def hypersphere(x, y, t):
 
 
 def joint_directions(rows):
-    """One softmax over the candidates of both sides, from the loss of either side, whose positive is the same."""
+    """Return the loss of one softmax over the candidates of both sides, from both losses of one positive."""
     return torch.logaddexp(*rows).mean()
 
 
@@ -486,7 +486,7 @@ def comparison_params():
 
 
 def evaluated(comparison, function, tensors, setting):
-    """Value and gradients, those that are missing as zeros."""
+    """Return value and gradients; missing gradients are zeros."""
     numbers = {} if comparison.trained else setting
     value, gradients = differentiate(lambda **given: function(**given, **numbers), tensors)
     return value, {name: torch.zeros_like(tensors[name]) if g is None else g for name, g in gradients.items()}
@@ -522,7 +522,7 @@ def test_float32_agrees_with_the_peer_in_float64(comparison):
 
 
 def test_queue_is_lightlys_bank():
-    """Four steps, after which the queue has gone round once."""
+    """After four steps every key of the queue has been replaced."""
     theirs, ours = lightly.NTXentLoss(temperature=0.2, memory_bank_size=(48, 8)), ck.MoCoLoss(8, 48, 0.2)
     theirs.memory_bank.bank.copy_(ours.queue)
     for step in range(4):
@@ -533,7 +533,7 @@ def test_queue_is_lightlys_bank():
 
 
 def test_decoupled_of_one_sample_is_0():
-    """lightly's is -inf: the logarithm of an empty sum."""
+    """The loss of lightly is -inf, the logarithm of an empty sum."""
     x, y = torch.randn(2, 1, 8).unbind(0)
     assert lightly.DCLLoss()(x, y) == -torch.inf
     value, gradients = differentiate(lambda x, y: ck.decoupled_loss(x, y), {"x": x, "y": y})

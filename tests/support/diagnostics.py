@@ -15,7 +15,7 @@ def close(ours, expected, rtol=1e-11, atol=1e-12):
 
 
 def labelled(n=61, d=6, classes=4, unlabelled=True):
-    """Features around their class, the last class empty, some samples without a label."""
+    """Return features near the centre of their class; the last class is empty, some samples have no label."""
     labels = torch.arange(n) % (classes - 1)
     if unlabelled:
         labels[::7] = -1

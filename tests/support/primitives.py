@@ -17,7 +17,7 @@ SCALE = 5.0
 
 
 def compare(function, tensors, backend, dtype=torch.float64, scale=1.0, **options):
-    """A primitive on `backend` in `dtype` against the reference in float64 on the same rounded tensors."""
+    """Compare a primitive on `backend` in `dtype` with the reference in float64 on the same rounded tensors."""
     if not supports(backend, dtype):
         pytest.skip(f"{backend} does not take {dtype}")
     device = device_of(backend)
@@ -41,13 +41,13 @@ def compare(function, tensors, backend, dtype=torch.float64, scale=1.0, **option
 
 
 def logsumexp(module, **arguments):
-    """The rows of the primitive, and its columns after them."""
+    """Return the log-sum-exps of the rows, and those of the columns after them."""
     out = module.similarity_logsumexp(**arguments)
     return torch.cat(out) if isinstance(out, tuple) else out
 
 
 def term_sum(module, term, constants=(), backend=None, **arguments):
-    """The sum of a term built from its differentiable operands, which are tensors among the arguments."""
+    """Return the sum of a term, built from its differentiable operands among the arguments."""
     operands = {k: arguments.pop(k) for k in ("scale", "bias", "margin") if k in arguments}
     options = {} if backend is None else {"backend": backend}
     return module.similarity_sum(term=term(*constants, **operands), **arguments, **options)
