@@ -10,7 +10,7 @@ from tests.support.losses import Largest, assert_module_is_function, assert_refu
 from tests.support.testing import assert_outcomes_match, case_params, check, device_of, differentiate, precise
 from tests.support.variants import EVERY, MOMENTS
 
-CASE = EVERY["spectral-correlated"]
+CASE = EVERY["spectral_contrastive-correlated"]
 methods = pytest.mark.parametrize("method", ["gram", "tile"])
 
 
@@ -94,7 +94,7 @@ def test_projected_zero_rows_have_finite_gradients(method, backend, poison):
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 16), (16, 300)])
-@pytest.mark.parametrize("name", ["spectral-correlated", "barlow_twins-correlated", "vicreg-correlated"])
+@pytest.mark.parametrize("name", ["spectral_contrastive-correlated", "barlow_twins-correlated", "vicreg-correlated"])
 def test_no_product_is_larger_than_the_features(name, n, d):
     """Neither N x N nor D x D where it is the larger one, in the forward and in the backward."""
     tensors = {k: v.requires_grad_() for k, v in EVERY[name].features((n, n, d), torch.float32).items()}

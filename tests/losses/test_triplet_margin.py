@@ -11,10 +11,10 @@ from tests.support.variants import EVERY
 
 SHAPE = (65, 129, 24)
 NAMES = (
-    "triplet",
-    "triplet-euclidean-normalized",
-    "triplet-hardest-normalized",
-    "triplet-hardest-euclidean-normalized",
+    "triplet_margin",
+    "triplet_margin-euclidean-normalized",
+    "triplet_margin-hardest-normalized",
+    "triplet_margin-hardest-euclidean-normalized",
 )
 every_triplet = pytest.mark.parametrize("case", case_params({name: EVERY[name] for name in NAMES}))
 

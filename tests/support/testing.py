@@ -247,14 +247,14 @@ FAMILY = {
         scale="logit_scale",
         unit=True,
     ),
-    "triplet": Case("triplet_margin_loss", two("anchor", "positive")),
-    "triplet-euclidean": Case(
+    "triplet_margin": Case("triplet_margin_loss", two("anchor", "positive")),
+    "triplet_margin-euclidean": Case(
         "triplet_margin_loss", two("anchor", "positive"), {**AS_THEY_ARE, "metric": "euclidean"}, unit=True
     ),
-    "triplet-hardest": Case(
+    "triplet_margin-hardest": Case(
         "triplet_margin_loss", two("anchor", "positive"), {**AS_THEY_ARE, "mining": "hardest"}, unit=True
     ),
-    "triplet-hardest-euclidean": Case(
+    "triplet_margin-hardest-euclidean": Case(
         "triplet_margin_loss",
         two("anchor", "positive"),
         {**AS_THEY_ARE, "mining": "hardest", "metric": "euclidean"},
@@ -264,7 +264,7 @@ FAMILY = {
     "t_simclr": Case("t_simclr_loss", two("z0", "z1")),
     "alignment": Case("alignment_loss", views(3)),
     "augmentation_robust": Case("augmentation_robust_loss", views(3), unit=True),
-    "spectral": Case("spectral_contrastive_loss", two("z0", "z1")),
+    "spectral_contrastive": Case("spectral_contrastive_loss", two("z0", "z1")),
     "barlow_twins": Case("barlow_twins_loss", two("z0", "z1")),
     "vicreg": Case("vicreg_loss", two("z0", "z1")),
     "distance_polarization": Case("distance_polarization", lambda n, m, d: {"z": (n, d)}, AS_THEY_ARE, unit=True),

@@ -156,11 +156,13 @@ SELECTED = {
 }
 MOMENTS = {
     # a mean or sum is one weighted sweep, the losses of all rows are another
-    "spectral-correlated": correlated("spectral_contrastive", reduction="mean"),
-    "spectral-gram": correlated("spectral_contrastive", method="gram", reduction="none"),
-    "spectral-tile": correlated("spectral_contrastive", method="tile", reduction="none"),
-    "spectral-all_pairs": correlated("spectral_contrastive", include_diagonal=True, mu=3.0, reduction="mean"),
-    "spectral-unit": correlated("spectral_contrastive", normalize=True, reduction="sum"),
+    "spectral_contrastive-correlated": correlated("spectral_contrastive", reduction="mean"),
+    "spectral_contrastive-gram": correlated("spectral_contrastive", method="gram", reduction="none"),
+    "spectral_contrastive-tile": correlated("spectral_contrastive", method="tile", reduction="none"),
+    "spectral_contrastive-all_pairs": correlated(
+        "spectral_contrastive", include_diagonal=True, mu=3.0, reduction="mean"
+    ),
+    "spectral_contrastive-unit": correlated("spectral_contrastive", normalize=True, reduction="sum"),
     "barlow_twins-correlated": correlated("barlow_twins"),
     "barlow_twins-unbiased": correlated("barlow_twins", std="unbiased", lambd=0.1),
     "barlow_twins-unit": correlated("barlow_twins", normalize=True),
@@ -181,9 +183,9 @@ VARIANTS = {
     "quick_thoughts-normalized": quick_thoughts(normalize=True, polarization=BAND, context_size=2),
     **SELECTED,
     "siglip-mild": replace(FAMILY["siglip"], options={"logit_scale": 10.0, "logit_bias": -3.0}),
-    "triplet-euclidean-normalized": triplet(metric="euclidean"),
-    "triplet-hardest-normalized": triplet(unit=True, mining="hardest"),
-    "triplet-hardest-euclidean-normalized": triplet(unit=True, mining="hardest", metric="euclidean"),
+    "triplet_margin-euclidean-normalized": triplet(metric="euclidean"),
+    "triplet_margin-hardest-normalized": triplet(unit=True, mining="hardest"),
+    "triplet_margin-hardest-euclidean-normalized": triplet(unit=True, mining="hardest", metric="euclidean"),
     "uniformity-unit": Case("uniformity_loss", lambda n, m, d: {"z": (n, d)}, {"normalize": True}),
     "t_simclr-unit": two_views("t_simclr", normalize=True, temperature=0.1, df=1.0),
     **MOMENTS,
