@@ -11,7 +11,7 @@ from torch import Tensor
 from contrastive_kernels.losses._arguments import ContrastiveStats
 from contrastive_kernels.losses._options import SoftmaxOptions, reduce, softplus
 from contrastive_kernels.losses._polarization import add_polarization
-from contrastive_kernels.primitives import Pairs, kept_counts, kept_sums, sweep
+from contrastive_kernels.primitives import Pairs, Statistics, kept_counts, kept_sums, sweep
 
 
 class Negatives(NamedTuple):
@@ -26,15 +26,7 @@ class Negatives(NamedTuple):
 
 def sweep_negatives(x: Tensor, y: Tensor | None, pairs: Pairs, options: SoftmaxOptions) -> Negatives:
     """Return the negatives of the rows of x among the rows of y, or of x itself, from one sweep."""
-    band = None if options.polarization is None else options.polarization.band()
-    out = sweep(x, y, pairs, term=band, scale=options.scale, maximum=options.return_stats, backend=options.backend)
-    return Negatives(
-        lse=out.row_lse.squeeze(0),
-        maximum=out.row_max if options.return_stats else None,
-        similarity_sum=kept_sums(x, y, pairs, options.backend) if options.label_smoothing else None,
-        counts=kept_counts(x, y, pairs, options.backend) if options.label_smoothing or band is not None else None,
-        band_sum=None if band is None else out.row_sum,
-    )
+    return _negatives(x, y, pairs, options, _sweep(x, y, pairs, options))
 
 
 def sweep_both_directions(x: Tensor, y: Tensor, pairs: Pairs, options: SoftmaxOptions) -> list[Negatives]:
@@ -43,40 +35,38 @@ def sweep_both_directions(x: Tensor, y: Tensor, pairs: Pairs, options: SoftmaxOp
     Both come from one sweep unless there is a cutoff, which each direction applies to its own anchors. Polarization
     belongs to the first.
     """
-    back = pairs._replace(x_ids=pairs.y_ids, y_ids=pairs.x_ids)
+    back, alone = pairs._replace(x_ids=pairs.y_ids, y_ids=pairs.x_ids), replace(options, polarization=None)
     if pairs.cutoff is not None:
-        return [
-            sweep_negatives(x, y, pairs, options),
-            sweep_negatives(y, x, back, replace(options, polarization=None)),
-        ]
+        return [sweep_negatives(x, y, pairs, options), sweep_negatives(y, x, back, alone)]
+    out = _sweep(x, y, pairs, options, column_lse=True)
+    turned = out._replace(row_lse=out.col_lse[None], row_max=out.col_max)
+    return [_negatives(x, y, pairs, options, out), _negatives(y, x, back, alone, turned)]
+
+
+def _sweep(x: Tensor, y: Tensor | None, pairs: Pairs, options: SoftmaxOptions, column_lse: bool = False) -> Statistics:
     band = None if options.polarization is None else options.polarization.band()
-    out = sweep(
+    return sweep(
         x,
         y,
         pairs,
-        column_lse=True,
+        column_lse=column_lse,
         term=band,
         scale=options.scale,
         maximum=options.return_stats,
         backend=options.backend,
     )
-    smoothing = bool(options.label_smoothing)
-    forth = Negatives(
+
+
+def _negatives(x: Tensor, y: Tensor | None, pairs: Pairs, options: SoftmaxOptions, out: Statistics) -> Negatives:
+    """Return what the options ask for, from the statistics of a sweep and from the ids."""
+    smoothing, polarized = bool(options.label_smoothing), options.polarization is not None
+    return Negatives(
         lse=out.row_lse.squeeze(0),
         maximum=out.row_max if options.return_stats else None,
         similarity_sum=kept_sums(x, y, pairs, options.backend) if smoothing else None,
-        counts=kept_counts(x, y, pairs, options.backend) if smoothing or band is not None else None,
-        band_sum=None if band is None else out.row_sum,
+        counts=kept_counts(x, y, pairs, options.backend) if smoothing or polarized else None,
+        band_sum=out.row_sum if polarized else None,
     )
-    return [
-        forth,
-        Negatives(
-            lse=out.col_lse,
-            maximum=out.col_max if options.return_stats else None,
-            similarity_sum=kept_sums(y, x, back, options.backend) if smoothing else None,
-            counts=kept_counts(y, x, back, options.backend) if smoothing else None,
-        ),
-    ]
 
 
 def list_negatives(similarity: Tensor, dropped: Tensor | None, options: SoftmaxOptions) -> Negatives:

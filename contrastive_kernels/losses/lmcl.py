@@ -53,7 +53,7 @@ class LMCLLoss(LossModule):
         super().__init__(polarization=Polarization(lower, upper, weight), **options)
 
     @property
-    def function(self) -> Callable[..., Any]:  # type: ignore[override]
+    def function(self) -> Callable[..., Any]:  # type: ignore[override]  # one per instance, not per class
         """The base loss."""
         return self.BASES[self.base]
 
