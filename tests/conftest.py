@@ -57,6 +57,8 @@ SLOW = (
     "losses/test_every_loss.py::test_statistics",
     "losses/test_invariants.py",
     "losses/test_mmcl.py::test_compile",
+    "losses/test_programs.py::test_compiles_for_every_batch_size",
+    "losses/test_programs.py::test_exports_with_a_dynamic_batch",
     "losses/test_properties.py",
     "package/benchmarks/",
     "package/diagnostics/test_plots.py",

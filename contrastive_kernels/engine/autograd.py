@@ -1,18 +1,27 @@
-"""The derivatives of the operators: thin autograd Functions around a backend's forward and backward."""
+"""The derivatives of the operators, and how an operator is called so that it has them.
+
+An operator's derivative is one `Formula`, that of a thin autograd Function. Eager mode and `torch.func` call the
+Function; compiled graphs and exported programs hold the bare operator, whose kernel for autograd calls it too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from contrastive_kernels.engine.backends import BACKENDS
 from contrastive_kernels.engine.backends import torch as torch_backend
-from contrastive_kernels.engine.operators import operator
+from contrastive_kernels.engine.operators import operator, register_autograd
 from contrastive_kernels.engine.spec import (
     DIFFERENTIABLE,
+    BackwardArguments,
     Description,
+    ForwardArguments,
     Gradients,
     Inputs,
     Statistics,
@@ -21,21 +30,186 @@ from contrastive_kernels.engine.spec import (
     compute_dtype,
 )
 
-__all__ = ["apply", "sweep_backward", "sweep_forward", "sweep_total"]
+__all__ = ["apply", "call", "sweep_backward", "sweep_forward", "sweep_total"]
+
+# How an operator is called
+
+
+def call(backend: str, name: str, *arguments: Any) -> Any:
+    """Return what an operator of a backend returns for all arguments of its schema, differentiable."""
+    if torch.compiler.is_compiling():
+        return operator(backend, name)(*arguments)
+    function = _function(backend, name)
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:  # forward mode is refused also without gradients
+        return _apply(function, *arguments)
+    return function.forward(*arguments)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """Return ``function.apply(*args)``, without the inspection of its signature, which takes 80 us a call.
 
-    PyTorch inspects the signature of every function with ``setup_context``; a small batch's loss takes less time.
+    PyTorch inspects the signature of every function with ``setup_context``; a small batch's loss takes less time. The
+    forward of the Function must be differentiable itself: compiled, it stands for the Function.
     """
     if torch.compiler.is_compiling():
-        differentiable = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        # without gradients Dynamo counts the parameters of `forward` and takes `*arguments` for one
-        return function.apply(*args) if differentiable else function.forward(*args)
+        # Dynamo rejects one tensor as two inputs of a Function, and gives a Function's backward no second derivative
+        return function.forward(*args)
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
+    return _apply(function, *args)
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # of a base class in C
+
+
+class Formula(NamedTuple):
+    """The derivative of an operator, as an autograd Function has it, with the backend in front."""
+
+    setup: Callable[[str, Any, tuple[Any, ...], Any], None]
+    """Keep what the backward needs: backend, ctx, the arguments of the operator and its results."""
+    backward: Callable[..., tuple[Tensor | None, ...]]
+    """Return a gradient for every argument: backend, ctx and the gradients of the results."""
+
+
+@cache
+def _function(backend: str, name: str) -> type[torch.autograd.Function]:
+    """Return the Function of an operator of a backend."""
+    formula, overload = FORMULAS[name], operator(backend, name)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            formula.setup(backend, ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return formula.backward(backend, ctx, *grads)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+            return _one_by_one(Function, info.batch_size, in_dims, arguments)
+
+    Function.__name__ = Function.__qualname__ = f"{backend}_{name}"
+    return Function
+
+
+def _one_by_one(
+    function: type[torch.autograd.Function], size: int, dims: Sequence[Any], arguments: Sequence[Any]
+) -> tuple[Any, Any]:
+    """Return the stacked results of a Function for every entry of a batch, and their batch dimensions: a vmap rule."""
+    results = [
+        apply(function, *(a.select(d, i) if isinstance(d, int) else a for a, d in zip(arguments, dims, strict=True)))
+        for i in range(size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    stacked = tuple(None if column[0] is None else torch.stack(column) for column in zip(*results, strict=True))
+    return stacked, tuple(None if column is None else 0 for column in stacked)
+
+
+def _kernel(backend: str, name: str) -> Callable[..., Any]:
+    """Return what the bare operator of a backend does where autograd meets it."""
+
+    def kernel(*arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "a torch.func transform of a loss cannot be compiled or exported; transform the loss without "
+                "torch.compile, or compile the loss and take its gradient with backward() or torch.autograd.grad"
+            )
+        return _apply(_function(backend, name), *arguments)
+
+    return kernel
+
+
+# The sweep and its backward
+
+
+def _setup_forward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors, ctx.what, _, ctx.save_scores = ForwardArguments.of(inputs)
+    row_lse, col_lse, row_sum, row_max, col_max, scores = output
+    ctx.arguments = len(inputs)
+    ctx.mark_non_differentiable(row_max, col_max, scores)
+    ctx.save_for_backward(row_lse, col_lse, scores, *tensors)
+    # do not materialise zero gradients of unrequested statistics
+    ctx.set_materialize_grads(False)
+    ctx.shapes = row_lse.shape, col_lse.shape, row_sum.shape
+
+
+def _differentiate_forward(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    wanted = Wanted(*(ctx.needs_input_grad[position] for position in DIFFERENTIABLE))
+    row_lse, col_lse, scores, *tensors = ctx.saved_tensors
+    of_rows, of_columns, of_sums = (
+        row_lse.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads[:3], ctx.shapes, strict=True)
+    )
+    upstream = Upstream(of_rows, of_columns, of_sums, row_lse, col_lse)
+    saved = scores if ctx.save_scores else None
+    gradients = sweep_backward(upstream, Inputs(*tensors), ctx.what, wanted, saved, backend)
+    return _spread(gradients, wanted, ctx.arguments)
+
+
+def _setup_backward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    upstream, tensors, ctx.what, ctx.wanted, _ = BackwardArguments.of(inputs)
+    ctx.arguments = len(inputs)
+    ctx.set_materialize_grads(False)
+    # with a total come its gradients, ready but for the factor of its own gradient
+    ready = output[:-1] if ctx.wanted.total else ()
+    ctx.save_for_backward(*upstream, *tensors, *ready)
+
+
+def _differentiate_backward(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    split, end = len(Upstream._fields), len(Upstream._fields) + len(Inputs._fields)
+    saved = ctx.saved_tensors
+    upstream, inputs, ready = Upstream(*saved[:split]), Inputs(*saved[split:end]), saved[end:]
+    *of_gradients, of_total = grads
+    if any(grad is not None for grad in of_gradients) or any(ctx.needs_input_grad[:split]):
+        needed = tuple(ctx.needs_input_grad[:end])
+        found = apply(_HigherDerivative, *upstream, *inputs, *grads, ctx.what, ctx.wanted, needed)
+        return *found, *[None] * (ctx.arguments - end)
+    if of_total is None:
+        return _no_gradients(ctx)
+    if torch.is_grad_enabled():
+        upstream = _of_row_sums(of_total.to(upstream.grad_row_sum.dtype) * upstream.grad_row_sum)
+        ready = sweep_backward(upstream, inputs, ctx.what, ctx.wanted._replace(total=False), None, backend)
+    else:
+        factor = of_total.to(inputs.scale.dtype)
+        ready = tuple((grad.to(factor.dtype) * factor).to(grad.dtype) for grad in ready)
+    return _spread(ready, ctx.wanted, ctx.arguments, first=split)
+
+
+class _HigherDerivative(torch.autograd.Function):
+    """A derivative of the backward operator, computed by the PyTorch backend for all; the next order is of its kind.
+
+    Takes the tensors of `engine.backends.torch.derivative`, then description, wanted and which tensors need a gradient.
+    """
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        *tensors, what, wanted, needed = arguments
+        return tuple(torch_backend.derivative(tensors, what, wanted, needed))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, ctx.what, ctx.wanted, _ = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+        return _one_by_one(_HigherDerivative, info.batch_size, in_dims, arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, (*needed, _, _, _) = ctx.saved_tensors, ctx.needs_input_grad
+        found = apply(_HigherDerivative, *tensors, *grads, ctx.what, ctx.wanted, tuple(needed))
+        return *found, None, None, None
 
 
 def _spread(grads: Sequence[Tensor], wanted: Wanted, arguments: int, first: int = 0) -> tuple[Tensor | None, ...]:
@@ -46,183 +220,131 @@ def _spread(grads: Sequence[Tensor], wanted: Wanted, arguments: int, first: int 
     return tuple(result)
 
 
-class _Sweep(torch.autograd.Function):
-    """The forward operator; takes the fields of `Inputs`, then description, maximum, save_scores and backend."""
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        *inputs, what, maximum, save_scores, backend = arguments
-        return operator(backend, "forward")(*inputs, *what, maximum, save_scores)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.what, _, ctx.save_scores, ctx.backend = inputs
-        row_lse, col_lse, row_sum, row_max, col_max, scores = output
-        ctx.arguments = len(inputs)
-        ctx.mark_non_differentiable(row_max, col_max, scores)
-        ctx.save_for_backward(row_lse, col_lse, scores, *tensors)
-        # do not materialise zero gradients of unrequested statistics
-        ctx.set_materialize_grads(False)
-        ctx.shapes = row_lse.shape, col_lse.shape, row_sum.shape
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = Wanted(*(ctx.needs_input_grad[position] for position in DIFFERENTIABLE))
-        row_lse, col_lse, scores, *tensors = ctx.saved_tensors
-        of_rows, of_columns, of_sums = (
-            row_lse.new_zeros(shape) if grad is None else grad
-            for grad, shape in zip(grads[:3], ctx.shapes, strict=True)
-        )
-        upstream = Upstream(of_rows, of_columns, of_sums, row_lse, col_lse)
-        saved = scores if ctx.save_scores else None
-        gradients = sweep_backward(upstream, Inputs(*tensors), ctx.what, wanted, saved, ctx.backend)
-        return _spread(gradients, wanted, ctx.arguments)
-
-
-class _SweepBackward(torch.autograd.Function):
-    """The backward operator; its own derivative is that of the PyTorch backend, whose backward is differentiable.
-
-    Takes the fields of `Upstream` and of `Inputs`, then description, wanted, saved scores and backend.
-    """
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        *tensors, what, wanted, scores, backend = arguments
-        return operator(backend, "backward")(*tensors, *what, wanted, scores)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.what, ctx.wanted, _, _ = inputs
-        ctx.arguments = len(inputs)
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "third derivatives of a similarity sweep are not supported; write the loss densely, as in python_ref"
-            )
-        with torch.enable_grad():
-            tensors: list[Any] = [
-                None if tensor is None else tensor.detach().requires_grad_(need)
-                for tensor, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-            ]
-            split = len(Upstream._fields)
-            upstream, inputs = Upstream(*tensors[:split]), Inputs(*tensors[split:])
-            outputs = torch_backend.backward(upstream, inputs, ctx.what, Wanted(*ctx.wanted), None)
-            pairs = [(out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if out.requires_grad]
-            needed = [i for i, tensor in enumerate(tensors) if tensor is not None and tensor.requires_grad]
-            grads = torch.autograd.grad(
-                [out for out, _ in pairs], [tensors[i] for i in needed], [grad for _, grad in pairs], allow_unused=True
-            )
-        result: list[Tensor | None] = [None] * ctx.arguments
-        for i, grad in zip(needed, grads, strict=True):
-            result[i] = grad
-        return tuple(result)
-
-
-class _SweepTotal(torch.autograd.Function):
-    """The weighted sum of a term over all pairs: the backward operator run at once, its gradients kept until asked for.
-
-    Takes the weights of the rows, the fields of `Inputs`, then description, wanted and backend.
-    """
-
-    @staticmethod
-    def forward(weight: Tensor, *arguments: Any) -> Any:
-        *inputs, what, wanted, backend = arguments
-        *grads, total = operator(backend, "backward")(*_of_row_sums(weight), *inputs, *what, wanted, None)
-        return total.to(weight.dtype), *grads
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.what, ctx.wanted, ctx.backend = inputs
-        ctx.arguments = len(inputs)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        weight, *tensors = ctx.saved_tensors
-        split = len(Inputs._fields)
-        inputs, grads, wanted = Inputs(*tensors[:split]), tensors[split:], Wanted(*ctx.wanted)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            without_total = wanted._replace(total=False)
-            grads = sweep_backward(_of_row_sums(grad * weight), inputs, ctx.what, without_total, None, ctx.backend)
-        else:
-            grads = [(g.to(weight.dtype) * grad).to(g.dtype) for g in grads]
-        return _spread(grads, wanted, ctx.arguments, first=1)
+def _no_gradients(ctx: Any) -> tuple[Tensor | None, ...]:
+    nothing: list[Tensor | None] = [None] * ctx.arguments
+    return tuple(nothing)
 
 
 def _of_row_sums(grad: Tensor) -> Upstream:
     """Return what flows into a backward sweep when only the row sums have a gradient."""
-    none, empty = grad.new_empty(0, len(grad)), grad.new_empty(0)
+    none, empty = grad.new_empty(0, grad.shape[0]), grad.new_empty(0)
     return Upstream(none, empty, grad, none, empty)
 
 
 def sweep_forward(inputs: Inputs, what: Description, maximum: bool, save_scores: bool, backend: str) -> Statistics:
     """Return the statistics of a forward sweep, differentiable."""
-    return Statistics(*apply(_Sweep, *inputs, what, maximum, save_scores, backend))
+    return Statistics(*call(backend, "forward", *inputs, *what, maximum, save_scores))
 
 
 def sweep_backward(
     upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None, backend: str
 ) -> Gradients:
-    """Return the gradients of a backward sweep, differentiable once more in eager mode."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return Gradients(*apply(_SweepBackward, *upstream, *inputs, what, list(wanted), scores, backend))
-    return Gradients(*operator(backend, "backward")(*upstream, *inputs, *what, list(wanted), scores))
+    """Return the gradients of a backward sweep, differentiable."""
+    return Gradients(*call(backend, "backward", *upstream, *inputs, *what, list(wanted), scores))
 
 
 def sweep_total(weight: Tensor, inputs: Inputs, what: Description, wanted: Wanted, backend: str) -> Tensor:
     """Return ``sum_i weight_i row_sum_i``, differentiable, from one backward sweep that also computes the gradients."""
-    total, *_ = apply(_SweepTotal, weight, *inputs, what, list(wanted), backend)
-    return cast(Tensor, total)
+    return sweep_backward(_of_row_sums(weight), inputs, what, wanted, None, backend).total.to(weight.dtype)
 
 
-class UnitRows(torch.autograd.Function):
-    """``x / max(|x|, eps)`` in the compute dtype; unlike `F.normalize` with zero gradient for a row below eps."""
-
-    @staticmethod
-    def forward(x: Tensor, backend: str) -> Any:
-        return operator(backend, "unit_rows")(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, ctx.backend = inputs
-        _, norm = output
-        ctx.mark_non_differentiable(norm)
-        ctx.save_for_backward(x, norm)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
-        if grad is None:
-            return None, None
-        x, norm = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            # the saved norm has no graph for a second derivative
-            norm = torch.linalg.vector_norm(x.to(compute_dtype(x)), dim=-1, keepdim=True)
-            return torch_backend.unit_rows_backward(grad, x, norm), None
-        return operator(ctx.backend, "unit_rows_backward")(grad, x, norm), None
+# The rows
 
 
-class RowDot(torch.autograd.Function):
-    """``<x_i, y_i>`` by the operators of a backend that has them: one launch each way instead of four and six."""
+def _setup_unit_rows(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, norm = output
+    ctx.mark_non_differentiable(norm)
+    ctx.save_for_backward(*inputs, norm)
+    ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def forward(x: Tensor, y: Tensor, backend: str) -> Any:
-        return operator(backend, "row_dot")(x, y)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, y, ctx.backend = inputs
-        ctx.save_for_backward(x, y)
+def _differentiate_unit_rows(backend: str, ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None]:
+    if grad is None:
+        return (None,)
+    x, norm = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        # the saved norm has no graph for a second derivative
+        norm = torch.linalg.vector_norm(x.to(compute_dtype(x)), dim=-1, keepdim=True)
+        return (torch_backend.unit_rows_backward(grad, x, norm),)
+    return (call(backend, "unit_rows_backward", grad, x, norm),)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x, y), wanted = ctx.saved_tensors, ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():
-            dx, dy = ((grad.unsqueeze(-1) * other.to(grad.dtype)).to(x.dtype) for other in (y, x))
-        else:
-            dx, dy = operator(ctx.backend, "row_dot_backward")(grad, x, y, wanted)
-        return dx if wanted[0] else None, dy if wanted[1] else None, None
+
+def _setup_row_dot(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _row_dot_backward(grad: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    wide = grad.unsqueeze(-1)
+    return (wide * y.to(grad.dtype)).to(x.dtype), (wide * x.to(grad.dtype)).to(x.dtype)
+
+
+def _differentiate_row_dot(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    (x, y), wanted = ctx.saved_tensors, list(ctx.needs_input_grad)
+    if torch.is_grad_enabled():
+        dx, dy = _row_dot_backward(grad, x, y)
+    else:
+        dx, dy = call(backend, "row_dot_backward", grad, x, y, wanted)
+    return dx if wanted[0] else None, dy if wanted[1] else None
+
+
+def _setup_plain(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep the tensors, which come first."""
+    tensors = [argument for argument in inputs if isinstance(argument, Tensor)]
+    ctx.arguments = len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_plain(
+    function: Callable[..., Any], backend: str, ctx: Any, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the derivative of the same function of the tensors in plain PyTorch."""
+    create_graph = torch.is_grad_enabled()
+    needed = [position for position, need in enumerate(ctx.needs_input_grad) if need]
+    with torch.enable_grad():
+        leaves = [
+            tensor.view_as(tensor) if create_graph and need else tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        ]
+        results = function(*leaves)
+        pairs = [
+            (result, grad)
+            for result, grad in zip(results if isinstance(results, tuple) else (results,), grads, strict=True)
+            if grad is not None and result.requires_grad
+        ]
+    found: list[Tensor | None] = [None] * ctx.arguments
+    if pairs:
+        outputs, upstream = zip(*pairs, strict=True)
+        wanted = [leaves[position] for position in needed]
+        derived = torch.autograd.grad(outputs, wanted, upstream, create_graph=create_graph, allow_unused=True)
+        for position, grad in zip(needed, derived, strict=True):
+            found[position] = grad
+    return tuple(found)
+
+
+# The selections, which have no derivative
+
+
+def _setup_selection(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.mark_non_differentiable(*(output if isinstance(output, tuple) else (output,)))
+    ctx.arguments = len(inputs)
+
+
+def _differentiate_selection(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _no_gradients(ctx)
+
+
+FORMULAS = {
+    "forward": Formula(_setup_forward, _differentiate_forward),
+    "backward": Formula(_setup_backward, _differentiate_backward),
+    "unit_rows": Formula(_setup_unit_rows, _differentiate_unit_rows),
+    "unit_rows_backward": Formula(_setup_plain, partial(_differentiate_plain, torch_backend.unit_rows_backward)),
+    "row_dot": Formula(_setup_row_dot, _differentiate_row_dot),
+    "row_dot_backward": Formula(_setup_plain, partial(_differentiate_plain, _row_dot_backward)),
+    "views": Formula(_setup_selection, _differentiate_selection),
+    "select": Formula(_setup_selection, _differentiate_selection),
+}
+
+for _backend in BACKENDS.values():
+    for _name in _backend.operators:
+        register_autograd(_backend.name, _name, _kernel(_backend.name, _name))

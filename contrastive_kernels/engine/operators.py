@@ -14,7 +14,7 @@ from torch import Tensor
 from contrastive_kernels.engine.backends import BACKENDS, Backend
 from contrastive_kernels.engine.spec import SCHEMAS, BackwardArguments, ForwardArguments, compute_dtype
 
-__all__ = ["operator"]
+__all__ = ["operator", "register_autograd"]
 
 Function = Callable[..., Any]
 
@@ -26,6 +26,11 @@ def operator(backend: str, function: str) -> Function:
     """Return an operator of a backend, one of `engine.spec.SCHEMAS`."""
     overload: Function = getattr(getattr(torch.ops, _NAMESPACE), f"{backend}_{function}").default
     return overload
+
+
+def register_autograd(backend: str, function: str, kernel: Function) -> None:
+    """Let an operator of a backend do this where autograd meets it."""
+    _library.impl(f"{backend}_{function}", kernel, "Autograd")
 
 
 def _kernel(name: str, function: Function) -> Function:

@@ -69,7 +69,7 @@ def mean_over(losses: Tensor, share: Tensor, weight: Tensor | None) -> Tensor:
 def row_factors(x: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """Return (N,), the factor of each row's loss in a weighted "mean" or "sum"."""
     dtype = compute_dtype(x)
-    factors = torch.ones(len(x), dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
+    factors = torch.ones(x.shape[0], dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
     return factors if reduction == "sum" else factors / factors.sum()
 
 
@@ -87,7 +87,7 @@ def check_cutoff(
     elif value.dim() == 0:
         checks.same_device(name, value, x)
     else:
-        rows = x.new_empty(1).expand(views * len(x)) if value.shape == (views * len(x),) else x
+        rows = x.new_empty(1).expand(views * x.shape[0]) if value.shape == (views * x.shape[0],) else x
         checks.vector(name, value, rows, "the features")
 
 
@@ -100,7 +100,7 @@ def cutoff_from(
     """
     anchors = positive_similarity.detach()
     value = cutoff if cutoff_margin is None else cutoff_margin
-    if isinstance(value, Tensor) and value.dim() == 1 and len(value) < len(anchors):
+    if isinstance(value, Tensor) and value.dim() == 1 and value.shape[0] < anchors.shape[0]:
         value = value.repeat(views)
     threshold = checks.per_row("cutoff", value, anchors)
     return threshold if cutoff_margin is None or threshold is None else anchors + threshold

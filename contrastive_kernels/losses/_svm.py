@@ -114,7 +114,8 @@ class Problem:
 
     def box(self, alpha: Tensor) -> Tensor:
         """Return alpha, which is overwritten, with its entries in [0, C] and no anchor among its own negatives."""
-        return alpha.clamp_(0, self.upper).fill_diagonal_(0)
+        alpha.clamp_(0, self.upper).diagonal().zero_()
+        return alpha
 
     def residual(self, alpha: Tensor, gradient: Tensor) -> Tensor:
         """Return (N,), how far a projected gradient step of length 1 moves any coefficient."""

@@ -112,7 +112,7 @@ def arcl_loss(
     checks.choice("positive", positive, ("min", "mean"))
     checks.choice("denominator", denominator, DENOMINATORS)
     check_cutoff(views, cutoff, cutoff_margin)
-    ids = checks.optional_ids("ids", ids, len(views), views)
+    ids = checks.optional_ids("ids", ids, views.shape[0], views)
     options = SoftmaxOptions.of(
         views,
         temperature=temperature,

@@ -111,7 +111,7 @@ def clip_loss(
     """
     checks.paired("image_features", image_features, "text_features", text_features)
     check_cutoff(image_features, cutoff, cutoff_margin)
-    ids = checks.optional_ids("ids", ids, len(image_features), image_features)
+    ids = checks.optional_ids("ids", ids, image_features.shape[0], image_features)
     bias = None if logit_bias is None else checks.scalar("logit_bias", logit_bias, image_features)
     options = SoftmaxOptions.of(
         image_features,

@@ -85,7 +85,7 @@ def decoupled_loss(
         logit_scale: 1 / T instead.
         positive_weight: w, ``(N,)`` per sample, or a callable of the two views as they enter the similarities that
             returns it; detached, and the same for both views. None: 1. The von Mises-Fisher weights of the paper are
-            ``lambda z0, z1: 2 - len(z0) * ((z0 * z1).sum(1) / 0.5).softmax(0)``.
+            ``lambda z0, z1: 2 - z0.shape[0] * ((z0 * z1).sum(1) / 0.5).softmax(0)``.
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per sample; the mean is then sum(w l) / sum(w).
@@ -133,7 +133,8 @@ def decoupled_loss(
     target = positive
     if positive_weight is not None:
         if callable(positive_weight):
-            positive_weight = positive_weight(*anchors.z.detach().chunk(2))
+            rows = anchors.z.detach()
+            positive_weight = positive_weight(rows[: z0.shape[0]], rows[z0.shape[0] :])
             checks.vector("positive_weight", positive_weight, z0, "z0")
         target = positive_weight.detach().to(positive.dtype).repeat(2) * positive
     negatives = [sweep_negatives(anchors.z, None, anchors.pairs, options)]

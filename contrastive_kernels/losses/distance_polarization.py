@@ -72,7 +72,7 @@ def distance_polarization(
     checks.choice("reduction", reduction, ("mean", "sum", "row", "none"))
     checks.backend(z, backend)
     band = Band(lower, upper)
-    pairs = Pairs(checks.optional_ids("ids", ids, len(z), z), diagonals=1)
+    pairs = Pairs(checks.optional_ids("ids", ids, z.shape[0], z), diagonals=1)
     z = unit_rows(z, normalize, backend)
     # an infinite similarity is outside the band
     infinite = 0.0 if normalize else nan_unless_finite(z)

@@ -82,7 +82,7 @@ def label_pull_loss(
     checks.not_empty("z", z)
     checks.not_empty("label_embeddings", label_embeddings)
     checks.choice("form", form, ("pull", "softmax"))
-    labels = checks.ids("labels", labels, len(z), z)
+    labels = checks.ids("labels", labels, z.shape[0], z)
     options = SoftmaxOptions.of(
         z,
         temperature=temperature,

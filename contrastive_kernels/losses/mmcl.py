@@ -199,7 +199,9 @@ def mmcl_loss(
     losses, measures, stats = [], [], []
     # The features have the dtype that autocast wants; the algebra keeps float32.
     with torch.autocast(z0.device.type, enabled=False):
-        for first, second in zip(x.split(block), z.split(block), strict=True):
+        # one block is not split, so that a graph for every batch size can be made
+        blocks = ((x, z),) if block_size is None else zip(x.split(block), z.split(block), strict=True)
+        for first, second in blocks:
             with torch.no_grad():
                 problem = Problem.of(first.detach(), options)
             solution = solve(problem, options, alpha0)
@@ -274,8 +276,10 @@ def check_blocks(x: Tensor, options: Solver, alpha0: Tensor | None, block_size: 
 
 def _check_memory(n: int, block: int, solver: str, x: Tensor) -> None:
     """Raise if the matrices would exhaust the machine. The solutions of the blocks stay until the backward."""
+    if torch.compiler.is_compiling():
+        return
     needed = (MATRICES[solver] * block**2 + 2 * n * block) * compute_dtype(x).itemsize
-    if needed < UNCHECKED_BYTES or torch.compiler.is_compiling():
+    if needed < UNCHECKED_BYTES:
         return
     available = available_bytes(x)
     if available is not None and needed > available:

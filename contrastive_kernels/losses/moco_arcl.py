@@ -128,8 +128,8 @@ def moco_arcl_loss(
     check_cutoff(query, cutoff, cutoff_margin)
     if (query_ids is None) != (key_ids is None):
         raise ValueError("query_ids and key_ids (of the queue) go together; one of them is missing")
-    query_ids = checks.optional_ids("query_ids", query_ids, len(query), query)
-    key_ids = checks.optional_ids("key_ids", key_ids, len(queue), query)
+    query_ids = checks.optional_ids("query_ids", query_ids, query.shape[0], query)
+    key_ids = checks.optional_ids("key_ids", key_ids, queue.shape[0], query)
     options = SoftmaxOptions.of(
         query,
         temperature=temperature,

@@ -114,7 +114,7 @@ def nnclr_loss(
     """
     _check_features(z, predictions, support)
     check_cutoff(z, cutoff, cutoff_margin)
-    ids = checks.optional_ids("ids", ids, len(z), z)
+    ids = checks.optional_ids("ids", ids, z.shape[0], z)
     options = SoftmaxOptions.of(
         z,
         temperature=temperature,

@@ -134,7 +134,7 @@ def siglip_loss(
     checks.backend(image_features, backend)
     if negative_only:
         _check_no_positives(ids=ids, cutoff_margin=cutoff_margin, return_stats=return_stats or None)
-    ids = checks.optional_ids("ids", ids, len(image_features), image_features)
+    ids = checks.optional_ids("ids", ids, image_features.shape[0], image_features)
     scale = scale_from(temperature, logit_scale, image_features)
     bias = 0.0 if logit_bias is None else checks.scalar("logit_bias", logit_bias, image_features)
 

@@ -145,7 +145,7 @@ def sup_con_loss(
     checks.choice("same_label", same_label, ("positive", "ignore", "negative"))
     checks.choice("average", average, ("all", "with_positives"))
     checks.choice("contrast_mode", contrast_mode, ("all", "one"))
-    n = len(features)
+    n = features.shape[0]
     labels = checks.optional_ids("labels", labels, n, features)
     options = SoftmaxOptions.of(
         features,

@@ -97,7 +97,7 @@ def triplet_margin_loss(
     checks.choice("metric", metric, ("similarity", "euclidean"))
     margin = checks.scalar("margin", margin, anchor)
     checks.backend(anchor, backend)
-    ids = checks.optional_ids("ids", ids, len(anchor), anchor)
+    ids = checks.optional_ids("ids", ids, anchor.shape[0], anchor)
     euclidean = metric == "euclidean"
     x, y = unit_rows(anchor, normalize, backend), unit_rows(positive, normalize, backend)
     if mining == "all":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -64,7 +62,8 @@ def uniformity_loss(
         out = sweep(z, None, Pairs(diagonals=1), scale=2 * t, bias=-t * squares, backend=backend)
     # A value near 0 is the difference of two logarithms of N^2.
     rows_of_all = (out.row_lse.squeeze(0) - t * squares).to(wide_sums(z))
-    return (rows_of_all.logsumexp(0) - math.log(n * (n - 1))).to(z.dtype)
+    pairs = rows_of_all.new_full((), n * (n - 1))  # a tensor: in a graph for every batch size n is a symbol
+    return (rows_of_all.logsumexp(0) - pairs.log()).to(z.dtype)
 
 
 class UniformityLoss(LossModule):

@@ -92,7 +92,7 @@ def same_device(name: str, value: Tensor, x: Tensor) -> None:
 def ids(name: str, value: Tensor, rows: int | tuple[int, ...], x: Tensor) -> Tensor:
     """Return integer ids, one per row, as int64."""
     tensor(name, value)
-    expected = (rows,) if isinstance(rows, int) else rows
+    expected = rows if isinstance(rows, tuple) else (rows,)  # a size may be symbolic, which is no int
     if value.dtype.is_floating_point or value.dtype.is_complex or value.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype}; ids must be integers")
     if tuple(value.shape) != expected:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_kernels.engine.autograd import RowDot, UnitRows, apply
+from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.backends import choose
 from contrastive_kernels.engine.backends import torch as torch_backend
 from contrastive_kernels.engine.spec import compute_dtype
@@ -27,7 +27,7 @@ __all__ = [
 
 def unit_rows(x: Tensor, normalize: bool = True, backend: str | None = None) -> Tensor:
     """Return the rows that enter the similarities: of unit norm if asked for, in the dtype of x or of autocast."""
-    return cast_for_autocast(apply(UnitRows, x, choose(x, backend).name)[0] if normalize else x)
+    return cast_for_autocast(call(choose(x, backend).name, "unit_rows", x)[0] if normalize else x)
 
 
 def cast_for_autocast(x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def row_dot(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
     if fused and x.shape == y.shape and x.dtype == y.dtype:
         chosen = choose(x, backend, "row_dot")
         if "row_dot" in chosen.operators:
-            product: Tensor = apply(RowDot, x, y, chosen.name)
+            product: Tensor = call(chosen.name, "row_dot", x, y)
             return product
     dtype = compute_dtype(x)
     return (x.to(dtype) * y.to(dtype)).sum(-1)

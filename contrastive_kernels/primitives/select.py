@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.backends import choose
-from contrastive_kernels.engine.operators import operator
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.rows import cast_for_autocast
 
@@ -62,8 +62,8 @@ def row_select(
     x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, None)
     checks.count("k", k)
     x, y = cast_for_autocast(x), None if y is None else cast_for_autocast(y)
-    select = operator(choose(x, operator="select").name, "select")
-    values, columns = select(x, y, k, largest, x_ids, y_ids, exclude_diagonal)
+    arguments = x, y, k, largest, x_ids, y_ids, exclude_diagonal
+    values, columns = call(choose(x, operator="select").name, "select", *arguments)
     return values, columns
 
 

@@ -105,5 +105,5 @@ def _class_slots(x_ids: Tensor, y_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A class's slot is the first place of its id among the sorted ids: static shapes, nothing read back.
     """
     ordered = y_ids.sort().values
-    own = torch.searchsorted(ordered, x_ids).clamp(max=len(y_ids) - 1)
+    own = torch.searchsorted(ordered, x_ids).clamp(max=y_ids.shape[0] - 1)
     return torch.searchsorted(ordered, y_ids), own, ordered[own] == x_ids

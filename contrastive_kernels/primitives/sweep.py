@@ -103,8 +103,6 @@ def _prepare(
     x, y = cast_for_autocast(x), None if y is None else cast_for_autocast(y)
     dtype = compute_dtype(x)
     x_ids, y_ids, cutoff, keep_equal_ids, diagonals = pairs
-    if y_ids is not None and y_ids is x_ids and torch.compiler.is_compiling():
-        y_ids = y_ids.clone()  # Dynamo rejects one tensor as two inputs of a Function
     term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
     inputs = Inputs(
         x,
@@ -134,7 +132,13 @@ def _may_be_saved(inputs: Inputs, backend: Backend) -> bool:
     if limit is None:
         limit = min(backend.saved_scores_bytes, workspace_limit())
     m = (x if y is None else y).shape[0]
-    return 0 < x.shape[0] * m * dtype.itemsize <= limit
+    size = x.shape[0] * m * dtype.itemsize
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # a second to import
+
+        # a graph for every batch size saves none, rather than being one for those below the limit
+        return statically_known_true(size > 0) and statically_known_true(size <= limit)
+    return 0 < size <= limit
 
 
 def _as_tensor(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.backends import choose
-from contrastive_kernels.engine.operators import operator
 from contrastive_kernels.engine.spec import compute_dtype
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.rows import cast_for_autocast, row_dot
@@ -48,7 +48,7 @@ def min_view_similarity(
         dtype, v = compute_dtype(views), views.shape[1]
         total = views.sum(1, dtype=dtype)
         return (row_dot(total, total) - row_dot(views, views).sum(1)) / (v * (v - 1)), None
-    pairs = operator(choose(views, backend).name, "views")(views.detach())
+    pairs = call(choose(views, backend).name, "views", views.detach())
     index = pairs.unsqueeze(-1).expand(-1, -1, views.shape[2])
     first, second = views.gather(1, index).unbind(1)
     return row_dot(first, second, backend), pairs

@@ -1,12 +1,15 @@
-"""First and second derivatives of losses and primitives, checked numerically; ids and cutoffs have none."""
+"""Derivatives of losses, primitives and operators, checked numerically, and inside checkpoints; ids have none."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import contrastive_kernels as ck
+from contrastive_kernels.engine.backends import BACKENDS
+from contrastive_kernels.engine.operators import operator
+from contrastive_kernels.engine.spec import Description, Inputs, Upstream, Wanted
 from tests.support.testing import CASES, OPTIONS, case_params, device_of, differentiate, precise
+from tests.support.variants import ALL
 
 DERIVATIVES = {
     name: case for name, case in CASES.items() if name not in ("arcl-positive+one_view", "moco_arcl-mean_loss")
@@ -71,18 +74,90 @@ def test_derivatives_of_the_primitives(backend):
         assert gradgradcheck(function, inputs), function.__name__
 
 
-def test_activation_checkpointing(backend):
+def test_bare_operators_have_their_derivatives(backend):
+    """An exported program calls the operators, not the functions around them."""
+    if precise(backend) != torch.float64:
+        pytest.skip(f"{backend} has no float64")
+    options = {"dtype": torch.float64, "device": device_of(backend), "requires_grad": True}
+    x, y, scale = torch.randn(4, 3, **options), torch.randn(5, 3, **options), torch.rand((), **options)
+    weight, offset = (torch.rand(4, **options) for _ in range(2))
+    what = Description((1.0,), True, "softplus", (), False, 0)
+
+    def inputs(x, y, scale, offset):
+        return Inputs(x, y, scale, None, None, None, None, scale, offset)
+
+    def statistics(x, y, scale, offset):
+        return operator(backend, "forward")(*inputs(x, y, scale, offset), *what, False)[:3]
+
+    def total(weight, x, y, scale, offset):
+        none, empty = weight.new_empty(0, 4), weight.new_empty(0)
+        wanted = [*Wanted(True, True, False, False, True, True, True)]
+        term = what._replace(exponents=(), column_lse=False)
+        upstream = Upstream(none, empty, weight, none, empty)
+        return operator(backend, "backward")(*upstream, *inputs(x, y, scale, offset), *term, wanted)
+
+    def total_alone(x, y, scale, offset):
+        return total(weight.detach(), x, y, scale, offset)[-1]
+
+    def rows(x):
+        return operator(backend, "unit_rows")(x)[0]
+
+    def rows_backward(grad, x):
+        return operator(backend, "unit_rows_backward")(grad, x, x.norm(dim=-1, keepdim=True))
+
+    for function, arguments in (
+        (statistics, (x, y, scale, offset)),
+        (lambda *a: [out for out in total(*a) if out.numel()], (weight, x, y, scale, offset)),
+        (total_alone, (x, y, scale, offset)),
+        (rows, (x,)),
+        (rows_backward, (torch.randn(4, 3, **options), x)),
+    ):
+        assert gradcheck(function, arguments), function.__name__
+        assert gradgradcheck(function, arguments), function.__name__
+
+
+def test_selections_have_no_derivative(backend):
+    x = torch.randn(4, 3, 8, device=device_of(backend), requires_grad=True)
+    assert not operator(backend, "views")(x).requires_grad
+    if "select" in BACKENDS[backend].operators:
+        values, columns = operator(backend, "select")(x[:, 0], None, 2, True, None, None, True)
+        assert not values.requires_grad
+        assert not columns.requires_grad
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("case", case_params(ALL))
+def test_activation_checkpointing(case, use_reentrant, backend):
     """The gradients are the same where the loss is recomputed in the backward."""
-    device = device_of(backend)
-    z = torch.randn(2, 33, 24, device=device)
+    features = case.features((33, 17, 24), torch.float32, device_of(backend))
+    names = list(features)
 
-    def loss(z):
-        return ck.nt_xent_loss(F.normalize(z[0], dim=1), z[1], backend=backend)
+    def loss(*tensors):
+        return case(ck, dict(zip(names, tensors, strict=True)), backend=backend)
 
-    plain = differentiate(loss, {"z": z})
-    recomputed = differentiate(lambda z: torch.utils.checkpoint.checkpoint(loss, z, use_reentrant=False), {"z": z})
-    assert torch.equal(plain.value, recomputed.value)
-    assert torch.equal(plain.gradients["z"], recomputed.gradients["z"])
+    def recomputed(**tensors):
+        return torch.utils.checkpoint.checkpoint(loss, *tensors.values(), use_reentrant=use_reentrant)
+
+    plain, again = (
+        differentiate(lambda **tensors: loss(*tensors.values()), features),
+        differentiate(recomputed, features),
+    )
+    assert torch.equal(plain.value, again.value)
+    for name, gradient in plain.gradients.items():
+        assert (gradient is None) == (again.gradients[name] is None), name
+        assert gradient is None or torch.equal(gradient, again.gradients[name]), name
+
+
+def test_compiled_autograd(backend):
+    """The backward of an uncompiled loss as a compiled graph of its own."""
+    case = CASES["nt_xent-polarized"]
+    features = case.features((33, 17, 24), torch.float32, device_of(backend))
+    features["z0"].requires_grad_()
+    value = case(ck, features, backend=backend)
+    (expected,) = torch.autograd.grad(value, features["z0"], retain_graph=True)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: value.backward(), backend="aot_eager")()
+    torch.testing.assert_close(features["z0"].grad, expected)
 
 
 @pytest.mark.parametrize("name", ["cutoff per anchor", "ids", "weight"])

@@ -63,7 +63,7 @@ class Correlated(Case):
 
 def mises_fisher(z0: torch.Tensor, z1: torch.Tensor) -> torch.Tensor:
     """Return the decoupled loss's weights of positives as the paper has them, for sigma = 0.5."""
-    return 2 - len(z0) * ((z0 * z1).sum(1) / 0.5).softmax(0)
+    return 2 - z0.shape[0] * ((z0 * z1).sum(1) / 0.5).softmax(0)
 
 
 def sup_con(count: int, **options) -> Case:

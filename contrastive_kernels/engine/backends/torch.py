@@ -1,17 +1,17 @@
 """The sweep in plain PyTorch, a chunk of rows at a time: any device, any dtype, memory O(chunk * M).
 
 It is the fallback where no kernel is available, the yardstick of the other backends, and, because every operation of
-its backward is differentiable, the backend that computes second derivatives.
+its backward is differentiable, the one that computes the second derivatives of all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from contrastive_kernels.engine.limits import workspace_limit
 from contrastive_kernels.engine.spec import (
@@ -168,65 +168,69 @@ def _split(lse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return high, low.masked_fill(high.isinf(), 0)
 
 
-def backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None) -> Gradients:
-    """Return the gradients that `engine.spec` describes, differentiable in their turn; no scores are saved here."""
-    matrix, term, x = _Scores(inputs, what), _term(what), inputs.x
-    dtype, totals_dtype, scale = matrix.dtype, statistic_dtype(x), inputs.scale
-    wants_y = wanted.y or (wanted.x and inputs.y is None)
-    grad_row_lse, grad_col_lse, grad_row_sum = (g.to(dtype) for g in upstream[:3])
-    row_high, row_low = _split(upstream.row_lse, dtype)
-    col_high, col_low = _split(upstream.col_lse, dtype)
+def _chunk_gradients(
+    matrix: _Scores, upstream: Upstream, wanted: Wanted, rows: slice
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return what some rows of x add to `Gradients`, None where nothing; every operation is differentiable.
 
-    def chunk(rows: slice) -> tuple[Tensor | None, ...]:
-        s, dropped = matrix.similarities(rows)
-        weight = torch.zeros_like(s)  # dL / d(scale * s)
-        d_bias = None
-        for q, exponent in enumerate(what.exponents):
-            shifted = matrix.logits(s, dropped, exponent) - row_high[q, rows, None] - row_low[q, rows, None]
-            part = grad_row_lse[q, rows, None] * shifted.exp()
-            weight = weight + (part if exponent == 1 else exponent * part)
-            if wanted.bias:
-                d_bias = part.sum(0) if d_bias is None else d_bias + part.sum(0)
-        if what.column_lse:
-            weight = weight + grad_col_lse * (matrix.logits(s, dropped, bias=False) - col_high - col_low).exp()
-        grad = weight * scale
-        d_scale = (s * weight).sum(dtype=totals_dtype) if wanted.scale else None
-        d_term_scale = d_term_offset = total = None
-        if term:
-            base = _base(term, s)
-            argument = matrix.argument(rows, base)
-            slope = grad_row_sum[rows, None] * term.slope(argument, *what.constants)
-            slope = slope if dropped is None else slope.masked_fill(dropped, 0)
-            through = _through_base(term, s, slope)
-            grad = grad + (through if inputs.term_scale is None else through * inputs.term_scale)
-            d_term_scale = (base * slope).sum(dtype=totals_dtype) if wanted.term_scale else None
-            d_term_offset = slope.sum(1) if wanted.term_offset else None
-            if wanted.total:
-                values = grad_row_sum[rows, None] * term.value(argument, *what.constants)
-                values = values if dropped is None else values.masked_fill(dropped, 0)
-                total = values.sum(dtype=totals_dtype)
-        d_x = grad @ matrix.y if wanted.x else None
-        d_y = grad.T @ matrix.x[rows] if wants_y else None
-        return d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset, total
+    Rows of x and of term_offset belong to one chunk each; the other gradients are sums over the chunks.
+    """
+    inputs, what, dtype = matrix.inputs, matrix.what, matrix.dtype
+    totals_dtype, term = statistic_dtype(inputs.x), _term(what)
+    row_high, row_low = _split(upstream.row_lse[:, rows], dtype)
+    s, dropped = matrix.similarities(rows)
+    weight = torch.zeros_like(s)  # dL / d(scale * s)
+    d_bias = None
+    for q, exponent in enumerate(what.exponents):
+        shifted = matrix.logits(s, dropped, exponent) - row_high[q, :, None] - row_low[q, :, None]
+        part = upstream.grad_row_lse[q, rows, None].to(dtype) * shifted.exp()
+        weight = weight + (part if exponent == 1 else exponent * part)
+        if wanted.bias:
+            d_bias = part.sum(0) if d_bias is None else d_bias + part.sum(0)
+    if what.column_lse:
+        col_high, col_low = _split(upstream.col_lse, dtype)
+        shares = (matrix.logits(s, dropped, bias=False) - col_high - col_low).exp()
+        weight = weight + upstream.grad_col_lse.to(dtype) * shares
+    grad = weight * inputs.scale
+    d_scale = (s * weight).sum(dtype=totals_dtype) if wanted.scale else None
+    d_term_scale = d_term_offset = total = None
+    if term:
+        base = _base(term, s)
+        argument = matrix.argument(rows, base)
+        grad_row_sum = upstream.grad_row_sum[rows, None].to(dtype)
+        slope = grad_row_sum * term.slope(argument, *what.constants)
+        slope = slope if dropped is None else slope.masked_fill(dropped, 0)
+        through = _through_base(term, s, slope)
+        grad = grad + (through if inputs.term_scale is None else through * inputs.term_scale)
+        d_term_scale = (base * slope).sum(dtype=totals_dtype) if wanted.term_scale else None
+        d_term_offset = slope.sum(1) if wanted.term_offset else None
+        if wanted.total:
+            values = grad_row_sum * term.value(argument, *what.constants)
+            values = values if dropped is None else values.masked_fill(dropped, 0)
+            total = values.sum(dtype=totals_dtype)
+    d_x = grad @ matrix.y if wanted.x else None
+    d_y = grad.T @ matrix.x[rows] if wanted.y or (wanted.x and inputs.y is None) else None
+    return d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset, total
+
+
+def backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None) -> Gradients:
+    """Return the gradients that `engine.spec` describes; no scores are saved here."""
+    matrix, x = _Scores(inputs, what), inputs.x
+    dtype, totals_dtype = matrix.dtype, statistic_dtype(x)
 
     def zeros(*shape: int) -> Tensor:
         return matrix.x.new_zeros(shape)
 
-    # Rows of x and term_offset belong to one chunk each; the other gradients are sums over the chunks.
     scalar = zeros().to(totals_dtype)
     of_rows, of_offsets = [zeros(0, x.shape[1])], [zeros(0)]
     of_columns, of_bias = zeros(*matrix.y.shape), zeros(matrix.m)
     totals: list[Any] = [of_rows, of_columns, scalar, of_bias, scalar.clone(), of_offsets, scalar.clone()]
     for rows in matrix.chunks:
-        # With a graph to be built, the backward of a chunk recomputes it: second derivatives in O(N * D) too.
-        parts = checkpoint(chunk, rows, use_reentrant=False) if torch.is_grad_enabled() else chunk(rows)
-        for k, part in enumerate(parts):
+        for k, part in enumerate(_chunk_gradients(matrix, upstream, wanted, rows)):
             if part is None:
                 continue
             if isinstance(totals[k], list):
                 totals[k].append(part)
-            elif torch.is_grad_enabled():
-                totals[k] = totals[k] + part
             else:
                 totals[k] += part
     grads = Gradients(*(torch.cat(total) if isinstance(total, list) else total for total in totals))
@@ -235,6 +239,76 @@ def backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Want
     dtypes = (x.dtype, x.dtype, dtype, dtype, dtype, dtype, totals_dtype)
     cast = (grad.to(own) for grad, own in zip(grads, dtypes, strict=True))
     return Gradients(*(grad if want else grad.new_empty(0) for grad, want in zip(cast, wanted, strict=True)))
+
+
+def derivative(
+    tensors: Sequence[Tensor | None], what: Description, wanted: Wanted, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return a derivative of `backward`, of any order, for the tensors that are needed and None for the others.
+
+    The tensors are the fields of `Upstream` and `Inputs`, then what flows into the results of `backward`, then, for the
+    next order, what flows into their derivatives, and so on; `needed` says which of those before the last are. The sum
+    over the rows stays one in every order, so that a chunk at a time is differentiated here too.
+    """
+    given = len(Upstream._fields) + len(Inputs._fields)
+    bounds = [given, given + len(Gradients._fields)]
+    while bounds[-1] < len(tensors):
+        bounds.append(bounds[-1] + bounds[-2])
+    positions = [position for position, need in enumerate(needed) if need]
+    found = [
+        torch.zeros_like(tensor) if need and tensor is not None else None
+        for tensor, need in zip(tensors, needed, strict=False)
+    ]
+    _, *_, x, y = tensors[: len(Upstream._fields) + 2]
+    assert x is not None
+    for rows in _chunks(x.shape[0], (x if y is None else y).shape[0]):
+        with torch.enable_grad():
+            leaves: list[Any] = [
+                None if tensor is None else tensor.detach().requires_grad_(tensor.is_floating_point())
+                for tensor in tensors
+            ]
+            flow = _chunk_flow(leaves, what, wanted, rows)
+            for end, following in pairwise(bounds[1:]):
+                flow = _flow(_gradients(flow, leaves[: following - end], create_graph=True), leaves[end:following])
+        for position, grad in zip(positions, _gradients(flow, [leaves[p] for p in positions]), strict=True):
+            total = found[position]
+            if grad is not None and total is not None:
+                total += grad
+    return found
+
+
+def _chunk_flow(leaves: Sequence[Any], what: Description, wanted: Wanted, rows: slice) -> Tensor | None:
+    """Return the product of what some rows add to `Gradients` with what flows into these."""
+    split, given = len(Upstream._fields), len(Upstream._fields) + len(Inputs._fields)
+    inputs, into = Inputs(*leaves[split:given]), Gradients(*leaves[given : given + len(Gradients._fields)])
+    parts = _chunk_gradients(_Scores(inputs, what), Upstream(*leaves[:split]), wanted, rows)
+    into = into._replace(
+        x=None if into.x is None else into.x[rows],
+        y=into.x if inputs.y is None else into.y,
+        term_offset=None if into.term_offset is None else into.term_offset[rows],
+    )
+    return _flow(parts, into)
+
+
+def _flow(results: Sequence[Tensor | None], into: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the sum of the products of results with what flows into them; None where nothing flows."""
+    products = [
+        (result * grad.to(result.dtype)).sum()
+        for result, grad in zip(results, into, strict=True)
+        if result is not None and grad is not None
+    ]
+    return sum(products[1:], products[0]) if products else None
+
+
+def _gradients(flow: Tensor | None, leaves: Sequence[Any], *, create_graph: bool = False) -> list[Tensor | None]:
+    """Return the gradients of the leaves, None for those without."""
+    positions = [p for p, leaf in enumerate(leaves) if leaf is not None and leaf.requires_grad]
+    found: list[Tensor | None] = [None] * len(leaves)
+    if flow is not None and flow.requires_grad and positions:
+        grads = torch.autograd.grad(flow, [leaves[p] for p in positions], create_graph=create_graph, allow_unused=True)
+        for position, grad in zip(positions, grads, strict=True):
+            found[position] = grad
+    return found
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
