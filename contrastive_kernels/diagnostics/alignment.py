@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels.diagnostics.common import wide_rows
+from contrastive_kernels.diagnostics.common import check_alike, positive as positive_number, wide_rows, without_autocast
 from contrastive_kernels.losses import uniformity_loss
+from contrastive_kernels.losses._options import softplus
 from contrastive_kernels.primitives import checks, row_dot
 
 __all__ = ["InfoNCESplit", "alignment", "info_nce_split", "uniformity"]
@@ -23,6 +24,7 @@ class InfoNCESplit(NamedTuple):
     """0-dim: mean of ``log(e^p + e^n)`` less half the squared norms of anchor and positive."""
 
 
+@without_autocast
 def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0, normalize: bool = False) -> Tensor:
     r"""How far apart the two views of a sample are. Differentiable.
 
@@ -49,9 +51,9 @@ def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0, normalize: bool = 
     """
     checks.features("x", x)
     checks.features("y", y)
-    checks.alike("x", x, "y", y)
+    check_alike("x", x, "y", y)
     checks.not_empty("x", x)
-    checks.positive("exponent", exponent)
+    exponent = positive_number("exponent", exponent)
     squares = (wide_rows(x, normalize) - wide_rows(y, normalize)).square().sum(1)
     if exponent == 2:
         return squares.mean()
@@ -60,6 +62,7 @@ def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0, normalize: bool = 
     return (squares.masked_fill(same, 1) ** (exponent / 2)).masked_fill(same, 0).mean()
 
 
+@without_autocast
 def uniformity(z: Tensor, *, t: float = 2.0, normalize: bool = False, backend: str | None = None) -> Tensor:
     r"""How evenly the features cover the sphere, lower is more even; without the N x N distances. Differentiable.
 
@@ -84,10 +87,12 @@ def uniformity(z: Tensor, *, t: float = 2.0, normalize: bool = False, backend: s
         >>> round(uniformity(torch.eye(4)).item(), 4)
         -4.0
     """
-    checks.positive("t", t)
-    return uniformity_loss(z, t=t, normalize=normalize, backend=backend)
+    t = positive_number("t", t)
+    checks.features("z", z)
+    return uniformity_loss(wide_rows(z, False), t=t, normalize=normalize, backend=backend)
 
 
+@without_autocast
 def info_nce_split(query: Tensor, positive: Tensor, negative: Tensor, *, normalize: bool = True) -> InfoNCESplit:
     r"""InfoNCE with one negative and temperature 1 as alignment plus a regulariser. Differentiable.
 
@@ -117,11 +122,11 @@ def info_nce_split(query: Tensor, positive: Tensor, negative: Tensor, *, normali
     """
     for name, x in (("query", query), ("positive", positive), ("negative", negative)):
         checks.features(name, x)
-    checks.alike("query", query, "positive", positive)
-    checks.alike("query", query, "negative", negative)
+    check_alike("query", query, "positive", positive)
+    check_alike("query", query, "negative", negative)
     checks.not_empty("query", query)
     query, positive, negative = (wide_rows(x, normalize) for x in (query, positive, negative))
     distance = (query - positive).square().sum(1) / 2
-    norms = (row_dot(query, query) + row_dot(positive, positive)) / 2
-    lse = torch.logaddexp(row_dot(query, positive), row_dot(query, negative))
-    return InfoNCESplit(distance.mean(), (lse - norms).mean())
+    # log(e^p + e^n) - r^2 = softplus(n - p) - |q - k|^2 / 2, in which nothing grows with the norms.
+    excess = softplus(row_dot(query, negative - positive))
+    return InfoNCESplit(distance.mean(), (excess - distance).mean())

@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.common import (
+    centre,
+    check_alike,
     check_labels,
     check_means,
     chunks,
     class_index,
+    count,
+    first_equal,
+    positive,
     wide_rows,
+    without_autocast,
 )
-from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives import checks, compute_dtype, row_dot, wide_sums
 
 __all__ = [
     "CentreBound",
@@ -27,6 +33,9 @@ __all__ = [
     "class_similarity",
     "classify",
 ]
+
+# How `torch.cdist` takes differences, where the square of a binomial would cancel.
+EXACT = "donot_use_mm_for_euclid_dist"
 
 
 class ClassMeans(NamedTuple):
@@ -46,32 +55,33 @@ class Classification(NamedTuple):
     confidence: Tensor
     """(N,): the largest score."""
     margin: Tensor
-    """(N,): the largest score less the second largest; inf with a single class."""
+    """(N,): the largest score less the second largest; inf with a single class, 0 between equal means."""
 
 
 class CentreBound(NamedTuple):
     """The quantities of the bound on the error of the nearest class centre; 0-dim except where said."""
 
     divergence: Tensor
-    """The largest inner product of two class centres, lower is better; -inf with a single class."""
+    """The largest inner product of two class centres, lower is better; -inf with fewer than two classes."""
     mean_divergence: Tensor
     """Their mean inner product over pairs of classes."""
     centre_shrinkage: Tensor
     """``1 - min_k |mu_k|^2 / r^2``: how much the samples of a class spread."""
     misaligned: Tensor
-    """Fraction of samples two of whose views are more than epsilon apart."""
+    """Fraction of samples two of whose views are more than epsilon apart; NaN if a view is."""
     rho_max: Tensor
     """``2 (1 - sigma) + misaligned / min_k p_k + sigma (lipschitz delta / r + 2 epsilon / r)``."""
     threshold: Tensor
     """``r^2 (1 - rho_max - sqrt(2 rho_max) - centre_shrinkage / 2)``."""
     holds: Tensor
-    """Bool: the divergence is below the threshold, so that the bound holds."""
+    """Bool: the divergence is below the threshold, so that the bound holds; decided by differences, not False or True by
+    rounding where both are near r^2. False with NaN."""
     error_bound: Tensor
     """``(1 - sigma) + misaligned``: the error of the nearest centre is at most this if the bound holds."""
 
 
 def _as_views(features: Tensor) -> Tensor:
-    """(N, D) as one view each."""
+    """Return (N, D) as one view each."""
     checks.tensor("features", features)
     if features.dim() == 2:
         checks.features("features", features)
@@ -81,6 +91,7 @@ def _as_views(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@without_autocast
 def class_means(features: Tensor, labels: Tensor, num_classes: int, *, normalize: bool = True) -> ClassMeans:
     """The mean over samples and views of every class, not normalised again.
 
@@ -105,17 +116,24 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int, *, normalize
     """
     features = _as_views(features)
     labels = check_labels(labels, features)
-    checks.count("num_classes", num_classes)
+    num_classes = count("num_classes", num_classes)
     features = wide_rows(features, normalize).mean(1)
     index, known = class_index(labels, num_classes)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=features.device).index_add(0, index, known.long())
-    # A select, not a product: the NaN of a row that is left out is no NaN of the means.
-    kept = torch.where(known[:, None], features, torch.zeros_like(features))
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add(0, index, kept)
-    return ClassMeans(sums / counts.clamp(min=1)[:, None], counts)
+    return ClassMeans(_mean_over_classes(features, index, known, counts), counts)
+
+
+def _mean_over_classes(values: Tensor, index: Tensor, known: Tensor, counts: Tensor) -> Tensor:
+    """Return the means (K, D) of the values (N, D) whose class is known, summed in the widest dtype."""
+    sums = values.new_zeros(len(counts), values.shape[1], dtype=wide_sums(values))
+    for rows in chunks(len(values), values.shape[1]):
+        # A select, not a product: the NaN of a row that is left out is no NaN of the means.
+        sums.index_add_(0, index[rows], values[rows].to(sums.dtype).masked_fill(~known[rows, None], 0))
+    return (sums / counts.clamp(min=1)[:, None]).to(values.dtype)
 
 
 @torch.no_grad()
+@without_autocast
 def class_similarity(means: Tensor, *, normalize: bool = True) -> Tensor:
     """The similarity of every pair of class means, K x K: the cosine, or with ``normalize=False`` the inner product.
 
@@ -139,6 +157,7 @@ def class_similarity(means: Tensor, *, normalize: bool = True) -> Tensor:
 
 
 @torch.no_grad()
+@without_autocast
 def classify(
     features: Tensor,
     means: Tensor,
@@ -154,13 +173,14 @@ def classify(
 
     Args:
         features: ``(N, D)``.
-        means: ``(K, D)``, of `class_means`.
+        means: ``(K, D)``, of `class_means`, in float32 for features in half precision too.
         rule: ``"similarity"``, the first form; ``"nearest"``, the second, which is the nearest mean.
         normalize: features to unit norm first.
         normalize_means: means to unit norm first; None: for ``"similarity"``, where 1 is then the highest score.
 
     Returns:
-        `Classification`: predicted class, its score and the gap to the second best, each ``(N,)``.
+        `Classification`: predicted class, its score and the gap to the second best, each ``(N,)``. The gap comes from
+        the difference of the two means: it keeps its digits for raw rows far from the origin.
 
     Raises:
         ValueError: shapes that do not fit or an unknown rule.
@@ -175,20 +195,50 @@ def classify(
     checks.choice("rule", rule, ("similarity", "nearest"))
     features = wide_rows(features, normalize)
     means = wide_rows(means, rule == "similarity" if normalize_means is None else normalize_means)
-    offset = means.square().sum(1) / 2 if rule == "nearest" else 0
-    parts = [decide(features[rows] @ means.mT - offset) for rows in chunks(len(features), len(means))]
+    return by_means(features, means, nearest=rule == "nearest")
+
+
+def by_means(features: Tensor, means: Tensor, nearest: bool = False) -> Classification:
+    """Return the classification by the largest ``<mean, f>``, with `nearest` less ``|mean|^2 / 2``."""
+    equal, origin = first_equal(means), centre(means)
+    offsets = means - origin
+    parts = []
+    for rows in chunks(len(features), max(means.shape)):
+        f = features[rows]
+        if nearest:
+            scores = (f - origin) @ offsets.mT - row_dot(offsets, offsets) / 2
+        else:
+            scores = f @ offsets.mT
+        parts.append(between(*top_two(scores[:, equal]), f, f, means, nearest))
     return joined(parts, features)
 
 
-def decide(scores: Tensor) -> Classification:
-    """The classification that scores (N, K) amount to."""
-    confidence, prediction = scores.max(1)
-    others = scores.scatter(1, prediction[:, None], -torch.inf)
-    return Classification(prediction, confidence, confidence - others.amax(1))
+def top_two(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the best and the second best of the classes (N, K), the lower of equals first; the same with one class."""
+    best = scores.argmax(1)
+    return best, scores.scatter(1, best[:, None], -torch.inf).argmax(1)
+
+
+def between(best: Tensor, second: Tensor, f: Tensor, g: Tensor, means: Tensor, nearest: bool = False) -> Classification:
+    """Return the classification by the rows f in the best and g in the second best class.
+
+    Their gap is made of differences, which do not cancel; where the scores were too coarse for it, the classes change
+    places.
+    """
+    mean, other = means[best], means[second]
+    if nearest:
+        gap = row_dot((f - mean) + (f - other), mean - other) / 2
+    else:
+        gap = row_dot(f, mean - other) + row_dot(f - g, other)
+    swapped = (gap < 0) | ((gap == 0) & (second < best))
+    f, mean = torch.where(swapped[:, None], g, f), torch.where(swapped[:, None], other, mean)
+    confidence = row_dot(f, mean) - (row_dot(mean, mean) / 2 if nearest else 0)
+    margin = gap.abs() if len(means) > 1 else confidence + torch.inf
+    return Classification(torch.where(swapped, second, best), confidence, margin)
 
 
 def joined(parts: list[Classification], features: Tensor) -> Classification:
-    """The classification of all chunks; empty where there is no sample."""
+    """Return the classification of all chunks; empty where there is no sample."""
     if parts:
         return Classification(*(torch.cat(part) for part in zip(*parts, strict=True)))
     nothing = features.new_zeros(0)
@@ -196,6 +246,7 @@ def joined(parts: list[Classification], features: Tensor) -> Classification:
 
 
 @torch.no_grad()
+@without_autocast
 def centre_bound(
     views: Tensor,
     labels: Tensor,
@@ -228,8 +279,8 @@ def centre_bound(
         normalize: rows to norm r first; without it they are taken as they are.
 
     Returns:
-        `CentreBound`, float32 (float64 for float64 inputs). Classes without samples are left out; no sample at all
-        gives NaN.
+        `CentreBound`, float32 (float64 for float64 inputs). Classes without samples are left out; no sample at all, or
+        NaN in a labelled one, gives an ``error_bound`` of NaN, which does not hold.
 
     Raises:
         ValueError: shapes that do not fit or a number out of its range.
@@ -244,42 +295,52 @@ def centre_bound(
     """
     checks.views("views", views)
     labels = check_labels(labels, views)
-    checks.count("num_classes", num_classes)
-    checks.positive("sigma", sigma)
+    num_classes = count("num_classes", num_classes)
+    sigma, radius = positive("sigma", sigma), positive("radius", radius)
     if sigma > 1:
         raise ValueError(f"sigma {sigma} is a probability: it must be at most 1")
-    for name, value in (("delta", delta), ("lipschitz", lipschitz), ("epsilon", epsilon)):
-        checks.positive(name, value, zero=True)
-    checks.positive("radius", radius)
+    delta, lipschitz = positive("delta", delta, zero=True), positive("lipschitz", lipschitz, zero=True)
+    epsilon = positive("epsilon", epsilon, zero=True)
     views = wide_rows(views, normalize) * (radius if normalize else 1)
     means, counts = class_means(views, labels, num_classes, normalize=False)
-    known = class_index(labels, num_classes)[1]
+    index, known = class_index(labels, num_classes)
     total, present = counts.sum().to(views.dtype), counts > 0
 
     pairs = present[:, None] & present & ~torch.eye(num_classes, dtype=torch.bool, device=views.device)
     products = means @ means.mT
     divergence = products.masked_fill(~pairs, -torch.inf).amax()
     mean_divergence = products.masked_fill(~pairs, 0).sum() / pairs.sum().clamp(min=1)
-    norms = means.square().sum(1).masked_fill(~present, torch.inf).amin()
-    shrinkage = 1 - norms / radius**2
+    # r^2 - |mu_k|^2 as the mean square of the distances from mu_k, which does not cancel.
+    missing = (views - means[index][:, None]).square().sum(2).mean(1)
+    if not normalize:
+        norms = torch.linalg.vector_norm(views, dim=2)
+        missing = missing + ((radius - norms) * (radius + norms)).mean(1)
+    missing = _mean_over_classes(missing[:, None], index, known, counts).squeeze(1)
+    shrinkage = missing.masked_fill(~present, -torch.inf).amax() / radius**2
 
-    misaligned = ((_widest_pair(views) > epsilon) & known).sum() / total
+    # A comparison alone would count NaN as aligned.
+    widest = _widest_pair(views)
+    apart = (widest > epsilon).to(views.dtype).masked_fill(widest.isnan(), torch.nan)
+    misaligned = apart.masked_fill(~known, 0).sum() / total
     rarest = counts.masked_fill(~present, torch.iinfo(counts.dtype).max).amin() / total
     rho = 2 * (1 - sigma) + misaligned / rarest + sigma * (lipschitz * delta + 2 * epsilon) / radius
-    threshold = radius**2 * (1 - rho - (2 * rho).sqrt() - shrinkage / 2)
+    room = radius**2 * (rho + (2 * rho).sqrt() + shrinkage / 2)
+    # r^2 - <mu_k, mu_l> in the same way, to compare with what the threshold is below r^2.
+    gaps = (missing[:, None] + missing + torch.cdist(means, means, compute_mode=EXACT).square()) / 2
     return CentreBound(
-        divergence, mean_divergence, shrinkage, misaligned, rho, threshold, divergence < threshold,
-        (1 - sigma) + misaligned,
+        divergence, mean_divergence, shrinkage, misaligned, rho, radius**2 - room,
+        gaps.masked_fill(~pairs, torch.inf).amin() > room, (1 - sigma) + misaligned,
     )  # fmt: skip
 
 
 def _widest_pair(views: Tensor) -> Tensor:
-    """(N,): the largest distance between two views of a sample, from differences, which do not cancel."""
+    """Return (N,), the largest distance between two views of a sample, from differences, which do not cancel."""
     pairs = combinations(range(views.shape[1]), 2)
     return torch.stack([(views[:, j] - views[:, k]).square().sum(1) for j, k in pairs]).amax(0).sqrt()
 
 
 @torch.no_grad()
+@without_autocast
 def augmented_distance(first: Tensor, second: Tensor) -> Tensor:
     r"""The distance of samples under augmentation: that of their two nearest views, in input space.
 
@@ -304,6 +365,9 @@ def augmented_distance(first: Tensor, second: Tensor) -> Tensor:
     """
     checks.views("first", first, minimum=1)
     checks.views("second", second, minimum=1)
-    checks.alike("first", first, "second", second)
-    first, second = wide_rows(first, False), wide_rows(second, False)
-    return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist").flatten(1).amin(1)
+    check_alike("first", first, "second", second)
+    nearest = torch.empty(len(first), dtype=compute_dtype(first), device=first.device)
+    for rows in chunks(len(first), first.shape[1] * second.shape[1]):
+        distances = torch.cdist(wide_rows(first[rows], False), wide_rows(second[rows], False), compute_mode=EXACT)
+        nearest[rows] = distances.flatten(1).amin(1)
+    return nearest

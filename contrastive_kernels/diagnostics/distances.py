@@ -8,8 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels.diagnostics.common import chunks, wide_rows
-from contrastive_kernels.primitives import Band, checks
+from contrastive_kernels.diagnostics.common import (
+    check_alike,
+    chunks,
+    count,
+    first_equal,
+    positive,
+    wide_rows,
+    without_autocast,
+)
+from contrastive_kernels.primitives import Band, checks, compute_dtype
 
 __all__ = ["BandCount", "DistanceHistogram", "band_count", "distance_histogram"]
 
@@ -22,7 +30,9 @@ class BandCount(NamedTuple):
     pairs: Tensor
     """0-dim int64: all ordered pairs that were looked at."""
     fraction: Tensor
-    """0-dim: count / pairs, 0 without pairs."""
+    """0-dim: count / pairs; 0 without pairs, NaN if the distance of a pair is."""
+    invalid: Tensor
+    """0-dim int64: pairs whose distance is not finite, which are in no band."""
 
 
 class DistanceHistogram(NamedTuple):
@@ -33,17 +43,23 @@ class DistanceHistogram(NamedTuple):
     edges: Tensor
     """(bins + 1,): from 0 to 1."""
     invalid: Tensor
-    """0-dim int64: pairs whose distance is NaN, in no bin."""
+    """0-dim int64: pairs whose distance is not finite, in no bin."""
 
 
 def _distances(
-    z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool
+    z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool, normalize: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield chunks of the distances (rows, M) and the masks of the pairs that count."""
-    columns, column_ids = (z, ids) if y is None else (y, y_ids)
+    z = wide_rows(z, normalize)
+    columns, column_ids = (z, ids) if y is None else (wide_rows(y, normalize), y_ids)
     index = torch.arange(len(columns), device=z.device)
+    equal = first_equal(z if y is None else torch.cat([z, columns]))
+    column_equal = equal if y is None else equal[len(z) :]
     for rows in chunks(len(z), len(columns)):
         distance = (1 - z[rows] @ columns.mT) / 2
+        if normalize:
+            # Rounding leaves the distance of equal rows a little beside 0, and others outside [0, 1].
+            distance = distance.masked_fill(equal[rows, None] == column_equal, 0).clamp(0, 1)
         kept = torch.ones_like(distance, dtype=torch.bool)
         if y is None:
             kept = index[rows, None] != index
@@ -53,12 +69,13 @@ def _distances(
 
 
 def _checked(
-    z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool, normalize: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    z: Tensor, y: Tensor | None, ids: Tensor | None, y_ids: Tensor | None, same: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the ids as int64; raise unless they, z and y fit each other."""
     checks.features("z", z)
     if y is not None:
         checks.features("y", y)
-        checks.alike("z", z, "y", y, rows=False)
+        check_alike("z", z, "y", y, rows=False)
         if (ids is None) != (y_ids is None):
             raise ValueError("ids and y_ids go together when y is given; one of them is missing")
         y_ids = None if y_ids is None else checks.ids("y_ids", y_ids, y.shape[0], z)
@@ -66,11 +83,21 @@ def _checked(
         raise ValueError("y_ids is given but y is not; ids serves both sides of z against itself")
     if same and ids is None:
         raise ValueError("same=True needs ids: it keeps the pairs whose ids are equal")
-    ids = None if ids is None else checks.ids("ids", ids, z.shape[0], z)
-    return wide_rows(z, normalize), None if y is None else wide_rows(y, normalize), ids, y_ids
+    return checks.optional_ids("ids", ids, z.shape[0], z), y_ids
+
+
+def _edges(bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the least distance of every bin, in which ``distance * bins`` rounds to its number, and 1."""
+    number = torch.arange(bins + 1, dtype=dtype, device=device)
+    edges = number / bins
+    below = edges.nextafter(torch.zeros_like(edges))
+    edges = torch.where(below * bins >= number, below, edges)
+    edges = torch.where(edges * bins < number, edges.nextafter(torch.ones_like(edges)), edges)
+    return edges.index_fill(0, torch.tensor([bins], device=device), 1)
 
 
 @torch.no_grad()
+@without_autocast
 def band_count(
     z: Tensor,
     y: Tensor | None = None,
@@ -97,7 +124,8 @@ def band_count(
         normalize: rows to unit norm first.
 
     Returns:
-        `BandCount`: ordered pairs in the band, all ordered pairs, their ratio. A NaN distance is not in the band.
+        `BandCount`: ordered pairs in the band, all ordered pairs, their ratio, float32 (float64 for float64 inputs), and
+        the pairs without a finite distance, which are not in the band. Equal rows of unit norm have the distance 0.
 
     Raises:
         ValueError: shapes that do not fit or bounds that are no band.
@@ -109,16 +137,20 @@ def band_count(
         >>> band_count(torch.eye(3), lower=0.2, upper=0.6).count.item()
         6
     """
+    lower, upper = positive("lower", lower, zero=True), positive("upper", upper)
     Band(lower, upper)
-    z, y, ids, y_ids = _checked(z, y, ids, y_ids, same, normalize)
-    count = torch.zeros(2, dtype=torch.int64, device=z.device)
-    for distance, kept in _distances(z, y, ids, y_ids, same):
-        inside = (distance > lower) & (distance < upper) & kept
-        count += torch.stack([inside.sum(), kept.sum()])
-    return BandCount(count[0], count[1], count[0].to(z.dtype) / count[1].clamp(min=1))
+    ids, y_ids = _checked(z, y, ids, y_ids, same)
+    counts = torch.zeros(3, dtype=torch.int64, device=z.device)
+    for distance, kept in _distances(z, y, ids, y_ids, same, normalize):
+        inside = (distance > lower) & (distance < upper)
+        counts += torch.stack([(x & kept).sum() for x in (inside, torch.ones_like(kept), ~distance.isfinite())])
+    number, pairs, invalid = counts.unbind()
+    fraction = number.to(compute_dtype(z)) / pairs.clamp(min=1)
+    return BandCount(number, pairs, fraction.masked_fill(invalid > 0, torch.nan), invalid)
 
 
 @torch.no_grad()
+@without_autocast
 def distance_histogram(
     z: Tensor,
     y: Tensor | None = None,
@@ -135,14 +167,15 @@ def distance_histogram(
         z: ``(N, D)``.
         y: ``(M, D)``, or None for z against itself without the self pairs.
         bins: number of bins of :math:`d_{ij} = \frac12 (1 - \langle z_i, z_j \rangle)` between 0 and 1; what is
-            outside, for rows that are not of unit norm, goes to the first or last one.
+            outside, for rows that are not of unit norm, goes to the first or last one, unless it is infinite.
         ids: ``(N,)`` integers; pairs with equal ids are left out.
         y_ids: ``(M,)`` integers, given exactly when ``ids`` and ``y`` are.
         same: keep only the pairs with equal ids instead, such as positives or samples of one class.
         normalize: rows to unit norm first.
 
     Returns:
-        `DistanceHistogram`: counts of ordered pairs ``(bins,)``, edges ``(bins + 1,)``, pairs in no bin.
+        `DistanceHistogram`: counts of ordered pairs ``(bins,)``, edges ``(bins + 1,)``, and the pairs in no bin because
+        their distance is not finite.
 
     Raises:
         ValueError: shapes that do not fit or no bin.
@@ -152,12 +185,12 @@ def distance_histogram(
         >>> distance_histogram(torch.eye(3), bins=4).counts.tolist()
         [0, 0, 6, 0]
     """
-    checks.count("bins", bins)
-    z, y, ids, y_ids = _checked(z, y, ids, y_ids, same, normalize)
-    # One place more for the pairs that do not count, and one for NaN.
+    bins = count("bins", bins)
+    ids, y_ids = _checked(z, y, ids, y_ids, same)
+    # One place more for the pairs that do not count, and one for those without a finite distance.
     counts = torch.zeros(bins + 2, dtype=torch.int64, device=z.device)
-    for distance, kept in _distances(z, y, ids, y_ids, same):
-        place = (distance * bins).clamp(0, bins - 1).nan_to_num(bins).long().masked_fill(~kept, bins + 1).flatten()
+    for distance, kept in _distances(z, y, ids, y_ids, same, normalize):
+        place = (distance * bins).clamp(0, bins - 1).nan_to_num().long()
+        place = place.masked_fill(~distance.isfinite(), bins).masked_fill(~kept, bins + 1).flatten()
         counts.index_add_(0, place, torch.ones_like(place))
-    edges = torch.linspace(0, 1, bins + 1, dtype=z.dtype, device=z.device)
-    return DistanceHistogram(counts[:bins], edges, counts[bins])
+    return DistanceHistogram(counts[:bins], _edges(bins, compute_dtype(z), z.device), counts[bins])

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels.diagnostics.common import check_labels
+from contrastive_kernels.diagnostics.common import check_alike, check_labels, wide_rows, without_autocast
 from contrastive_kernels.losses._options import scale_from
-from contrastive_kernels.primitives import checks, row_dot, similarity_logsumexp, unit_rows
+from contrastive_kernels.primitives import Pairs, checks, row_dot, sweep
 
 __all__ = ["FalseNegativeMass", "false_negative_mass"]
 
@@ -24,6 +24,7 @@ class FalseNegativeMass(NamedTuple):
 
 
 @torch.no_grad()
+@without_autocast
 def false_negative_mass(
     z0: Tensor,
     z1: Tensor,
@@ -37,9 +38,10 @@ def false_negative_mass(
     r"""The gradient of NT-Xent that falls on false negatives, from two log-sum-exps, without the 2N x 2N matrix.
 
     .. math:: m_i = \sum_{j:\ y_j = y_i,\ j \text{ another sample}} P_{ij} = e^{\ell_i - \mathrm{lse}_i} \cdot
-        \mathrm{share}_i, \qquad \mathrm{share}_i = 1 - e^{\ell_i^{\mathrm{label}} - \ell_i}
+        \mathrm{share}_i, \qquad \mathrm{share}_i = \frac{e^{\ell_i^=}}{e^{\ell_i^=} + e^{\ell_i^{\ne}}}
 
-    with the log-sum-exp over other samples, that over samples of other classes, and that of the denominator.
+    with the log-sum-exps over other samples of the class and over samples of other classes, that over both and that of
+    the denominator. No small share is the difference of larger numbers.
 
     Args:
         z0: ``(N, D)``, the first view.
@@ -62,17 +64,21 @@ def false_negative_mass(
         >>> [round(s, 3) for s in false_negative_mass(z, z, labels).share.tolist()[:4]]
         [0.333, 0.333, 0.0, 0.0]
     """
-    checks.paired("z0", z0, "z1", z1)
+    checks.features("z0", z0)
+    checks.features("z1", z1)
+    check_alike("z0", z0, "z1", z1)
+    checks.not_empty("z0", z0)
     labels = check_labels(labels, z0)
     scale = scale_from(temperature, logit_scale, z0, default=0.5)
-    first, second = unit_rows(z0, normalize), unit_rows(z1, normalize)
+    first, second = wide_rows(z0, normalize), wide_rows(z1, normalize)
     z, positive = torch.cat([first, second]), scale * row_dot(first, second).repeat(2)
     index = torch.arange(len(first), device=z.device)
-    lse = similarity_logsumexp(z, scale=scale, x_ids=index.repeat(2), backend=backend)
     # A sample without a class has an id of its own.
     classes = torch.where(labels < 0, -1 - index, labels).repeat(2)
-    other = similarity_logsumexp(z, scale=scale, x_ids=classes, backend=backend)
-    nothing = lse == -torch.inf
-    # Two sweeps round differently: without false negatives the difference may be below 0.
-    share = torch.expm1((other - lse).masked_fill(nothing, 0)).clamp(max=0).abs()
-    return FalseNegativeMass(share * torch.sigmoid(lse - positive), share)
+    same, other = (
+        sweep(z, None, pairs, scale=scale, backend=backend).row_lse.squeeze(0)
+        # Views of one sample are of one class, but not negatives.
+        for pairs in (Pairs(classes, keep_equal_ids=True, diagonals=2), Pairs(classes))
+    )
+    share = torch.sigmoid(same - other).masked_fill((same == -torch.inf) & (other == -torch.inf), 0)
+    return FalseNegativeMass(share * torch.sigmoid(torch.logaddexp(same, other) - positive), share)

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from contrastive_kernels.diagnostics.classes import Classification, decide, joined
-from contrastive_kernels.diagnostics.common import check_means, chunks, wide_rows
+from contrastive_kernels.diagnostics.classes import Classification, between, by_means, joined, top_two
+from contrastive_kernels.diagnostics.common import check_means, chunks, first_equal, wide_rows, without_autocast
 from contrastive_kernels.primitives import checks
 
 __all__ = ["classify_views"]
@@ -17,6 +17,7 @@ COMBINATIONS = ("mean_feature", "mean_score", "max_score", "vote")
 
 
 @torch.no_grad()
+@without_autocast
 def classify_views(
     views: Tensor,
     means: Tensor,
@@ -51,22 +52,35 @@ def classify_views(
     check_means(means, views)
     checks.choice("combine", combine, COMBINATIONS)
     views, means = wide_rows(views, normalize), wide_rows(means, normalize_means)
+    if combine == "mean_feature":
+        return by_means(wide_rows(views.mean(1), normalize), means)
+    if combine == "mean_score":
+        return by_means(views.mean(1), means)
+    equal = first_equal(means)
     parts = []
-    for rows in chunks(len(views), views.shape[1] * len(means)):
-        if combine == "mean_feature":
-            scores = wide_rows(views[rows].mean(1), normalize) @ means.mT
-        else:
-            scores = _combined(views[rows] @ means.mT, combine)
-        parts.append(decide(scores))
+    for rows in chunks(len(views), views.shape[1] * max(means.shape)):
+        scores = (views[rows] @ means.mT)[:, :, equal]
+        parts.append(_by_vote(scores) if combine == "vote" else _by_largest(scores, views[rows], means))
     return joined(parts, views)
 
 
-def _combined(scores: Tensor, combine: str) -> Tensor:
-    """(N, K) from the scores (N, V, K) of the views."""
-    if combine == "mean_score":
-        return scores.mean(1)
-    if combine == "max_score":
-        return scores.amax(1)
+def _by_vote(scores: Tensor) -> Classification:
+    """Return the classification by the fraction of the views (N, V, K) that prefer a class."""
     votes = torch.zeros_like(scores).scatter(2, scores.argmax(2, keepdim=True), 1).mean(1)
     # A view of NaN has no vote to give.
-    return votes.masked_fill(scores.isnan().any(1), torch.nan)
+    votes = votes.masked_fill(scores.isnan().any(1), torch.nan)
+    best, second = top_two(votes)
+    confidence = votes.gather(1, best[:, None]).squeeze(1)
+    others = votes.scatter(1, best[:, None], -torch.inf).gather(1, second[:, None]).squeeze(1)
+    return Classification(best, confidence, confidence - others)
+
+
+def _by_largest(scores: Tensor, views: Tensor, means: Tensor) -> Classification:
+    """Return the classification by the largest of the scores (N, V, K) of the views."""
+    largest, view = scores.max(1)
+    best, second = top_two(largest)
+    f, g = (
+        torch.take_along_dim(views, view.gather(1, index[:, None])[:, :, None], 1).squeeze(1)
+        for index in (best, second)
+    )
+    return between(best, second, f, g, means)

@@ -1,15 +1,20 @@
-"""Pictures of the diagnostics; matplotlib is imported when one is drawn."""
+"""Pictures of the diagnostics; matplotlib is imported when one is drawn.
+
+A new figure is not registered in pyplot, so that none stays open: the result has it as ``.figure``, to save or to show.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from itertools import cycle
+from itertools import cycle, product
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.classes import class_similarity
+from contrastive_kernels.diagnostics.common import check_range, count, positive
 from contrastive_kernels.diagnostics.distances import DistanceHistogram, distance_histogram
 from contrastive_kernels.primitives import Band, checks
 
@@ -22,6 +27,11 @@ __all__ = ["plot_class_similarity", "plot_distance_histogram", "plot_rank_distri
 BLUE = "#0072B2"
 COLORS = (BLUE, "#D55E00", "#009E73", "#CC79A7")
 BAND, GREY = "#E69F00", "#777777"
+# What has no similarity to draw, lighter than the numbers on it.
+EMPTY, BROKEN = "#BBBBBB", "#F0E442"
+LINES = ("solid", "dashed", "dotted", "dashdot")
+# The most names on an axis, and the most classes whose similarities are written out.
+NAMES, NUMBERS = 20, 12
 
 
 def _axes(axes: Axes | None) -> Axes:
@@ -29,11 +39,11 @@ def _axes(axes: Axes | None) -> Axes:
     if axes is not None:
         return axes
     try:
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError as error:
         message = "the plots of contrastive_kernels.diagnostics need matplotlib: pip install matplotlib"
         raise ImportError(message) from error
-    return pyplot.subplots(layout="constrained")[1]
+    return Figure(layout="constrained").subplots()
 
 
 def _without_frame(axes: Axes) -> None:
@@ -49,7 +59,10 @@ def plot_distance_histogram(
     normalize: bool = True,
     axes: Axes | None = None,
 ) -> Axes:
-    """Draws how the pairwise distances (1 - s) / 2 are distributed, as a fraction of the pairs per bin.
+    """Draws how the pairwise distances (1 - s) / 2 are distributed: their density, whatever the number of bins.
+
+    The area under a curve is the part of its pairs that have a distance; if some have none, as with NaN, the legend says
+    how many.
 
     Args:
         z: ``(N, D)`` features, whose pairs are all counted, or a `distance_histogram`; or several of them by name, for
@@ -72,22 +85,31 @@ def plot_distance_histogram(
     """
     if (lower is None) != (upper is None):
         raise ValueError("lower and upper go together: they are the ends of the band")
-    band = None if lower is None or upper is None else Band(lower, upper)
+    bins = count("bins", bins)
+    band = None
+    if lower is not None and upper is not None:
+        band = Band(positive("lower", lower, zero=True), positive("upper", upper))
     several = z if isinstance(z, dict) else {"": z}
     axes = _axes(axes)
     if band is not None:
         axes.axvspan(band.lower, band.upper, color=BAND, alpha=0.2, linewidth=0, label="band")
-    for (name, data), color in zip(several.items(), cycle(COLORS), strict=False):
+    for (name, data), (line, color) in zip(several.items(), cycle(product(LINES, COLORS)), strict=False):
         if isinstance(data, DistanceHistogram):
             found = data
         else:
             found = distance_histogram(data, bins=bins, normalize=normalize)
-        fractions = found.counts / found.counts.sum().clamp(min=1)
-        axes.stairs(fractions.cpu().tolist(), found.edges.cpu().tolist(), label=name, color=color, linewidth=1.5)
-    axes.set(xlabel="distance (1 − s) / 2", ylabel="fraction of pairs", xlim=(0, 1), title="Pairwise distances")
+        counts, edges, pairs = found.counts.double(), found.edges.double(), found.counts.sum() + found.invalid
+        density = counts / edges.diff() / pairs.clamp(min=1)
+        if found.invalid > 0:
+            missing = f"{found.invalid.item()} of {pairs.item()} pairs without a distance"
+            name = f"{name} ({missing})" if name else missing
+        axes.stairs(
+            density.cpu().tolist(), edges.cpu().tolist(), label=name, color=color, linestyle=line, linewidth=1.5
+        )
+    axes.set(xlabel="distance (1 − s) / 2", ylabel="density of pairs", xlim=(0, 1), title="Pairwise distances")
     axes.set_ylim(bottom=0)
     _without_frame(axes)
-    if band is not None or isinstance(z, dict):
+    if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False)
     return axes
 
@@ -97,9 +119,11 @@ def plot_class_similarity(
 ) -> Axes:
     """Draws the similarity of every pair of class means; with up to 12 classes the numbers too.
 
+    A class without samples, whose mean is 0, is grey, what is not finite yellow; the title counts both.
+
     Args:
         means: ``(K, D)``, of `class_means`.
-        names: of the classes.
+        names: of the classes; of more than 20 some are left out.
         normalize: means to unit norm first.
         axes: matplotlib axes to draw in; None: a new figure.
 
@@ -118,21 +142,30 @@ def plot_class_similarity(
     classes = len(similarity)
     if names is not None and len(names) != classes:
         raise ValueError(f"names has {len(names)} entries and means {checks.shape(means)} has {classes} classes")
+    empty = (means == 0).all(1).cpu()
+    blank = empty | empty[:, None]
+    broken = ~similarity.isfinite() & ~blank
+    limit = max([1.0, *similarity[~(blank | broken)].abs().tolist()])
     axes = _axes(axes)
-    limit = max(1.0, similarity.abs().max().item()) if classes else 1.0
-    image = axes.imshow(similarity.tolist(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    # The colour map knows values that are missing, and those above its range.
+    values = similarity.masked_fill(broken, 2 * limit).masked_fill(blank, torch.nan)
+    image = axes.imshow(values.tolist(), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    image.set_cmap(image.get_cmap().with_extremes(bad=EMPTY, over=BROKEN))
     axes.figure.colorbar(image, ax=axes, label="cosine" if normalize else "inner product", shrink=0.8)
-    axes.set_title("Similarity of the class means")
+    counted = ((empty.sum().item(), "without samples"), ((~means.isfinite()).any(1).sum().item(), "not finite"))
+    notes = [f"{number} of {classes} {what}" for number, what in counted if number]
+    axes.set_title("\n".join(["Similarity of the class means", *notes]))
     if names is not None:
-        axes.set_xticks(range(classes), names, rotation=45, ha="right")
-        axes.set_yticks(range(classes), names)
+        step = -(-classes // NAMES)
+        axes.set_xticks(range(0, classes, step), names[::step], rotation=45, ha="right")
+        axes.set_yticks(range(0, classes, step), names[::step])
     else:
         axes.set(xlabel="class", ylabel="class")
-    if classes <= 12:
-        for i, row in enumerate(similarity.tolist()):
-            for j, value in enumerate(row):
-                color = "white" if abs(value) > 0.6 * limit else "black"
-                axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+    if classes <= NUMBERS:
+        for i, j in (~blank).nonzero().tolist():
+            value = similarity[i, j].item()
+            color = "white" if abs(value) > 0.6 * limit else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
     return axes
 
 
@@ -150,7 +183,7 @@ def plot_rank_distribution(ranks: Tensor, keys: int, *, axes: Axes | None = None
     Raises:
         ImportError: matplotlib is missing.
         TypeError: ranks are not integers.
-        ValueError: ranks of another shape or empty, keys not positive.
+        ValueError: ranks of another shape or empty, or not from 1 to keys, keys not positive.
 
     Example:
         >>> plot_rank_distribution(torch.tensor([1, 1, 3, 8]), 8).get_ylabel()
@@ -160,12 +193,13 @@ def plot_rank_distribution(ranks: Tensor, keys: int, *, axes: Axes | None = None
     if ranks.dim() != 1 or not len(ranks):
         raise ValueError(f"ranks {checks.shape(ranks)} must have shape (N,), N >= 1")
     checks.ids("ranks", ranks, len(ranks), ranks)
-    checks.count("keys", keys)
+    keys = count("keys", keys)
+    check_range("ranks", ranks, 1, keys + 1, f"the ranks among {keys} keys")
     axes = _axes(axes)
     ordered = ranks.sort().values.cpu()
     heights = [(i + 1) / len(ordered) for i in range(len(ordered))]
     axes.step([1, *ordered.tolist(), keys], [0, *heights, 1], where="post", color=BLUE, label="positives")
-    places = torch.logspace(0, torch.log10(torch.tensor(float(keys))).item(), 50).tolist()
+    places = torch.logspace(0, math.log10(keys), 50).tolist()
     axes.plot(places, [k / keys for k in places], color=GREY, linestyle=(0, (4, 3)), linewidth=1, label="chance")
     median = ordered[(len(ordered) - 1) // 2].item()
     axes.set(

@@ -12,14 +12,17 @@ from contrastive_kernels.diagnostics.common import (
     check_means,
     chunks,
     class_index,
+    positive,
     wide_rows,
+    without_autocast,
 )
-from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives import checks, wide_sums
 
 __all__ = ["adversarial_radius"]
 
 
 @torch.no_grad()
+@without_autocast
 def adversarial_radius(
     features: Tensor,
     labels: Tensor,
@@ -37,7 +40,8 @@ def adversarial_radius(
         \quad \text{(certified)}, \qquad \rho(x) = \frac{c_i(x) - \max_{j \ne i} c_j(x)}{G} \quad \text{(notes)}
 
     with the scores :math:`c_k(x) = \langle \bar f_k, f(x) \rangle` and G the Lipschitz constant of
-    :math:`x \mapsto f(x)`. **The form "notes" is no certificate**: the difference of two scores changes up to
+    :math:`x \mapsto f(x)`. Gaps are products with differences of means, so that close means keep their digits; between
+    equal means 0 / 0 counts as 0, no class is told from the other. **The form "notes" is no certificate**: the difference of two scores changes up to
     :math:`\lVert \bar f_i - \bar f_j \rVert \le 2` times as fast as f, so the form is too large by up to that factor.
 
     Args:
@@ -67,17 +71,23 @@ def adversarial_radius(
     labels = check_labels(labels, features)
     check_means(means, features)
     checks.choice("bound", bound, ("certified", "notes"))
-    checks.positive("lipschitz", lipschitz)
+    lipschitz = positive("lipschitz", lipschitz)
     features, means = wide_rows(features, normalize), wide_rows(means, normalize_means)
     index, known = class_index(labels, len(means))
     radius = features.new_empty(len(features))
-    for rows in chunks(len(features), len(means)):
-        own = index[rows, None]
-        scores = features[rows] @ means.mT
-        gaps = scores.gather(1, own) - scores
-        if bound == "certified":
-            speeds = torch.cdist(means[index[rows]], means, compute_mode="donot_use_mm_for_euclid_dist")
-            gaps = torch.where((gaps == 0) & (speeds == 0), torch.zeros_like(gaps), gaps / speeds)
-        radius[rows] = gaps.scatter(1, own, torch.inf).amin(1) / lipschitz
+    # A class at a time: its samples share the differences of means, and one product has all their gaps.
+    samples = index.argsort(stable=True).split(index.bincount(minlength=len(means)).tolist())
+    for own, of_class in enumerate(samples):
+        if not len(of_class):
+            continue
+        differences = means[own] - means
+        # In the widest dtype: the squares of small differences would be 0.
+        speeds = torch.linalg.vector_norm(differences, dim=1, dtype=wide_sums(means)).to(means.dtype)
+        for part in chunks(len(of_class), len(means)):
+            rows = of_class[part]
+            gaps = features[rows] @ differences.mT
+            if bound == "certified":
+                gaps = torch.where((gaps == 0) & (speeds == 0), 0, gaps / speeds)
+            radius[rows] = gaps.index_fill(1, index.new_tensor([own]), torch.inf).amin(1) / lipschitz
     radius = radius.masked_fill(~known, torch.nan)
     return radius.clamp(min=0) if clamp else radius

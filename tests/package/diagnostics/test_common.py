@@ -26,6 +26,7 @@ BAD = {
     "rule": (lambda: dg.classify(x, means, rule="best"), ValueError, "rule 'best' is unknown"),
     "means": (lambda: dg.classify(x, means[:, :3]), ValueError, "features (8, 4) and means (3, 3)"),
     "no means": (lambda: dg.classify(x, means[:0]), ValueError, "means (0, 4) must have at least one class"),
+    "mixed half": (lambda: dg.positive_rank(x.half(), x.double()), TypeError, "keys is torch.float64"),
     "mixed": (lambda: dg.classify(x, means.double()), TypeError, "means is torch.float64"),
     "one view": (lambda: dg.centre_bound(x[:, None], labels, K, **BOUND), ValueError, "views (8, 1, 4)"),
     "sigma": (
@@ -56,6 +57,19 @@ BAD = {
     "temperature": (lambda: dg.false_negative_mass(x, x, labels, temperature=0.0), ValueError, "temperature 0.0"),
     "fewer keys": (lambda: dg.positive_rank(x, x[:7]), ValueError, "query (8, 4) has more rows than keys (7, 4)"),
     "target": (lambda: dg.positive_rank(x, x, labels[:2]), ValueError, "target (2,) must have shape (8,)"),
+    "target of no key": (
+        lambda: dg.positive_rank(x, x, torch.full((8,), 8)),
+        ValueError,
+        "target has values from 8 to 8; the indices of keys (8, 4) are 0 to 7",
+    ),
+    "no target": (
+        lambda: dg.retrieval_accuracy(x, x, torch.tensor([-1, 0, 1, 2, 3, 4, 5, 6])),
+        ValueError,
+        "target has values from -1 to 6",
+    ),
+    "target without keys": (lambda: dg.positive_rank(x, x[:0], labels), ValueError, "target has values from 0 to 0"),
+    "bool k": (lambda: dg.retrieval_accuracy(x, x, k=True), TypeError, "k must be an integer, not bool"),
+    "float k": (lambda: dg.retrieval_accuracy(x, x, k=1.5), TypeError, "k must be an integer, not float"),
     "ids of the queries": (lambda: dg.positive_rank(x, x, query_ids=labels), ValueError, "query_ids and key_ids"),
     "k": (lambda: dg.retrieval_accuracy(x, x, k=(1, 0)), ValueError, "k 0 must be at least 1"),
     "joint": (lambda: dg.spectral_optimum(x, 2), ValueError, "joint (8, 4) must be square"),
@@ -68,6 +82,12 @@ BAD = {
     "half a band": (lambda: dg.plot_distance_histogram(x, lower=0.1), ValueError, "lower and upper go together"),
     "names": (lambda: dg.plot_class_similarity(means, ["a"]), ValueError, "names has 1 entries"),
     "ranks": (lambda: dg.plot_rank_distribution(x, 8), ValueError, "ranks (8, 4) must have shape (N,)"),
+    "ranks above": (
+        lambda: dg.plot_rank_distribution(torch.tensor([1, 9]), 8),
+        ValueError,
+        "ranks has values from 1 to 9; the ranks among 8 keys are 1 to 8",
+    ),
+    "ranks below": (lambda: dg.plot_rank_distribution(torch.tensor([0, 3]), 8), ValueError, "ranks has values from 0"),
     "float ranks": (lambda: dg.plot_rank_distribution(x[0], 8), TypeError, "ranks has dtype torch.float32"),
 }
 
