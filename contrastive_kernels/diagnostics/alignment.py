@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from contrastive_kernels.diagnostics.common import check_alike, positive as positive_number, wide_rows, without_autocast
+from contrastive_kernels.diagnostics.common import as_positive, check_alike, wide_rows, without_autocast
 from contrastive_kernels.losses import uniformity_loss
 from contrastive_kernels.losses._options import softplus
 from contrastive_kernels.primitives import checks, row_dot
@@ -53,7 +52,7 @@ def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0, normalize: bool = 
     checks.features("y", y)
     check_alike("x", x, "y", y)
     checks.not_empty("x", x)
-    exponent = positive_number("exponent", exponent)
+    exponent = as_positive("exponent", exponent)
     squares = (wide_rows(x, normalize) - wide_rows(y, normalize)).square().sum(1)
     if exponent == 2:
         return squares.mean()
@@ -87,7 +86,7 @@ def uniformity(z: Tensor, *, t: float = 2.0, normalize: bool = False, backend: s
         >>> round(uniformity(torch.eye(4)).item(), 4)
         -4.0
     """
-    t = positive_number("t", t)
+    t = as_positive("t", t)
     checks.features("z", z)
     return uniformity_loss(wide_rows(z, False), t=t, normalize=normalize, backend=backend)
 

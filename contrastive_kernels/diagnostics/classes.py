@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.common import (
+    as_count,
+    as_positive,
     centre,
     check_alike,
     check_labels,
     check_means,
     chunks,
     class_index,
-    count,
     first_equal,
-    positive,
     wide_rows,
     without_autocast,
 )
@@ -74,8 +74,8 @@ class CentreBound(NamedTuple):
     threshold: Tensor
     """``r^2 (1 - rho_max - sqrt(2 rho_max) - centre_shrinkage / 2)``."""
     holds: Tensor
-    """Bool: the divergence is below the threshold, so that the bound holds; decided by differences, not False or True by
-    rounding where both are near r^2. False with NaN."""
+    """Bool: the divergence is below the threshold, so that the bound holds; False with NaN. It compares what both are
+    below r^2, which rounding leaves apart where the two are close to it."""
     error_bound: Tensor
     """``(1 - sigma) + misaligned``: the error of the nearest centre is at most this if the bound holds."""
 
@@ -116,7 +116,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int, *, normalize
     """
     features = _as_views(features)
     labels = check_labels(labels, features)
-    num_classes = count("num_classes", num_classes)
+    num_classes = as_count("num_classes", num_classes)
     features = wide_rows(features, normalize).mean(1)
     index, known = class_index(labels, num_classes)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=features.device).index_add(0, index, known.long())
@@ -205,18 +205,16 @@ def by_means(features: Tensor, means: Tensor, nearest: bool = False) -> Classifi
     parts = []
     for rows in chunks(len(features), max(means.shape)):
         f = features[rows]
-        if nearest:
-            scores = (f - origin) @ offsets.mT - row_dot(offsets, offsets) / 2
-        else:
-            scores = f @ offsets.mT
-        parts.append(between(*top_two(scores[:, equal]), f, f, means, nearest))
+        scores = (f - origin if nearest else f) @ offsets.mT - (row_dot(offsets, offsets) / 2 if nearest else 0)
+        best, second = top_two(scores)
+        parts.append(between(equal[best], equal[second], f, f, means, nearest))
     return joined(parts, features)
 
 
 def top_two(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the best and the second best of the classes (N, K), the lower of equals first; the same with one class."""
-    best = scores.argmax(1)
-    return best, scores.scatter(1, best[:, None], -torch.inf).argmax(1)
+    """Return the best and the second best column of each row, the lower of equals first; the same if there is one."""
+    best = scores.max(1).indices
+    return best, scores.scatter(1, best[:, None], -torch.inf).max(1).indices
 
 
 def between(best: Tensor, second: Tensor, f: Tensor, g: Tensor, means: Tensor, nearest: bool = False) -> Classification:
@@ -229,12 +227,16 @@ def between(best: Tensor, second: Tensor, f: Tensor, g: Tensor, means: Tensor, n
     if nearest:
         gap = row_dot((f - mean) + (f - other), mean - other) / 2
     else:
-        gap = row_dot(f, mean - other) + row_dot(f - g, other)
+        gap = row_dot(f, mean - other)
+        if f is not g:
+            gap = gap + row_dot(f - g, other)
     swapped = (gap < 0) | ((gap == 0) & (second < best))
-    f, mean = torch.where(swapped[:, None], g, f), torch.where(swapped[:, None], other, mean)
-    confidence = row_dot(f, mean) - (row_dot(mean, mean) / 2 if nearest else 0)
-    margin = gap.abs() if len(means) > 1 else confidence + torch.inf
-    return Classification(torch.where(swapped, second, best), confidence, margin)
+    prediction = torch.where(swapped, second, best)
+    mean = means[prediction]
+    confidence = row_dot(f if f is g else torch.where(swapped[:, None], g, f), mean)
+    if nearest:
+        confidence = confidence - row_dot(mean, mean) / 2
+    return Classification(prediction, confidence, gap.abs() if len(means) > 1 else confidence + torch.inf)
 
 
 def joined(parts: list[Classification], features: Tensor) -> Classification:
@@ -295,12 +297,12 @@ def centre_bound(
     """
     checks.views("views", views)
     labels = check_labels(labels, views)
-    num_classes = count("num_classes", num_classes)
-    sigma, radius = positive("sigma", sigma), positive("radius", radius)
+    num_classes = as_count("num_classes", num_classes)
+    sigma, radius = as_positive("sigma", sigma), as_positive("radius", radius)
     if sigma > 1:
         raise ValueError(f"sigma {sigma} is a probability: it must be at most 1")
-    delta, lipschitz = positive("delta", delta, zero=True), positive("lipschitz", lipschitz, zero=True)
-    epsilon = positive("epsilon", epsilon, zero=True)
+    delta, lipschitz = as_positive("delta", delta, zero=True), as_positive("lipschitz", lipschitz, zero=True)
+    epsilon = as_positive("epsilon", epsilon, zero=True)
     views = wide_rows(views, normalize) * (radius if normalize else 1)
     means, counts = class_means(views, labels, num_classes, normalize=False)
     index, known = class_index(labels, num_classes)

@@ -17,8 +17,8 @@ from contrastive_kernels.primitives import checks, compute_dtype, reading_is_pos
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
-# Elements of one chunk's scores: the workspace of a diagnostic, 16 MiB in float32 a tile.
-CHUNK_ELEMENTS = 1 << 22
+# Elements of one chunk's scores: the workspace of a diagnostic, 4 MiB in float32 a tile, which stays in a cache.
+CHUNK_ELEMENTS = 1 << 20
 
 
 # Precision
@@ -38,7 +38,7 @@ def without_autocast(function: Callable[P, Result]) -> Callable[P, Result]:
 
 
 def wide_rows(x: Tensor, normalize: bool) -> Tensor:
-    """Return the rows in the compute dtype, and only then of unit norm if asked for: half rows are not rounded again."""
+    """Return the rows in the compute dtype, then of unit norm if asked for: half precision is not rounded again."""
     return unit_rows(x.to(compute_dtype(x)), normalize)
 
 
@@ -66,7 +66,10 @@ def check_means(means: Tensor, x: Tensor) -> None:
 
 
 def check_range(name: str, value: Tensor, least: int, end: int, what: str) -> None:
-    """Raise unless least <= value < end everywhere. Waits for the device: an index out of range would end its context."""
+    """Raise unless least <= value < end everywhere.
+
+    Waits for the device, where an index out of range would break every call that follows.
+    """
     if not value.numel() or not reading_is_possible(value):
         return
     found = torch.stack(value.aminmax()).tolist()
@@ -74,7 +77,7 @@ def check_range(name: str, value: Tensor, least: int, end: int, what: str) -> No
         raise ValueError(f"{name} has values from {found[0]} to {found[1]}; {what} are {least} to {end - 1}")
 
 
-def count(name: str, value: object) -> int:
+def as_count(name: str, value: object) -> int:
     """Return an integer of at least 1 as an int, one of NumPy's too."""
     if isinstance(value, numbers.Integral) and not isinstance(value, bool):
         value = int(value)
@@ -82,7 +85,7 @@ def count(name: str, value: object) -> int:
     return value  # type: ignore[return-value]  # checked above
 
 
-def positive(name: str, value: object, *, zero: bool = False) -> float:
+def as_positive(name: str, value: object, *, zero: bool = False) -> float:
     """Return a number above 0, or with `zero` not below it, as a Python number, one of NumPy's too."""
     if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
         value = float(value)

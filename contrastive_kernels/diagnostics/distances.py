@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.common import (
+    as_count,
+    as_positive,
     check_alike,
     chunks,
-    count,
     first_equal,
-    positive,
     wide_rows,
     without_autocast,
 )
@@ -52,19 +52,17 @@ def _distances(
     """Yield chunks of the distances (rows, M) and the masks of the pairs that count."""
     z = wide_rows(z, normalize)
     columns, column_ids = (z, ids) if y is None else (wide_rows(y, normalize), y_ids)
-    index = torch.arange(len(columns), device=z.device)
-    equal = first_equal(z if y is None else torch.cat([z, columns]))
+    index = torch.arange(len(columns), dtype=torch.int32, device=z.device)
+    equal = first_equal(z if y is None else torch.cat([z, columns])).int()
     column_equal = equal if y is None else equal[len(z) :]
     for rows in chunks(len(z), len(columns)):
-        distance = (1 - z[rows] @ columns.mT) / 2
+        distance = (1 - z[rows] @ columns.mT).div_(2)
         if normalize:
             # Rounding leaves the distance of equal rows a little beside 0, and others outside [0, 1].
-            distance = distance.masked_fill(equal[rows, None] == column_equal, 0).clamp(0, 1)
-        kept = torch.ones_like(distance, dtype=torch.bool)
-        if y is None:
-            kept = index[rows, None] != index
+            distance.masked_fill_(equal[rows, None] == column_equal, 0).clamp_(0, 1)
+        kept = index[rows, None] != index if y is None else torch.ones_like(distance, dtype=torch.bool)
         if ids is not None:
-            kept = kept & ((ids[rows, None] == column_ids) == same)
+            kept &= (ids[rows, None] == column_ids) == same
         yield distance, kept
 
 
@@ -124,8 +122,8 @@ def band_count(
         normalize: rows to unit norm first.
 
     Returns:
-        `BandCount`: ordered pairs in the band, all ordered pairs, their ratio, float32 (float64 for float64 inputs), and
-        the pairs without a finite distance, which are not in the band. Equal rows of unit norm have the distance 0.
+        `BandCount`: ordered pairs in the band, all ordered pairs, their ratio, float32 (float64 for float64 inputs),
+        and the pairs without a finite distance, which are not in the band. Equal rows of unit norm have distance 0.
 
     Raises:
         ValueError: shapes that do not fit or bounds that are no band.
@@ -137,13 +135,13 @@ def band_count(
         >>> band_count(torch.eye(3), lower=0.2, upper=0.6).count.item()
         6
     """
-    lower, upper = positive("lower", lower, zero=True), positive("upper", upper)
+    lower, upper = as_positive("lower", lower, zero=True), as_positive("upper", upper)
     Band(lower, upper)
     ids, y_ids = _checked(z, y, ids, y_ids, same)
     counts = torch.zeros(3, dtype=torch.int64, device=z.device)
     for distance, kept in _distances(z, y, ids, y_ids, same, normalize):
         inside = (distance > lower) & (distance < upper)
-        counts += torch.stack([(x & kept).sum() for x in (inside, torch.ones_like(kept), ~distance.isfinite())])
+        counts += torch.stack([(inside & kept).sum(), kept.sum(), (kept & ~distance.isfinite()).sum()])
     number, pairs, invalid = counts.unbind()
     fraction = number.to(compute_dtype(z)) / pairs.clamp(min=1)
     return BandCount(number, pairs, fraction.masked_fill(invalid > 0, torch.nan), invalid)
@@ -185,12 +183,12 @@ def distance_histogram(
         >>> distance_histogram(torch.eye(3), bins=4).counts.tolist()
         [0, 0, 6, 0]
     """
-    bins = count("bins", bins)
+    bins = as_count("bins", bins)
     ids, y_ids = _checked(z, y, ids, y_ids, same)
     # One place more for the pairs that do not count, and one for those without a finite distance.
     counts = torch.zeros(bins + 2, dtype=torch.int64, device=z.device)
     for distance, kept in _distances(z, y, ids, y_ids, same, normalize):
-        place = (distance * bins).clamp(0, bins - 1).nan_to_num().long()
-        place = place.masked_fill(~distance.isfinite(), bins).masked_fill(~kept, bins + 1).flatten()
-        counts.index_add_(0, place, torch.ones_like(place))
+        place = (distance * bins).clamp_(0, bins - 1).nan_to_num_().long()
+        place.masked_fill_(~distance.isfinite(), bins).masked_fill_(~kept, bins + 1)
+        counts += place.flatten().bincount(minlength=bins + 2)
     return DistanceHistogram(counts[:bins], _edges(bins, compute_dtype(z), z.device), counts[bins])

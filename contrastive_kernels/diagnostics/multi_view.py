@@ -59,14 +59,14 @@ def classify_views(
     equal = first_equal(means)
     parts = []
     for rows in chunks(len(views), views.shape[1] * max(means.shape)):
-        scores = (views[rows] @ means.mT)[:, :, equal]
-        parts.append(_by_vote(scores) if combine == "vote" else _by_largest(scores, views[rows], means))
+        scores = views[rows] @ means.mT
+        parts.append(_by_vote(scores, equal) if combine == "vote" else _by_largest(scores, views[rows], means, equal))
     return joined(parts, views)
 
 
-def _by_vote(scores: Tensor) -> Classification:
-    """Return the classification by the fraction of the views (N, V, K) that prefer a class."""
-    votes = torch.zeros_like(scores).scatter(2, scores.argmax(2, keepdim=True), 1).mean(1)
+def _by_vote(scores: Tensor, equal: Tensor) -> Classification:
+    """Return the classification by the fraction of the views (N, V, K) that prefer a class, the lowest of equals."""
+    votes = torch.zeros_like(scores).scatter(2, equal[scores.argmax(2, keepdim=True)], 1).mean(1)
     # A view of NaN has no vote to give.
     votes = votes.masked_fill(scores.isnan().any(1), torch.nan)
     best, second = top_two(votes)
@@ -75,12 +75,10 @@ def _by_vote(scores: Tensor) -> Classification:
     return Classification(best, confidence, confidence - others)
 
 
-def _by_largest(scores: Tensor, views: Tensor, means: Tensor) -> Classification:
+def _by_largest(scores: Tensor, views: Tensor, means: Tensor, equal: Tensor) -> Classification:
     """Return the classification by the largest of the scores (N, V, K) of the views."""
     largest, view = scores.max(1)
     best, second = top_two(largest)
-    f, g = (
-        torch.take_along_dim(views, view.gather(1, index[:, None])[:, :, None], 1).squeeze(1)
-        for index in (best, second)
-    )
-    return between(best, second, f, g, means)
+    sample = torch.arange(len(views), device=views.device)
+    f, g = (views[sample, view[sample, index]] for index in (best, second))
+    return between(equal[best], equal[second], f, g, means)

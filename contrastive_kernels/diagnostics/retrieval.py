@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.common import (
+    as_count,
     centre,
     check_alike,
     check_range,
     chunks,
-    count,
     first_equal,
     wide_rows,
     without_autocast,
@@ -79,7 +79,7 @@ def positive_rank(
     query_ids = checks.optional_ids("query_ids", query_ids, query.shape[0], query)
     key_ids = checks.optional_ids("key_ids", key_ids, keys.shape[0], query)
     query, keys = wide_rows(query, normalize), wide_rows(keys, normalize)
-    equal = first_equal(keys)
+    equal = first_equal(keys).int()
     if not normalize:
         # The order stays, and scores of raw rows far from the origin keep their digits.
         keys = keys - centre(keys)
@@ -120,7 +120,7 @@ def retrieval_accuracy(
         >>> retrieval_accuracy(torch.eye(3), torch.eye(3).roll(1, 0), k=(1, 3)).tolist()
         [0.0, 1.0]
     """
-    several = [count("k", value) for value in (k if isinstance(k, Iterable) else [k])]
+    several = [as_count("k", value) for value in (k if isinstance(k, Iterable) else [k])]
     ranks = positive_rank(query, keys, target, query_ids=query_ids, key_ids=key_ids, normalize=normalize)
     limits = torch.tensor(several, dtype=torch.int64, device=ranks.device)
     accuracy = (ranks[:, None] <= limits).to(query.dtype if query.dtype == torch.float64 else torch.float32).mean(0)

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.common import (
+    as_positive,
     check_labels,
     check_means,
     chunks,
     class_index,
-    positive,
     wide_rows,
     without_autocast,
 )
-from contrastive_kernels.primitives import checks, wide_sums
+from contrastive_kernels.primitives import checks
 
 __all__ = ["adversarial_radius"]
 
@@ -41,8 +41,9 @@ def adversarial_radius(
 
     with the scores :math:`c_k(x) = \langle \bar f_k, f(x) \rangle` and G the Lipschitz constant of
     :math:`x \mapsto f(x)`. Gaps are products with differences of means, so that close means keep their digits; between
-    equal means 0 / 0 counts as 0, no class is told from the other. **The form "notes" is no certificate**: the difference of two scores changes up to
-    :math:`\lVert \bar f_i - \bar f_j \rVert \le 2` times as fast as f, so the form is too large by up to that factor.
+    equal means 0 / 0 counts as 0, for nothing tells the two classes apart. **The form "notes" is no certificate**: the
+    difference of two scores changes up to :math:`\lVert \bar f_i - \bar f_j \rVert \le 2` times as fast as f, so the
+    form is too large by up to that factor.
 
     Args:
         features: ``(N, D)``.
@@ -71,7 +72,7 @@ def adversarial_radius(
     labels = check_labels(labels, features)
     check_means(means, features)
     checks.choice("bound", bound, ("certified", "notes"))
-    lipschitz = positive("lipschitz", lipschitz)
+    lipschitz = as_positive("lipschitz", lipschitz)
     features, means = wide_rows(features, normalize), wide_rows(means, normalize_means)
     index, known = class_index(labels, len(means))
     radius = features.new_empty(len(features))
@@ -81,13 +82,12 @@ def adversarial_radius(
         if not len(of_class):
             continue
         differences = means[own] - means
-        # In the widest dtype: the squares of small differences would be 0.
-        speeds = torch.linalg.vector_norm(differences, dim=1, dtype=wide_sums(means)).to(means.dtype)
+        speeds = torch.linalg.vector_norm(differences, dim=1)
         for part in chunks(len(of_class), len(means)):
             rows = of_class[part]
             gaps = features[rows] @ differences.mT
             if bound == "certified":
-                gaps = torch.where((gaps == 0) & (speeds == 0), 0, gaps / speeds)
+                gaps = gaps / speeds.masked_fill(speeds == 0, torch.inf)
             radius[rows] = gaps.index_fill(1, index.new_tensor([own]), torch.inf).amin(1) / lipschitz
     radius = radius.masked_fill(~known, torch.nan)
     return radius.clamp(min=0) if clamp else radius

@@ -61,9 +61,7 @@ DIAGNOSTICS = {
     "classify": lambda m: dg.classify(m.x, m.means),
     "classify nearest": lambda m: dg.classify(m.x, m.means, rule="nearest", normalize=False),
     "classify_views": lambda m: dg.classify_views(torch.stack([m.x, m.y], 1), m.means),
-    "classify_views mean_score": lambda m: dg.classify_views(
-        torch.stack([m.x, m.y], 1), m.means, combine="mean_score"
-    ),
+    "classify_views mean_score": lambda m: dg.classify_views(torch.stack([m.x, m.y], 1), m.means, combine="mean_score"),
     "classify_views max_score": lambda m: dg.classify_views(torch.stack([m.x, m.y], 1), m.means, combine="max_score"),
     "classify_views vote": lambda m: dg.classify_views(torch.stack([m.x, m.y], 1), m.means, combine="vote"),
     "centre_bound": lambda m: dg.centre_bound(

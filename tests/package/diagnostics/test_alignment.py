@@ -48,3 +48,25 @@ def test_info_nce_split_adds_up_to_the_loss():
         split = dg.info_nce_split(q, k, n, normalize=normalize)
         close(sum(split), F.cross_entropy(logits, torch.zeros(20, dtype=torch.int64)))
         close(split.alignment, dg.alignment(a, b) / 2)
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e3])
+def test_info_nce_split_far_from_the_origin(offset):
+    """Raw rows far from the origin keep the digits of both parts."""
+    q, k, n = (offset + torch.randn(3, 40, 16)).unbind(0)
+    q, k, n = q / 30, k / 30, n / 30
+    split = dg.info_nce_split(q, k, n, normalize=False)
+    a, b, c = q.double(), k.double(), n.double()
+    logits = torch.stack([(a * b).sum(1), (a * c).sum(1)], 1)
+    norms = (a.square().sum(1) + b.square().sum(1)) / 2
+    close(split.alignment.double(), (a - b).square().sum(1).mean() / 2, rtol=1e-6)
+    close(split.regularizer.double(), (logits.logsumexp(1) - norms).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_info_nce_split_has_gradients():
+    inputs = torch.randn(3, 5, 4, dtype=torch.float64).unbind(0)
+    for normalize in (True, False):
+        assert torch.autograd.gradcheck(
+            lambda *x, normalize=normalize: tuple(dg.info_nce_split(*x, normalize=normalize)),
+            [x.clone().requires_grad_() for x in inputs],
+        )

@@ -38,3 +38,41 @@ def test_a_tie_counts_against_the_positive():
     assert dg.positive_rank(x, x).tolist() == [7] * 7
     assert dg.positive_rank(torch.randn(0, 3), x).shape == (0,)
     assert dg.retrieval_accuracy(torch.randn(0, 3), x).isnan().all()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("dim", [5, 64, 100])
+def test_equal_keys_tie_wherever_they_are(dim, normalize):
+    """A product may give equal rows scores that differ by a rounding; collapsed features would look like retrieval."""
+    q, one = torch.randn(30, dim), torch.randn(1, dim)
+    keys = one.repeat(300, 1)
+    assert (dg.positive_rank(q, keys, normalize=normalize) == 300).all()
+    pairs = torch.randn(150, dim).repeat(2, 1)
+    ranks = dg.positive_rank(pairs, pairs, normalize=True)
+    assert (ranks == 2).all()
+    ids = torch.arange(150).repeat(2)
+    assert (dg.positive_rank(pairs, pairs, query_ids=ids, key_ids=ids) == 1).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+def test_ranks_of_raw_rows_far_from_the_origin(offset):
+    keys = offset + torch.randn(400, 32)
+    q = torch.randn(100, 32)
+    similarity = q.double() @ keys.double().T
+    expected = 1 + (similarity > similarity.diagonal()[:, None]).sum(1)
+    assert (dg.positive_rank(q, keys, normalize=False) - expected).abs().max() <= 1
+
+
+def test_ties_of_raw_integers_stay_ties():
+    q, keys = torch.randint(-3, 4, (50, 6)).float(), torch.randint(0, 4, (80, 6)).float()
+    similarity = q @ keys.T
+    expected = (similarity >= similarity.diagonal()[:, None]).sum(1)
+    assert torch.equal(dg.positive_rank(q, keys, normalize=False), expected)
+
+
+def test_broken_keys_compete_and_move_no_other():
+    q, keys = torch.randn(20, 6), torch.randn(30, 6)
+    for normalize in (True, False):
+        usual = dg.positive_rank(q, keys, normalize=normalize)
+        broken = torch.cat([keys, torch.full((5, 6), torch.nan)])
+        assert torch.equal(dg.positive_rank(q, broken, normalize=normalize), usual + 5)

@@ -56,3 +56,36 @@ def test_spectral_of_an_impossible_sample():
     found = dg.spectral_optimum(padded, 2)
     close(found.loss, dg.spectral_optimum(joint, 2).loss)
     assert not found.x_features[4].any() and found.x_features.isfinite().all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_one_tower_counts_the_symmetric_part(k):
+    """A joint distribution counted from sampled pairs is not symmetric; the optimum is what its features reach."""
+    joint = torch.rand(5, 5, dtype=torch.float64)
+    joint /= joint.sum()
+    found, symmetric = dg.spectral_optimum(joint, k), (joint + joint.T) / 2
+    close(dg.spectral_population_loss(joint, found.x_features), found.loss)
+    close(found.loss, dg.spectral_optimum(symmetric, k).loss)
+    f = torch.randn(5, k, dtype=torch.float64)
+    close(dg.spectral_population_loss(joint, f), dg.spectral_population_loss(symmetric, f, f))
+    for scale in (0.01, 0.1, 1.0):
+        elsewhere = found.x_features + scale * torch.randn(5, k, dtype=torch.float64)
+        assert dg.spectral_population_loss(joint, elsewhere) > found.loss
+    two = dg.spectral_optimum(joint, k, two_towers=True)
+    close(dg.spectral_population_loss(joint, two.x_features, two.y_features), two.loss)
+
+
+@pytest.mark.parametrize("two_towers", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_the_optimum_of_a_broken_joint_is_nan(value, two_towers):
+    joint = joint_distribution(5)
+    joint[1, 3] = value
+    for part in dg.spectral_optimum(joint, 2, two_towers=two_towers):
+        assert part.isnan().all()
+
+
+def test_the_wider_of_joint_and_features_counts():
+    joint, f = joint_distribution(5), torch.randn(5, 2, dtype=torch.float64)
+    found = dg.spectral_population_loss(joint.float(), f)
+    assert found.dtype == torch.float64
+    close(found, dg.spectral_population_loss(joint, f), rtol=1e-6)
