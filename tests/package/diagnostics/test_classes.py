@@ -123,9 +123,10 @@ RULES = {
 def test_equal_means_are_a_tie(rule, classes, dim):
     """The lowest class wins, by nothing, although a product may give equal means scores that differ by a rounding."""
     x, one = torch.randn(64, dim), torch.randn(1, dim)
-    found = RULES[rule](x, one.repeat(classes, 1))
-    assert not found.prediction.any()
-    assert (found.margin == (1 if rule == "vote" else 0)).all()
+    for rows in (x, *x.split(1)):  # one row takes another product
+        found = RULES[rule](rows, one.repeat(classes, 1))
+        assert not found.prediction.any()
+        assert (found.margin == (1 if rule == "vote" else 0)).all()
     # two groups of equal means: the winner is the lowest of its group
     found = RULES[rule](x, torch.cat([one, -one]).repeat(classes, 1))
     assert (found.prediction <= 1).all() and found.prediction.any() and not found.prediction.all()
