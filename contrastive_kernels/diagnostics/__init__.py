@@ -1,7 +1,13 @@
 """What a person wants to know of trained features: numbers without the N x N matrix, and pictures of them.
 
 Without gradient, except `alignment`, `uniformity`, `info_nce_split` and `spectral_population_loss`. Memory is
-O(N * D) plus a bounded workspace; results that are K x K (pairs of classes) or n x n (small distributions) say so.
+O(N * D) plus a bounded workspace; results that are K x K (pairs of classes) or n x n (small distributions) say so, and
+`mmcl_dual` stores N x N matrices.
+
+A result does not depend on where it is taken: autocast is off inside, half precision is widened to float32 before rows
+are normalised, and goes with float32. Only `torch.set_float32_matmul_precision`, of the whole process, counts here too.
+Broken data shows: NaN gives NaN, a pair without a finite distance is counted, a rank of NaN is the last. Checks of
+values, such as of a target, wait for the device.
 """
 
 from contrastive_kernels.diagnostics.alignment import InfoNCESplit, alignment, info_nce_split, uniformity

@@ -70,7 +70,7 @@ def plot_distance_histogram(
         bins: bins of the histogram of features.
         lower, upper: the band of the distance polarization, shaded; both or none.
         normalize: rows of features to unit norm first.
-        axes: matplotlib axes to draw in; None: a new figure.
+        axes: matplotlib axes to draw in; None: those of a new figure, which pyplot does not hold open.
 
     Returns:
         The axes.
@@ -125,14 +125,14 @@ def plot_class_similarity(
         means: ``(K, D)``, of `class_means`.
         names: of the classes; of more than 20 some are left out.
         normalize: means to unit norm first.
-        axes: matplotlib axes to draw in; None: a new figure.
+        axes: matplotlib axes to draw in; None: those of a new figure, which pyplot does not hold open.
 
     Returns:
         The axes.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: another number of names than of classes.
+        ValueError: another number of names than of classes, or no class.
 
     Example:
         >>> plot_class_similarity(torch.eye(2), ["cat", "dog"]).get_title()
@@ -140,6 +140,8 @@ def plot_class_similarity(
     """
     similarity = class_similarity(means, normalize=normalize).cpu()
     classes = len(similarity)
+    if not classes:
+        raise ValueError(f"means {checks.shape(means)} must have at least one class")
     if names is not None and len(names) != classes:
         raise ValueError(f"names has {len(names)} entries and means {checks.shape(means)} has {classes} classes")
     empty = (means == 0).all(1).cpu()
@@ -175,7 +177,7 @@ def plot_rank_distribution(ranks: Tensor, keys: int, *, axes: Axes | None = None
     Args:
         ranks: ``(N,)`` int64, of `positive_rank`.
         keys: the number of keys among which they were found.
-        axes: matplotlib axes to draw in; None: a new figure.
+        axes: matplotlib axes to draw in; None: those of a new figure, which pyplot does not hold open.
 
     Returns:
         The axes.

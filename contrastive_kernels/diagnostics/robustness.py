@@ -83,7 +83,7 @@ def adversarial_radius(
             continue
         differences = means[own] - means
         speeds = torch.linalg.vector_norm(differences, dim=1)
-        for part in chunks(len(of_class), len(means)):
+        for part in chunks(len(of_class), max(means.shape)):
             rows = of_class[part]
             gaps = features[rows] @ differences.mT
             if bound == "certified":

@@ -81,6 +81,7 @@ BAD = {
     ),
     "half a band": (lambda: dg.plot_distance_histogram(x, lower=0.1), ValueError, "lower and upper go together"),
     "names": (lambda: dg.plot_class_similarity(means, ["a"]), ValueError, "names has 1 entries"),
+    "no class": (lambda: dg.plot_class_similarity(means[:0]), ValueError, "means (0, 4) must have at least one class"),
     "ranks": (lambda: dg.plot_rank_distribution(x, 8), ValueError, "ranks (8, 4) must have shape (N,)"),
     "ranks above": (
         lambda: dg.plot_rank_distribution(torch.tensor([1, 9]), 8),

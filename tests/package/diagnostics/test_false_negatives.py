@@ -13,7 +13,7 @@ from tests.support.testing import device_of, precise
 
 @pytest.mark.parametrize("temperature", [0.05, 0.5])
 def test_false_negative_mass(temperature, backend):
-    """I20 diagnostics: the difference of two log-sum-exps is the masked sum over the softmax."""
+    """I20 diagnostics: two log-sum-exps give the masked sum over the softmax."""
     dtype = precise(backend)
     x, labels = labelled(33)
     z0, z1 = x.to(dtype), (x + 0.5 * torch.randn_like(x)).to(dtype)
