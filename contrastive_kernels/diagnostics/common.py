@@ -126,3 +126,11 @@ def first_equal(rows: Tensor) -> Tensor:
     mark = torch.where(rows.isfinite().all(1), -1, index).to(rows.dtype)
     same = torch.cat([mark[:, None], rows.nan_to_num()], 1).unique(dim=0, return_inverse=True)[1]
     return index.new_full(index.shape, len(rows)).scatter_reduce(0, same, index, "amin")[same]
+
+
+def equal_rows(rows: Tensor) -> Tensor | None:
+    """Return `first_equal` in int32, or None where all rows differ, which saves the comparison of all pairs."""
+    equal = first_equal(rows)
+    if reading_is_possible(rows) and torch.equal(equal, torch.arange(len(rows), device=rows.device)):
+        return None
+    return equal.int()

@@ -13,7 +13,7 @@ from contrastive_kernels.diagnostics.common import (
     check_alike,
     check_range,
     chunks,
-    first_equal,
+    equal_rows,
     wide_rows,
     without_autocast,
 )
@@ -79,7 +79,7 @@ def positive_rank(
     query_ids = checks.optional_ids("query_ids", query_ids, query.shape[0], query)
     key_ids = checks.optional_ids("key_ids", key_ids, keys.shape[0], query)
     query, keys = wide_rows(query, normalize), wide_rows(keys, normalize)
-    equal = first_equal(keys).int()
+    equal = equal_rows(keys)
     if not normalize:
         # The order stays, and scores of raw rows far from the origin keep their digits.
         keys = keys - centre(keys)
@@ -87,7 +87,9 @@ def positive_rank(
     for rows in chunks(len(query), len(keys)):
         similarity, own = query[rows] @ keys.mT, target[rows, None]
         # The positive's entry of the same product: recomputed it could differ by a rounding from an equal key's.
-        competes = ~(similarity < similarity.gather(1, own)) | (equal == equal[own])
+        competes = ~(similarity < similarity.gather(1, own))
+        if equal is not None:
+            competes |= equal == equal[own]
         if query_ids is not None:
             competes &= query_ids[rows, None] != key_ids
         ranks[rows] += competes.scatter_(1, own, False).sum(1)

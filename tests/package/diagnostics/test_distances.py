@@ -103,6 +103,13 @@ def test_distances_outside_the_range():
     assert (finite.pairs, finite.invalid, finite.fraction) == (2, 0, 0)
 
 
+def test_no_rows():
+    z = torch.ones(5, 3)
+    for x, y in ((z, z[:0]), (z[:0], z), (z[:0], None)):
+        assert dg.band_count(x, y).pairs == 0
+        assert not dg.distance_histogram(x, y, bins=3).counts.any()
+
+
 def test_what_is_left_out_is_not_invalid():
     z = torch.randn(6, 3)
     z[5] = torch.nan
