@@ -1,4 +1,4 @@
-"""``python -m benchmarks.gpu``: GPU tests, compute-sanitizer and the GPU benchmark, with all results in one folder.
+"""``python -m benchmarks.gpu``: check, GPU tests, compute-sanitizer and GPU benchmark, all results in one folder.
 
 The command has parts. Each part adds to the folder, row by row; the same command again runs the unfinished parts.
 ``--parts d128`` repeats that part.
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO
@@ -42,12 +43,14 @@ GRIDS = {
     "small": [Grid(PAIR, SMALL_SIZES, [128], BF16, SMALL_PROVIDERS)],
 }
 # The counts of launches come last: the profiler slows down all later launches.
-PARTS = ("tests", "sanitize", *GRIDS, "launches")
+PARTS = ("check", "tests", "sanitize", *GRIDS, "launches")
 
 # Most of the time of the tests is the compilation of kernels, which runs in parallel.
 ABREAST = ["-n", "8"] if importlib.util.find_spec("xdist") else []
 TEST_COMMAND = ["-m", "pytest", "-m", "gpu", "-q", *ABREAST]
-TEST_SECONDS, SANITIZE_SECONDS = 180.0, 60.0
+CHECK_COMMAND = ["-m", "contrastive_kernels", "check"]
+CHECK_DTYPES = ("bfloat16", "float16", "float32", "float64")
+CHECK_SECONDS, TEST_SECONDS, SANITIZE_SECONDS = 240.0, 180.0, 60.0
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 
 
@@ -160,6 +163,7 @@ def _finish(part: str, ended: Ended, run: Run) -> None:
 def run_part(part: str, run: Run) -> Ended | None:
     """Run one part; return None if time ran out before its end."""
     own: dict[str, Callable[[Run], Ended | None]] = {
+        "check": run_check,
         "tests": run_tests,
         "sanitize": run_sanitizers,
         "launches": count_launches,
@@ -210,6 +214,21 @@ def count_launches(run: Run) -> Ended | None:
     return Ended(f"{counted} counts" if counted else "no small batch has been timed yet")
 
 
+def run_check(run: Run) -> Ended:
+    """Compare every loss on the device with float64, all dtypes at once: most of the time kernels are compiled."""
+    seconds = min(CHECK_SECONDS, run.seconds_left())
+
+    def check(dtype: str) -> tuple[int, str]:
+        command = [sys.executable, *CHECK_COMMAND, "--device", run.settings.device.type, "--dtype", dtype]
+        with (run.folder / f"check-{dtype}.txt").open("w") as log:
+            status, last = run_logged(command, log, seconds, prefix=f"{dtype}: ")
+        return status, f"{dtype}: {last}"
+
+    with ThreadPoolExecutor() as pool:
+        statuses, summaries = zip(*pool.map(check, CHECK_DTYPES), strict=True)
+    return Ended("; ".join(summaries), max(statuses))
+
+
 def run_tests(run: Run) -> Ended:
     """Run the tests marked ``gpu``."""
     with (run.folder / "tests.txt").open("w") as log:
@@ -236,7 +255,9 @@ def run_sanitizers(run: Run) -> Ended:
     return Ended("; ".join(summaries) + ("" if program else "; compute-sanitizer is not installed"), status)
 
 
-def run_logged(command: Sequence[str], log: TextIO, seconds: float, **environment: str) -> tuple[int, str]:
+def run_logged(
+    command: Sequence[str], log: TextIO, seconds: float, prefix: str = "", **environment: str
+) -> tuple[int, str]:
     """Run a command for at most ``seconds``, output to screen and ``log``; return its status and last line."""
     stopped = threading.Event()
     with subprocess.Popen(
@@ -251,7 +272,7 @@ def run_logged(command: Sequence[str], log: TextIO, seconds: float, **environmen
         timer, last = threading.Timer(seconds, stop), ""
         timer.start()
         for line in process.stdout:
-            print(line, end="")
+            print(prefix + line, end="")
             log.write(line)
             last = line.strip("= \n") or last
         timer.cancel()

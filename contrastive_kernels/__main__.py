@@ -1,14 +1,21 @@
-"""`python -m contrastive_kernels`: what this installation can run, and why it cannot run the rest."""
+"""`python -m contrastive_kernels`: what this installation can run, and why it cannot run the rest.
+
+`python -m contrastive_kernels check` compares what it runs with float64.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
+import sys
+from collections.abc import Sequence
 
 import torch
 
-from contrastive_kernels import __version__
+from contrastive_kernels import __version__, saved_scores_limit, workspace_limit
+from contrastive_kernels.check import command
 from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose, cpp
 
 
@@ -31,6 +38,13 @@ def _extension() -> str:
     )
 
 
+def _default_backend(x: torch.Tensor) -> str:
+    try:
+        return choose(x).name
+    except NotImplementedError:
+        return f"none, {ENVIRONMENT_VARIABLE} asks for one that does not run here"
+
+
 def report() -> str:
     """Return the report as text."""
     devices = [
@@ -49,11 +63,41 @@ def report() -> str:
     ]
     for device, description in devices:
         x = torch.empty((1, 1), device=device)
-        lines += ["", f"{device}: {description}", f"  default backend for float32: {choose(x).name}"]
+        lines += ["", f"{device}: {description}", f"  default backend for float32: {_default_backend(x)}"]
         for name, backend in BACKENDS.items():
             lines.append(f"  {name:<7} {'; '.join(backend.not_supported_reasons(x)) or 'available'}")
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def check_environment() -> None:
+    """Raise ValueError for an environment variable that means nothing."""
+    backend = os.environ.get(ENVIRONMENT_VARIABLE)
+    if backend and backend not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    workspace_limit()
+    saved_scores_limit()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m contrastive_kernels", description="Print what this installation can run, and why not the rest."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="check")
+    check = commands.add_parser(
+        "check", help="compare every loss on every backend with float64", description=command.DESCRIPTION
+    )
+    command.add_arguments(check)
+    options = parser.parse_args(arguments)
+    try:
+        check_environment()
+    except ValueError as error:
+        parser.error(str(error))
+    if options.command == "check":
+        return command.run(options, check)
     print(report())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

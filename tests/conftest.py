@@ -62,6 +62,7 @@ SLOW = (
     "losses/test_properties.py",
     "package/benchmarks/",
     "package/diagnostics/test_plots.py",
+    "package/test_check.py::test_every_loss_is_right",
     "package/test_examples.py",
     "package/test_sdist.py",
     "package/test_types.py::test_mypy",

@@ -46,7 +46,8 @@ def rehearse(monkeypatch, tmp_path):
         "small": gpu.GRIDS["small"],
     }
     monkeypatch.setattr(gpu, "GRIDS", some)
-    monkeypatch.setattr(gpu, "PARTS", ("tests", "sanitize", *some, "launches"))
+    monkeypatch.setattr(gpu, "PARTS", ("check", "tests", "sanitize", *some, "launches"))
+    monkeypatch.setattr(gpu, "CHECK_COMMAND", [*gpu.CHECK_COMMAND, "--loss", "moco", "alignment"])
     monkeypatch.setattr(gpu, "TEST_COMMAND", ["-c", "print('=== 3 passed ===')"])
 
     def command(*arguments):
@@ -62,13 +63,20 @@ def test_gpu_command_rehearsed(rehearse, tmp_path, capsys, monkeypatch):
     assert rehearse() == 0
     finished = json.loads((tmp_path / "parts.json").read_text())
     assert list(finished) == list(gpu.PARTS)
+    for dtype in gpu.CHECK_DTYPES:
+        assert f"{dtype}: 2 losses, " in finished["check"]["summary"]
     assert finished["tests"]["summary"] == "3 passed"
     assert "0 differ from float64; compute-sanitizer is not installed" in finished["sanitize"]["summary"]
     text = (tmp_path / "report.md").read_text()
     assert "A rehearsal" in text and "not run" not in text
     for start in (("clip", "64", "128"), ("siglip", "128", "768"), ("clip", "2,048", "512")):
         assert float(cells(text, *start)[0][3]) > 0
-    assert {file.name for file in tmp_path.iterdir()} >= {"results.csv", "results.json", "tests.txt", "sanitize.txt"}
+    assert {file.name for file in tmp_path.iterdir()} >= {
+        "results.csv",
+        "results.json",
+        "check-float32.txt",
+        "tests.txt",
+    }
 
     rows = report.read(tmp_path)
     assert "timings" in capsys.readouterr().out
@@ -82,7 +90,7 @@ def test_gpu_command_rehearsed(rehearse, tmp_path, capsys, monkeypatch):
 
 def test_gpu_command_out_of_time(rehearse, tmp_path, capsys):
     assert rehearse("--minutes", "0") == 0
-    assert "Out of time before: tests, sanitize, d128" in capsys.readouterr().out.replace("\n", " ")
+    assert "Out of time before: check, tests, sanitize, d128" in capsys.readouterr().out.replace("\n", " ")
     assert not (tmp_path / "parts.json").exists()
 
 
@@ -114,7 +122,16 @@ def test_gpu_command_when_a_part_breaks(rehearse, tmp_path, monkeypatch):
         rehearse("--parts", "tests", "small")
     text = (tmp_path / "report.md").read_text()
     assert "- tests: FAILED: RuntimeError: illegal access" in text
-    assert "not run: sanitize, d128, large, million, small, launches" in text
+    assert "not run: check, sanitize, d128, large, million, small, launches" in text
+
+
+def test_gpu_command_when_the_check_fails(rehearse, tmp_path, monkeypatch):
+    """The other parts run all the same, as after a failed test."""
+    monkeypatch.setattr(gpu, "CHECK_COMMAND", ["-c", "print('27 losses: 1 wrong'); raise SystemExit(1)"])
+    assert rehearse("--parts", "check", "tests") == 1
+    text = (tmp_path / "report.md").read_text()
+    assert "- check: bfloat16: 27 losses: 1 wrong; float16: 27 losses: 1 wrong" in text
+    assert "- tests: 3 passed" in text
 
 
 def test_gpu_command_when_the_tests_fail(rehearse, tmp_path, monkeypatch):
