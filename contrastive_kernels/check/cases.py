@@ -154,7 +154,7 @@ CASES = (
         Case("sup_con", {"features": "N2D", "labels": "N"}, SCALE, {"positives": positives})
         for positives in ("out", "in", "pairwise")
     ),
-    Case("label_pull", LABELLED, SCALE, {"form": "pull"}),
+    Case("label_pull", LABELLED, options={"form": "pull"}),
     Case("label_pull", LABELLED, SCALE, {"form": "softmax"}),
     # corrected negatives
     Case("debiased", VIEWS, MILD, {"tau_plus": 0.1}),

@@ -255,14 +255,14 @@ def sup_con(features: Tensor, labels: Tensor, *, logit_scale: Tensor, positives:
     return losses.masked_fill(alone, 0)
 
 
-def label_pull(z: Tensor, labels: Tensor, label_embeddings: Tensor, *, logit_scale: Tensor, form: str) -> Tensor:
-    s = products(unit(z), unit(label_embeddings))
-    known = labels >= 0
+def label_pull(
+    z: Tensor, labels: Tensor, label_embeddings: Tensor, *, form: str, logit_scale: Tensor | float = 1.0
+) -> Tensor:
+    s, known = products(unit(z), unit(label_embeddings)), labels >= 0
+    target = labels.clamp(min=0)
     if form == "pull":
-        losses = 1 - s.gather(1, labels.clamp(min=0)[:, None]).squeeze(1) + 0 * logit_scale
-    else:
-        losses = F.cross_entropy(logit_scale * s, labels.clamp(min=0), reduction="none")
-    return losses * known
+        return (1 - s.gather(1, target[:, None]).squeeze(1)) * known
+    return F.cross_entropy(logit_scale * s, target, reduction="none") * known
 
 
 # Corrected negatives

@@ -40,6 +40,9 @@ def mmcl_dual(z0: Tensor, *, solver: Literal["inverse", "pgd"] = "inverse", **op
         True
     """
     checks.features("z0", z0)
+    for name in ("reduction", "weight", "return_stats"):
+        if name in options:
+            raise ValueError(f"{name} has no effect on the statistics; leave it out")
     options["return_stats"] = True
     rows = wide_rows(z0, False)
     stats: MMCLStats = mmcl_loss(rows, rows, solver=solver, **options)[1]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contrastive_kernels.primitives import unit_rows
+from contrastive_kernels.primitives import checks, unit_rows
 
 
 class LossModule(nn.Module):
@@ -79,8 +79,9 @@ class KeyQueue(LossModule):
         """Return the held keyword arguments; rows are normalised before they are stored, not again for every batch."""
         return super().options() | {"normalize": False}
 
-    def unit_rows(self, x: Tensor) -> Tensor:
+    def unit_rows(self, name: str, x: Tensor) -> Tensor:
         """Return x as it enters the similarities."""
+        checks.tensor(name, x)
         return unit_rows(x, getattr(self, "normalize", True))
 
     @torch.no_grad()

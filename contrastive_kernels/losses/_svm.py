@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from contrastive_kernels.primitives import checks, reading_is_free
 
 KERNELS = ("rbf", "linear", "poly", "tanh", "min")
+WITH_SIGMA = ("rbf", "tanh")
 SOLVERS = ("inverse", "pgd")
 # Elements of the (rows, M, D) minima that the "min" kernel holds at a time.
 MINIMA_ELEMENTS = 1 << 22
@@ -71,6 +72,19 @@ class Solver:
             raise ValueError(f"tolerance {self.tolerance} must not be negative")
         if isinstance(self.max_iterations, float) or self.max_iterations < 1:
             raise ValueError(f"max_iterations {self.max_iterations} must be a positive integer")
+        if self.kernel not in WITH_SIGMA:
+            self._check_unused("kernel", "sigma")
+        if self.solver == "inverse":
+            self._check_unused("solver", "use_norm", "eta", "nesterov", "a0", "stop", "tolerance", "max_iterations")
+        if self.use_norm:
+            self._check_unused("use_norm", "eta")
+        if not self.nesterov:
+            self._check_unused("nesterov", "a0")
+
+    def _check_unused(self, choice: str, *names: str) -> None:
+        """Raise if a field that a choice leaves without effect is not its default."""
+        given = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        checks.no_effect(f"{choice}={getattr(self, choice)!r}", **{name: given[name] for name in names})
 
 
 class Solution(NamedTuple):

@@ -99,7 +99,8 @@ def easy_negative_loss(
         weight: ``(N,)`` per anchor; the mean is then sum(w l) / sum(w).
         label_smoothing: share of the target spread over all kept candidates.
         query_ids: ``(N,)`` integers; a candidate with the query's id that is not its positive is no negative.
-        key_ids: ids of the candidates, ``(N,)`` in the batch (None: query_ids), ``(M,)`` for negative_keys.
+        key_ids: ids of the candidates, ``(N,)`` in the batch (None: query_ids); ``(M,)`` for negative_keys, which
+            query_ids needs.
         return_stats: also return `ContrastiveStats`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
 
@@ -109,7 +110,7 @@ def easy_negative_loss(
 
     Raises:
         ValueError: shapes that do not fit, an empty batch, temperature near 0, k or threshold missing or of the other
-            selection.
+            selection, one of two ids.
         TypeError: dtypes that differ or are not floating (ids and k: not integer).
         RuntimeError: tensors on different devices.
 
@@ -215,8 +216,10 @@ def _candidate_ids(
     """Return the ids of the queries and of the candidates, as `info_nce_loss` reads them; None where there are none."""
     if key_ids is not None and query_ids is None:
         raise ValueError("key_ids is given but query_ids is not; a key is no negative when its id is its query's")
+    if query_ids is not None and key_ids is None and not in_batch:
+        raise ValueError("query_ids is given but key_ids is not; a key is no negative when its id is its query's")
     query_ids = checks.optional_ids("query_ids", query_ids, query.shape[0], query)
     key_ids = checks.optional_ids("key_ids", key_ids, candidates.shape[0], query)
-    if query_ids is None or (key_ids is None and not in_batch):
+    if query_ids is None:
         return None, None
     return query_ids, query_ids if key_ids is None else key_ids

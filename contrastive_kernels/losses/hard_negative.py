@@ -105,8 +105,8 @@ def hard_negative_loss(
         logit_scale: 1 / T instead.
         tau_plus: :math:`\tau^+`, the probability that a negative is a positive, in [0, 1).
         beta: concentration on the hard negatives, at least 0; 0 is `debiased_loss`.
-        estimator: ``"hard"``, or ``"easy"``: :math:`N_i = \sum_j e^{u_{ij}}`, which is NT-Xent and takes neither
-            tau_plus nor beta into account.
+        estimator: ``"hard"``, or ``"easy"``: :math:`N_i = \sum_j e^{u_{ij}}`, which is NT-Xent and takes
+            neither tau_plus nor beta nor detach_weights.
         detach_weights: take the weights :math:`e^{\beta u_{ij}}` as constants; the official code differentiates them.
         normalize: rows to unit norm first; the lower bound of :math:`N_i` takes it for granted.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -124,7 +124,7 @@ def hard_negative_loss(
 
     Raises:
         ValueError: shapes that do not fit, an empty batch, tau_plus outside [0, 1), a negative beta, an unknown
-            estimator, temperature near 0.
+            estimator, temperature near 0, options that ``"easy"`` does not take.
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.
 
@@ -138,6 +138,10 @@ def hard_negative_loss(
     checks.paired("z0", z0, "z1", z1)
     checks.choice("estimator", estimator, ("hard", "easy"))
     _check_correction(tau_plus, beta)
+    if estimator == "easy":
+        checks.no_effect(
+            "estimator='easy'", tau_plus=(tau_plus, 0.1), beta=(beta, 1.0), detach_weights=(detach_weights, False)
+        )
     options = SoftmaxOptions.of(
         z0,
         temperature=temperature,

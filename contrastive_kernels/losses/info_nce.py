@@ -110,7 +110,8 @@ def info_nce_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per anchor; the mean is then sum(w l) / sum(w).
         label_smoothing: share of the target spread over all kept candidates.
-        query_ids: ``(N,)`` integers; a candidate with the query's id that is not its positive is no negative.
+        query_ids: ``(N,)`` integers; a candidate with the query's id that is not its positive is no negative. Without
+            in-batch negatives it needs key_ids.
         key_ids: ids of the negatives: ``(N,)`` for in-batch keys (None: query_ids), ``(M,)`` or ``(N, M)`` for
             negative_keys, ``(N + M,)`` for in-batch and shared ones.
         cutoff: float or ``(N,)``; negatives more similar than this are dropped, the positive never is.
@@ -124,7 +125,8 @@ def info_nce_loss(
         ``return_stats`` the pair (loss, stats).
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, options that exclude each other, temperature near 0.
+        ValueError: shapes that do not fit, an empty batch, options that exclude each other, one of two ids, temperature
+            near 0.
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.
 
@@ -232,6 +234,8 @@ def _split_ids(
     n = query.shape[0]
     query_ids = checks.ids("query_ids", query_ids, n, query)
     if key_ids is None:
+        if not in_batch:
+            raise ValueError("query_ids is given but key_ids is not; a key is no negative when its id is its query's")
         return query_ids, query_ids, None
     if negative_keys is None:
         return query_ids, checks.ids("key_ids", key_ids, n, query), None

@@ -55,7 +55,7 @@ def label_pull_loss(
         label_embeddings: w, ``(K, D)``, usually fixed; they get a gradient if they require one.
         form: ``"pull"``, half the squared distance of unit rows, or ``"softmax"``, InfoNCE over the K embeddings.
         temperature: T of ``"softmax"``, float or 0-dim tensor (differentiable); 0.1 unless ``logit_scale`` is given.
-        logit_scale: 1 / T instead.
+        logit_scale: 1 / T instead, also of ``"softmax"`` alone.
         normalize: rows of z and of label_embeddings to unit norm first.
         reduction: ``"mean"`` over the labelled rows, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per row; the mean is then sum(w l) / sum(w) over the labelled rows.
@@ -65,7 +65,8 @@ def label_pull_loss(
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). 0 when no row is labelled.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, no embeddings, an unknown option, temperature near 0.
+        ValueError: shapes that do not fit, an empty batch, no embeddings, an unknown option, temperature near 0, a
+            temperature or logit_scale of ``"pull"``.
         TypeError: dtypes that differ or are not floating (labels: not integer).
         RuntimeError: tensors on different devices.
 
@@ -92,6 +93,8 @@ def label_pull_loss(
         weight=weight,
         backend=backend,
     )
+    if form == "pull":
+        checks.no_effect("form='pull'", temperature=(temperature, None), logit_scale=(logit_scale, None))
 
     z, embeddings = unit_rows(z, normalize, backend), unit_rows(label_embeddings, normalize, backend)
     classes = embeddings.shape[0]

@@ -12,7 +12,16 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import Loss, ReductionArguments
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import check_reduction, reduce
-from contrastive_kernels.losses._svm import MMCLStats, Problem, Solver, dual_stats, join_stats, kernel_matrix, solve
+from contrastive_kernels.losses._svm import (
+    WITH_SIGMA,
+    MMCLStats,
+    Problem,
+    Solver,
+    dual_stats,
+    join_stats,
+    kernel_matrix,
+    solve,
+)
 from contrastive_kernels.primitives import available_bytes, checks, compute_dtype, reading_is_possible, unit_rows
 
 __all__ = ["MMCLLoss", "MMCLStats", "mmcl_loss"]
@@ -124,7 +133,7 @@ def mmcl_loss(
         kernel: of unit rows with similarity s: ``"rbf"`` :math:`e^{-(2 - 2s) / \sigma}`, ``"linear"`` s, ``"poly"``
             :math:`(s + \frac12)^3`, ``"tanh"`` :math:`\tanh(\sigma s)`, ``"min"``
             :math:`\sum_k \min(x_k^+, y_k^+)`, N x N x D operations that no matrix product does.
-        sigma: of ``"rbf"`` and ``"tanh"``; float or 0-dim tensor (differentiable).
+        sigma: of ``"rbf"`` and ``"tanh"`` alone; float or 0-dim tensor (differentiable).
         gamma: ``"auto"``: sigma = 1 / D instead.
         C: upper bound of the coefficients, -1 for none: not with a ``kxx`` that is less than the kernel has, where the
             program has no minimum.
@@ -157,8 +166,9 @@ def mmcl_loss(
         (loss, stats). 0 for an anchor without negatives.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, an unknown option, one out of its range, or N x N matrices
-            larger than the memory that is available.
+        ValueError: shapes that do not fit, an empty batch, an unknown option, one out of its range or without effect
+            (those of pgd with ``"inverse"``, ``eta`` with ``use_norm``, ``a0`` without ``nesterov``, ``sigma`` of a
+            kernel that has none or with ``gamma``), or N x N matrices larger than the memory that is available.
         TypeError: dtypes that differ or are not floating.
         RuntimeError: tensors on different devices.
 
@@ -175,6 +185,9 @@ def mmcl_loss(
     check_reduction(z0, reduction, weight)
     if gamma is not None:
         checks.choice("gamma", gamma, ("auto",))
+        checks.no_effect("gamma='auto'", sigma=(sigma, 50.0))
+        if kernel not in WITH_SIGMA:
+            checks.no_effect(f"kernel={kernel!r}", gamma=(gamma, None))
         sigma = 1.0 / max(z0.shape[-1], 1)
     options = Solver(
         kernel=kernel,

@@ -98,7 +98,7 @@ def moco_loss(
         (loss, stats).
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, temperature near 0.
+        ValueError: shapes that do not fit, an empty batch, one of two ids, temperature near 0.
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.
 
@@ -160,7 +160,7 @@ class MoCoLoss(KeyQueue):
 
     def forward(self, query: Tensor, key: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss against the queue as it was; in training mode the keys then enter it."""
-        query, key = self.unit_rows(query), self.unit_rows(key.detach())
+        query, key = self.unit_rows("query", query), self.unit_rows("key", key.detach())
         loss = self.function(query, key, self.queue.to(query.dtype, copy=True), **self.options(), **inputs)
         if self.training:
             self.enqueue(key)

@@ -191,7 +191,7 @@ class MoCoArCLLoss(KeyQueue):
 
     def forward(self, query: Tensor, keys: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss against the queue as it was; in training mode the first key views then enter it."""
-        query, keys = self.unit_rows(query), self.unit_rows(keys.detach())
+        query, keys = self.unit_rows("query", query), self.unit_rows("keys", keys.detach())
         loss = self.function(query, keys, self.queue.to(query.dtype, copy=True), **self.options(), **inputs)
         if self.training:
             self.enqueue(keys[:, 0])

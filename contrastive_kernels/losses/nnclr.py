@@ -172,7 +172,7 @@ class NNCLRLoss(KeyQueue):
 
     def forward(self, z: Tensor, predictions: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss against the queue as it was; in training mode z, or its first view, then enters it."""
-        z, predictions = self.unit_rows(z.detach()), self.unit_rows(predictions)
+        z, predictions = self.unit_rows("z", z.detach()), self.unit_rows("predictions", predictions)
         loss = self.function(z, predictions, self.queue.to(z.dtype, copy=True), **self.options(), **inputs)
         if self.training:
             self.enqueue(z[:, 0] if z.dim() == 3 else z)

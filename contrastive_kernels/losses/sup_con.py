@@ -109,7 +109,7 @@ def sup_con_loss(
         same_label: what other samples of the anchor's class are: ``"positive"``; ``"ignore"``, neither positive nor
             negative; ``"negative"``, as without labels.
         average: the mean is over ``"all"`` anchors or those ``"with_positives"``. For ``"pairwise"`` it is over the
-            positive pairs, whatever this says.
+            positive pairs, whatever this says. Not with another reduction.
         contrast_mode: anchors are the rows of ``"all"`` views, or of view ``"one"``, the first.
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``; the last two are made of the :math:`L_i` above.
@@ -124,7 +124,8 @@ def sup_con_loss(
         contributes 0.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, an unknown option, temperature near 0.
+        ValueError: shapes that do not fit, an empty batch, an unknown option, temperature near 0, an average without
+            the reduction ``"mean"``.
         TypeError: features are not floating or labels are not integers.
         RuntimeError: tensors on different devices.
 
@@ -145,6 +146,8 @@ def sup_con_loss(
     checks.choice("same_label", same_label, ("positive", "ignore", "negative"))
     checks.choice("average", average, ("all", "with_positives"))
     checks.choice("contrast_mode", contrast_mode, ("all", "one"))
+    if reduction != "mean":
+        checks.no_effect(f"reduction={reduction!r}", average=(average, "all"))
     n = features.shape[0]
     labels = checks.optional_ids("labels", labels, n, features)
     options = SoftmaxOptions.of(

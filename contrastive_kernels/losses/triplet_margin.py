@@ -105,7 +105,7 @@ def triplet_margin_loss(
         if counts is None:
             return losses
     else:
-        losses, counts = _hardest_hinges(x, y, margin, euclidean, ids, reduction)
+        losses, counts = _hardest_hinges(x, y, margin, euclidean, ids, reduction, backend)
         if counts is None:
             return reduce(losses, weight, reduction)
         losses = reduce(losses, weight, "sum")
@@ -173,15 +173,21 @@ def _all_hinges(
 
 
 def _hardest_hinges(
-    x: Tensor, y: Tensor, margin: float | Tensor, euclidean: bool, ids: Tensor | None, reduction: str
+    x: Tensor,
+    y: Tensor,
+    margin: float | Tensor,
+    euclidean: bool,
+    ids: Tensor | None,
+    reduction: str,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return every anchor's two hinges added, and the number of those that are not 0 if a mean has to count them."""
-    similarity = row_dot(x, y)
+    similarity = row_dot(x, y, backend)
     hinges = []
     for own, other in ((x, y), (y, x)):
         _, columns = row_select(own.detach(), other.detach(), x_ids=ids, y_ids=ids, exclude_diagonal=True)
         columns = columns[:, 0]
-        hardest = row_dot(own, gather_rows(other, columns.clamp(min=0)))
+        hardest = row_dot(own, gather_rows(other, columns.clamp(min=0)), backend)
         gap = _distance(similarity) - _distance(hardest) if euclidean else hardest - similarity
         hinges.append(torch.relu(margin + gap).masked_fill(columns < 0, 0))
     losses = hinges[0] + hinges[1]

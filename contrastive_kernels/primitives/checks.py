@@ -26,9 +26,13 @@ def shape(x: Tensor) -> str:
 
 
 def tensor(name: str, x: object) -> None:
-    """Raise unless x is a tensor."""
+    """Raise unless x is a dense tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{name} is a nested tensor; stack its rows, or pad them by torch.nested.to_padded_tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} has layout {x.layout}; expected a dense tensor, which to_dense() returns")
 
 
 def _features(name: str, x: Tensor, dimensions: str) -> None:
@@ -151,6 +155,17 @@ def positive(name: str, value: float, *, zero: bool = False) -> None:
     number(name, value)
     if not (value >= 0 if zero else value > 0):
         raise ValueError(f"{name} {value} must {'not be negative' if zero else 'be positive'}")
+
+
+def no_effect(condition: str, **given: tuple[object, object]) -> None:
+    """Raise if an argument that is without effect is not its default; each comes with its default.
+
+    A default that is passed explicitly cannot be told from one that is not.
+    """
+    for name, (value, default) in given.items():
+        if isinstance(value, Tensor) or value != default:
+            shown = name if isinstance(value, Tensor) else f"{name} {value!r}"
+            raise ValueError(f"{shown} has no effect with {condition}; leave it out")
 
 
 def count(name: str, value: object) -> None:

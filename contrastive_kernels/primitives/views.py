@@ -43,11 +43,12 @@ def min_view_similarity(
     """
     checks.views("views", views)
     checks.choice("reduce", reduce, ("min", "mean"))
+    checks.backend(views, backend)
     views = cast_for_autocast(views)
     if reduce == "mean":
         dtype, v = compute_dtype(views), views.shape[1]
         total = views.sum(1, dtype=dtype)
-        return (row_dot(total, total) - row_dot(views, views).sum(1)) / (v * (v - 1)), None
+        return (row_dot(total, total, backend) - row_dot(views, views, backend).sum(1)) / (v * (v - 1)), None
     pairs = call(choose(views, backend).name, "views", views.detach())
     index = pairs.unsqueeze(-1).expand(-1, -1, views.shape[2])
     first, second = views.gather(1, index).unbind(1)

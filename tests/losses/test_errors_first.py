@@ -1,7 +1,9 @@
 """Bad arguments are refused before any work: no operation reads or writes as much as the features."""
 
 import inspect
+import re
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import contrastive_kernels as ck
-from tests.support.testing import Case
+from tests.support.testing import Case, Outcome, case_params, differentiate, matching_ids
 from tests.support.variants import EVERY
 
 SHAPE = N, M, D = 48, 80, 32
@@ -165,6 +167,207 @@ def test_bad_features_are_refused_before_any_work(case, feature):
         with NoWork(N * D), pytest.raises(error) as caught:
             case(ck, features)
         assert feature in str(caught.value), kind
+
+
+# Layouts that no kernel reads.
+LAYOUTS = {
+    "nested": lambda x: torch.nested.nested_tensor([*x]),
+    "jagged": lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged),
+    "sparse_coo": lambda x: x.to_sparse(),
+    "sparse_csr": lambda x: x.to_sparse_csr(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage", "ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("case", "feature"), FEATURES)
+def test_features_that_are_not_dense_are_refused_before_any_work(case, feature, layout):
+    features = case.features(SHAPE, torch.float32)
+    features[feature] = LAYOUTS[layout](features[feature])
+    with NoWork(N * D), pytest.raises(TypeError, match=f"{feature} (is a nested tensor|has layout torch[.])"):
+        case(ck, features)
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype stage")
+@pytest.mark.parametrize("module", [ck.MoCoLoss, ck.MoCoArCLLoss, ck.NNCLRLoss])
+def test_a_queue_takes_no_nested_rows(module):
+    loss, rows = module(D, 2 * N), torch.randn(N, D)
+    names = [*inspect.signature(loss.forward).parameters][:2]
+    for place, name in enumerate(names):
+        inputs = [rows, rows]
+        inputs[place] = LAYOUTS["nested"](rows)
+        with pytest.raises(TypeError, match=f"{name} is a nested tensor"):
+            loss(*inputs)
+
+
+# Arguments that the other ones leave without effect: the case, the arguments, and the one that is named.
+PGD = ("use_norm", False), ("eta", 0.1), ("nesterov", False), ("a0", 0.5), ("stop", "change")
+PGD += ("tolerance", 0.1), ("max_iterations", 10)
+SHARED = EVERY["easy_negative-shared"]
+WITHOUT_EFFECT = {
+    **{
+        f"{name}-ids": (EVERY[name], {"query_ids": integers(N)}, "query_ids")
+        for name in ("info_nce-shared", "info_nce-paired", "moco", "moco_arcl", "easy_negative-shared")
+    },
+    "easy_negative-below-ids": (
+        replace(SHARED, options={"select": "below", "threshold": 0.0}),
+        {"query_ids": integers(N)},
+        "query_ids",
+    ),
+    "label_pull-temperature": (EVERY["label_pull"], {"temperature": 0.1}, "temperature 0.1"),
+    "label_pull-logit_scale": (EVERY["label_pull"], {"logit_scale": torch.ones(())}, "logit_scale has no effect"),
+    **{
+        f"hard_negative-easy-{name}": (EVERY["hard_negative-easy"], {name: value}, name)
+        for name, value in (("tau_plus", 0.2), ("beta", 2.0), ("detach_weights", True))
+    },
+    **{
+        f"sup_con-{reduction}": (
+            EVERY["sup_con"],
+            {"average": "with_positives", "reduction": reduction},
+            "average 'with_positives' has no effect with reduction=",
+        )
+        for reduction in ("sum", "none")
+    },
+    **{f"mmcl-inverse-{name}": (EVERY["mmcl"], {name: value}, name) for name, value in PGD},
+    **{
+        f"mmcl-{kernel}-sigma": (EVERY["mmcl"], {"kernel": kernel}, "sigma 1.0 has no effect with kernel=")
+        for kernel in ("linear", "poly", "min")
+    },
+    "mmcl-tensor-sigma": (EVERY["mmcl"], {"kernel": "min", "sigma": torch.ones(())}, "sigma has no effect"),
+    "mmcl-gamma-sigma": (EVERY["mmcl"], {"gamma": "auto"}, "sigma 1.0 has no effect with gamma="),
+    "mmcl-linear-gamma": (
+        replace(EVERY["mmcl"], options={}),
+        {"kernel": "linear", "gamma": "auto"},
+        "gamma 'auto' has no effect with kernel='linear'",
+    ),
+    "mmcl-norm-eta": (EVERY["mmcl"], {"solver": "pgd", "eta": 0.1}, "eta 0.1 has no effect with use_norm=True"),
+    "mmcl-plain-a0": (
+        EVERY["mmcl"],
+        {"solver": "pgd", "nesterov": False, "a0": 0.5},
+        "a0 0.5 has no effect with nesterov=False",
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "given", "names"), WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_an_argument_without_effect_is_refused_before_any_work(case, given, names):
+    features = case.features(SHAPE, torch.float32)
+    with NoWork(N * D), pytest.raises(ValueError, match=re.escape(names)):
+        getattr(ck, case.loss)(**{**case.options, **features, **given})
+
+
+# Other values than the cases have. A choice takes all others, a flag its opposite; ids and weights are drawn.
+OTHER = {
+    "temperature": 0.3,
+    "logit_scale": 2.3,
+    "logit_bias": 0.7,
+    "base_temperature": 0.3,
+    "reduction": "sum",
+    "label_smoothing": 0.2,
+    "cutoff": 0.0,
+    "cutoff_margin": -0.1,
+    "threshold": 0.9,
+    "top_k": 2,
+    "factor": 3.0,
+    "tau_plus": 0.3,
+    "beta": 0.7,
+    "context_size": 4,
+    "k": 3,
+    "margin": 0.6,
+    "lower": 0.3,
+    "upper": 0.7,
+    "t": 0.9,
+    "df": 3.0,
+    "mu": 0.4,
+    "lambd": 0.3,
+    "sim_weight": 4.0,
+    "var_weight": 4.0,
+    "cov_weight": 4.0,
+    "eps": 0.05,
+    "sigma": 2.5,
+    "gamma": "auto",
+    "C": 0.05,
+    "reg": 0.3,
+    "eta": 0.01,
+    "a0": 0.5,
+    "tolerance": 0.1,
+    "max_iterations": 3,
+    "block_size": 5,
+    "polarization": ck.Polarization(0.2, 0.7, 2.0),
+}
+# Arguments that may change nothing, because the mathematics says so.
+NEUTRAL = {
+    ("info_nce_loss", "in_batch_negatives"): "True is the default without negative_keys",
+    ("nt_xent_loss", "multi_view"): "two views are one pair",
+    ("clip_loss", "logit_bias"): "a softmax does not see it; the statistics do",
+    ("sup_con_loss", "average"): "all anchors have positives, or the mean is over pairs",
+    ("sup_con_loss", "contrast_mode"): "of one view it is all or the first",
+    ("spectral_contrastive_loss", "method"): "two ways to one loss",
+    ("spectral_contrastive_loss", "reduction"): "the case has it",
+}
+# The same numbers from elsewhere, or more than the loss.
+ELSEWHERE = ("backend", "return_stats", "negative_keys", "z1", "labels")
+
+
+def others(case: Case, argument: str, n: int) -> list:
+    """Return values of an argument that the case does not have."""
+    function = getattr(ck, case.loss)
+    if argument in OTHER:
+        return [OTHER[argument]]
+    if argument == "alpha0":
+        return [torch.rand(n, n)]
+    if argument in ("weight", "positive_weight"):
+        return [0.5 + torch.rand(n)]
+    value = case.options.get(argument, inspect.signature(function).parameters[argument].default)
+    if argument in choices(case):
+        hint = typing.get_type_hints(function)[argument]
+        return [choice for choice in typing.get_args(hint) if choice != value]
+    return [not value]
+
+
+@pytest.mark.parametrize("case", case_params(EVERY))
+def test_every_argument_changes_the_loss_or_is_refused(case):
+    """What an argument says is never ignored: the value or a gradient is another, or there is an error."""
+    n, m, d = 12, 9, 5
+    features = case.features((n, m, d), torch.float64)
+
+    def run(options):
+        fixed = {**case.options, **options}
+        try:
+            return differentiate(lambda **tensors: getattr(ck, case.loss)(**tensors, **fixed), features)
+        except ValueError as error:
+            return str(error)
+
+    for argument in set(arguments(case)) - {*ELSEWHERE}:
+        rows = case.takes("reduction") and argument not in ("reduction", "average")
+        fixed = {"reduction": "none"} if rows else {}
+        # ids of the queries and of the keys go together
+        ids = argument.endswith("ids") and matching_ids(case, n, m)
+        for given in [ids] if ids else [{argument: value} for value in others(case, argument, n)]:
+            changed = run({**fixed, **given})
+            if isinstance(changed, str):
+                # another mode takes features of another shape
+                assert argument in changed or "must have shape" in changed
+            elif (case.loss, argument) not in NEUTRAL:
+                assert not same(changed, run(fixed)), f"{given} is ignored"
+
+
+def same(x: Outcome, y: Outcome) -> bool:
+    """Return whether value and gradients have the same bits."""
+    if x.value.shape != y.value.shape or not torch.equal(x.value, y.value):
+        return False
+    pairs = [(x.gradients[name], y.gradients[name]) for name in x.gradients]
+    return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+
+def test_a_default_that_is_passed_is_no_error():
+    """It cannot be told from one that is not."""
+    z = torch.randn(2, N, D)
+    easy = ck.hard_negative_loss(*z, estimator="easy", tau_plus=0.1, beta=1.0, detach_weights=False)
+    assert torch.equal(easy, ck.hard_negative_loss(*z, estimator="easy"))
+    linear = ck.mmcl_loss(*z, kernel="linear", sigma=50.0, solver="inverse", eta=1e-3)
+    assert torch.equal(linear, ck.mmcl_loss(*z, kernel="linear"))
 
 
 def test_work_is_noticed():

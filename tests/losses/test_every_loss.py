@@ -221,7 +221,7 @@ def test_derivatives(case, backend):
     if precise(backend) != torch.float64:
         pytest.skip(f"{backend} has no float64")
     features = case.features((5, 6, 3), torch.float64, device_of(backend))
-    scalars = SCALARS.get(case.loss, {"logit_scale": 1.7} if case.takes("logit_scale") else {})
+    scalars = {k: v for k, v in SCALARS.get(case.loss, {"logit_scale": 1.7}).items() if case.takes(k)}
     tensors = {k: x for k, x in features.items() if x.is_floating_point() and k not in case.detached}
     tensors |= {k: torch.tensor(v, dtype=torch.float64, device=device_of(backend)) for k, v in scalars.items()}
     fixed = {k: v for k, v in case.options.items() if k != "temperature" or "logit_scale" not in scalars}

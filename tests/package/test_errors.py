@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import contrastive_kernels as ck
+import contrastive_kernels.diagnostics
 from contrastive_kernels.engine.backends import BACKENDS
 from tests.support.testing import CASES, SOFTMAX, case_params
 
@@ -135,6 +136,31 @@ BAD = {
         lambda: ck.moco_arcl_loss(f(8, 16), f(8, 3, 16), f(9, 16), query_ids=ids(8)),
         ValueError,
         "query_ids and key_ids",
+    ),
+    "sparse ids": (
+        lambda: info_nce(query_ids=ids(8).to_sparse()),
+        TypeError,
+        "query_ids has layout torch.sparse_coo; expected a dense tensor",
+    ),
+    "sparse rows of a primitive": (
+        lambda: ck.similarity_sum(f(8, 16).to_sparse(), term=ck.Square()),
+        TypeError,
+        "x has layout torch.sparse_coo; expected a dense tensor",
+    ),
+    "sparse features of a diagnostic": (
+        lambda: ck.diagnostics.class_means(f(8, 16).to_sparse(), ids(8), 2),
+        TypeError,
+        "features has layout torch.sparse_coo; expected a dense tensor",
+    ),
+    "reduction of a diagnostic without loss": (
+        lambda: ck.diagnostics.mmcl_dual(f(8, 16), reduction="sum"),
+        ValueError,
+        "reduction has no effect",
+    ),
+    "backend of the mean view": (
+        lambda: ck.min_view_similarity(f(8, 2, 16), reduce="mean", backend="cuda"),
+        ValueError,
+        "backend 'cuda' is unknown",
     ),
     "weight too long": (lambda: info_nce(weight=f(9)), ValueError, "weight (9,) must have shape (8,)"),
     "cutoff too long": (lambda: info_nce(cutoff=f(9)), ValueError, "cutoff (9,) must have shape (8,)"),

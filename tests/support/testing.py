@@ -118,6 +118,7 @@ class Case:
     detached: tuple[str, ...] = ()
     scale: str = "temperature"
     unit: bool = False  # the features are normalised before, as this loss expects
+    without: tuple[str, ...] = ()  # arguments that are errors with these options
 
     def features(self, shape, dtype=torch.float64, device="cpu") -> dict[str, torch.Tensor]:
         """Return standard normal features of that shape, drawn in float64 and rounded; labels from -1 (none) to 3."""
@@ -131,7 +132,7 @@ class Case:
         return features
 
     def takes(self, argument: str) -> bool:
-        return argument in inspect.signature(getattr(ck, self.loss)).parameters
+        return argument in inspect.signature(getattr(ck, self.loss)).parameters and argument not in self.without
 
     def __call__(self, module, features, **options):
         """Return the loss of `contrastive_kernels` or of `python_ref`; a loss without a sweep takes no backend."""
@@ -228,7 +229,7 @@ FAMILY = {
     "sup_con": Case("sup_con_loss", views_and_labels),
     "sup_con-in": Case("sup_con_loss", views_and_labels, {"positives": "in"}),
     "sup_con-pairwise": Case("sup_con_loss", views_and_labels, {"positives": "pairwise"}),
-    "label_pull": Case("label_pull_loss", rows_and_labels),
+    "label_pull": Case("label_pull_loss", rows_and_labels, without=("temperature", "logit_scale")),
     "label_pull-softmax": Case("label_pull_loss", rows_and_labels, {"form": "softmax"}),
     "debiased": Case("debiased_loss", two("z0", "z1")),
     "hard_negative": Case("hard_negative_loss", two("z0", "z1")),

@@ -79,7 +79,8 @@ def label_pull(form: str) -> Case:
     def shapes(n, m, d):
         return {"z": (n, d), "labels": (n,), "label_embeddings": (m, d)}
 
-    return PartialLabels("label_pull_loss", shapes, {"form": form})
+    without = ("temperature", "logit_scale") if form == "pull" else ()
+    return PartialLabels("label_pull_loss", shapes, {"form": form}, without=without)
 
 
 def two_views(loss: str, **options) -> Case:
