@@ -25,8 +25,10 @@ LIMITS = {"triton": 16.0}
 SEEDS = 4
 # In float64 the plain form is as inexact as ours; only a wrong formula makes a larger relative error.
 FLOAT64_TOLERANCE = 1e-11
-# What is smaller than NOTHING cancels to 0; what is left is the rounding of the terms, which are about 1 / T.
-NOTHING, TERMS = 1e-12, 20.0
+# Of a few numbers plain PyTorch may have the right ones by luck; those below NOTHING cancel to 0. Either way there is
+# the rounding of terms of about 1 / T.
+FEW, NOTHING, TERMS = 8 * SEEDS, 1e-12, 20.0
+GRADIENT = "gradient of "
 
 Sizes = tuple[int, int, int]
 Outcome = dict[str, Tensor]
@@ -114,22 +116,28 @@ def _expected(case: Case, dtype: torch.dtype, inputs: Sequence[Mapping[str, Tens
     wide = [{name: x.double() if x.is_floating_point() else x for name, x in tensors.items()} for tensors in inputs]
     exact = _pooled(_outcome(case, case.dense, tensors) for tensors in wide)
     plain = _pooled(_outcome(case, case.dense, tensors) for tensors in inputs)
-    return exact, {name: _bounds(name, x, plain[name], dtype) * case.factor for name, x in exact.items()}
+    return exact, {name: _bounds(case, name, x, plain[name], dtype) for name, x in exact.items()}
 
 
-def _bounds(name: str, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> Tensor:
+def _bounds(case: Case, name: str, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the contract: twice (gradients: three times) the error of plain PyTorch in that dtype, and a rounding."""
-    size, eps = _errors(exact, torch.zeros_like(exact)), torch.finfo(dtype).eps
+    factor, of_inputs = (2 if name == "value" else 3), name.removeprefix(GRADIENT) in case.inputs
+    eps = torch.finfo(dtype if of_inputs else torch.promote_types(dtype, torch.float32)).eps
+    size = _errors(exact, torch.zeros_like(exact))
     if dtype == torch.float64:
-        return FLOAT64_TOLERANCE * size + 32 * eps * TERMS
-    # Of a few numbers plain PyTorch may have the right ones by luck.
-    roundings = eps * size * (4 if exact.numel() <= 8 * SEEDS else 1)
-    cancelled = 32 * eps * TERMS * (exact.abs().max() <= NOTHING)
-    return (2 if name == "value" else 3) * _errors(plain, exact) + roundings + cancelled
+        return case.factor * (FLOAT64_TOLERANCE * size + 256 * eps * TERMS)
+    bound = factor * _errors(plain, exact) + eps * size
+    if exact.numel() <= FEW:
+        bound = bound + eps * (16 * size + TERMS)
+    if exact.abs().max() <= NOTHING:
+        bound = bound + 32 * eps * TERMS
+    return case.factor * bound
 
 
 def _errors(x: Tensor, exact: Tensor) -> Tensor:
     """Return RMS and maximum of the difference."""
+    if x.shape != exact.shape:
+        raise ValueError(f"the shape is {tuple(x.shape[1:])}, not {tuple(exact.shape[1:])}")
     difference = (x - exact).abs()
     return torch.stack([difference.square().mean().sqrt(), difference.max()])
 
@@ -148,7 +156,7 @@ def _outcome(case: Case, loss: Callable[[Mapping[str, Tensor]], Tensor], tensors
     wanted = [leaves[name] for name in case.differentiable]
     found = torch.autograd.grad(value, wanted, upstream.to(value), materialize_grads=True)
     outcome = {"value": value.detach()}
-    outcome |= {f"gradient of {name}": x for name, x in zip(case.differentiable, found, strict=True)}
+    outcome |= {f"{GRADIENT}{name}": x for name, x in zip(case.differentiable, found, strict=True)}
     return {name: x.cpu().double() for name, x in outcome.items()}
 
 

@@ -115,6 +115,10 @@ def wrong_gradient(function, *, query, **arguments):
     return function(query=query * (1 + 1e-4) - 1e-4 * query.detach(), **arguments)
 
 
+def one_number(function, **arguments):
+    return function(**arguments).mean()
+
+
 def a_rounding(function, **arguments):
     return function(**arguments) * (1 + 1e-8)
 
@@ -124,6 +128,7 @@ def a_rounding(function, **arguments):
     [
         (crash, "error", "RuntimeError: an illegal access"),
         (not_a_number, "error", "value is not finite"),
+        (one_number, "error", "ValueError: the shape is (), not ("),
         (wrong_gradient, "wrong", "gradient of query"),
     ],
 )
