@@ -128,7 +128,7 @@ def _bounds(case: Case, name: str, exact: Tensor, plain: Tensor, dtype: torch.dt
         return case.factor * (FLOAT64_TOLERANCE * size + 256 * eps * TERMS)
     bound = factor * _errors(plain, exact) + eps * size
     if exact.numel() <= FEW:
-        bound = bound + eps * (16 * size + TERMS)
+        bound = bound + eps * (16 * size + 4 * TERMS)
     if exact.abs().max() <= NOTHING:
         bound = bound + 32 * eps * TERMS
     return case.factor * bound
