@@ -34,7 +34,17 @@ at::Tensor with_unit_stride(const at::Tensor& matrix) {
                                                                                            : matrix.contiguous();
 }
 
+// Calls f(block, offset in the range) for the blocks of a product: those of the grid, or the whole range as one.
+template <typename F>
+void for_each_block(const ProductsWanted& wanted, Range range, const F& f) {
+  for (int64_t begin = range.begin, end; begin < range.end; begin = end) {
+    end = wanted.same_bits ? std::min(range.end, (begin / kBlock + 1) * kBlock) : range.end;
+    f(Range{begin, end}, begin - range.begin);
+  }
+}
+
 constexpr int64_t kFloatPanel = 64;
+static_assert(kFloatPanel % kBlock == 0);
 static_assert(kTileRows % kFloatPanel == 0 && kTileCols % kFloatPanel == 0);
 
 // Returns the panels of kFloatPanel rows of y, each transposed, the last one filled up with zeros: [panels, d,
@@ -71,16 +81,23 @@ class BlasProducts final : public Products<T> {
     if constexpr (std::is_same_v<T, float>) {
       if (y_columns_.defined()) {
         const int64_t d = x_.size(1);
-        const float* x = static_cast<const float*>(row_data(x_, rows.begin));
-        for (int64_t j = cols.begin; j < cols.end; j += kFloatPanel)
-          at::native::cpublas::brgemm(rows.size(), kFloatPanel, d, x_.stride(0), kFloatPanel, kTileCols, false, x,
-                                      y_columns_.data_ptr<float>() + j * d, s + (j - cols.begin));
+        for_each_block(wanted_, rows, [&](Range block, int64_t offset) {
+          const float* x = static_cast<const float*>(row_data(x_, block.begin));
+          for (int64_t j = cols.begin; j < cols.end; j += kFloatPanel)
+            at::native::cpublas::brgemm(block.size(), kFloatPanel, d, x_.stride(0), kFloatPanel, kTileCols, false, x,
+                                        y_columns_.data_ptr<float>() + j * d,
+                                        s + offset * kTileCols + (j - cols.begin));
+        });
         return;
       }
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto tile = tile_of(rows, cols, s);
-    at::cpu::mm_out(tile, rows_of(x_, rows), transposed_rows_of(y_, cols));
+    for_each_block(wanted_, rows, [&](Range row_block, int64_t row_offset) {
+      for_each_block(wanted_, cols, [&](Range col_block, int64_t col_offset) {
+        auto tile = tile_of(row_block, col_block, s + row_offset * kTileCols + col_offset);
+        at::cpu::mm_out(tile, rows_of(x_, row_block), transposed_rows_of(y_, col_block));
+      });
+    });
   }
 
   void add_gradients(Range rows, Range cols, T* g, bool transposed, int64_t /*slot*/) override {
@@ -118,6 +135,7 @@ class BlasProducts final : public Products<T> {
 // - dY_J^T:  the panel [d, kPanel] of X^T, times the pairs of rows of G. The sums stay transposed until the end.
 constexpr int64_t kPanel = 128;
 constexpr int64_t kDepth = 32;
+static_assert(kPanel % kBlock == 0);
 static_assert(kTileRows % kPanel == 0 && kTileCols % kPanel == 0);
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -146,9 +164,11 @@ class MatrixUnitProducts final : public Products<float> {
   }
 
   void scores(Range rows, Range cols, float* s) override {
-    for (int64_t j = cols.begin; j < cols.end; j += kPanel)
-      at::native::cpublas::brgemm(rows.size(), kPanel, depth_, depth_, kPanel, kTileCols, false, row(x_, rows.begin),
-                                  columns_panel(j), s + (j - cols.begin));
+    for_each_block(wanted_, rows, [&](Range block, int64_t offset) {
+      for (int64_t j = cols.begin; j < cols.end; j += kPanel)
+        at::native::cpublas::brgemm(block.size(), kPanel, depth_, depth_, kPanel, kTileCols, false,
+                                    row(x_, block.begin), columns_panel(j), s + offset * kTileCols + (j - cols.begin));
+    });
   }
 
   void add_gradients(Range rows, Range cols, float* g, bool transposed, int64_t slot) override {

@@ -10,12 +10,18 @@
 
 namespace contrastive_kernels {
 
+// The grid of the blocks whose scores have the same bits wherever they are computed; tiles begin on it.
+constexpr int64_t kBlock = 64;
+
 struct ProductsWanted {
   bool scores = false, dx = false, dy = false;
   // y is x, and dY is added to dX.
   bool self = false;
   // With `self`: no block reaches a row of dX both as a row and as a column, so that dX takes both sums at once.
   bool symmetric = false;
+  // A score has the same bits in every tile that holds it: a cutoff is compared with what was selected before, and
+  // with what the backward computes again.
+  bool same_bits = false;
 };
 
 template <typename T>

@@ -27,11 +27,13 @@ std::tuple<at::Tensor, at::Tensor> row_select_as(const at::Tensor& x, const at::
   auto columns = at::full({n, k}, -1, at::kLong);
   if (!n || !m) return {values, columns};
 
-  const auto products = make_products<T>(x, y, {.scores = true}, 1);
+  const auto products = make_products<T>(x, y, {.scores = true, .same_bits = true}, 1);
   const int64_t fitting = kCandidateBytes / (room * static_cast<int64_t>(sizeof(Candidate<T>)));
-  // As many rows in a tile as fit, but enough tiles for all threads.
+  // As many rows in a tile as fit, but enough tiles for all threads: whole blocks of the products, or an even part of
+  // one.
   const int64_t fair = (n + at::get_num_threads() - 1) / at::get_num_threads();
-  const int64_t height = std::clamp<int64_t>(std::min(fitting, fair), 1, kTileRows);
+  int64_t height = std::min(kTileRows, (fair + kBlock - 1) / kBlock * kBlock);
+  while (height > 1 && height > fitting) height = height > kBlock ? height - kBlock : height / 2;
   at::parallel_for(0, (n + height - 1) / height, 1, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<Workspace<T>> work(new Workspace<T>);
     std::vector<Candidate<T>> candidates(height * room);
@@ -40,13 +42,15 @@ std::tuple<at::Tensor, at::Tensor> row_select_as(const at::Tensor& x, const at::
     Selection<T> selection{std::min(k, m), room, candidates.data(), counts.data(), thresholds.data()};
     for (int64_t tile = begin; tile < end; ++tile) {
       const Range rows{tile * height, std::min(n, (tile + 1) * height)};
+      const Range blocks{rows.begin / kBlock * kBlock, std::min(n, (rows.end + kBlock - 1) / kBlock * kBlock)};
       std::fill(counts.begin(), counts.end(), 0);
       std::fill(thresholds.begin(), thresholds.end(), -std::numeric_limits<T>::infinity());
       for (int64_t j = 0; j < m; j += kTileCols) {
         const Range cols{j, std::min(m, j + kTileCols)};
-        products->scores(rows, cols, work->scores);
+        products->scores(blocks, cols, work->scores);
         const bool masked = rules.x_ids || (rules.diagonals && rows.overlaps(cols));
-        tile_math<T>().select(rules, {work->scores, rows, cols, masked}, largest ? T(1) : T(-1), selection, *work);
+        T* scores = work->scores + (rows.begin - blocks.begin) * kTileCols;
+        tile_math<T>().select(rules, {scores, rows, cols, masked}, largest ? T(1) : T(-1), selection, *work);
       }
       products->end_block();
       for (int64_t i = 0; i < rows.size(); ++i) {

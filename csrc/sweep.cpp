@@ -81,7 +81,9 @@ class Sweep {
 
   // Leaves the scores in `saved`, [n, m], unless it is null.
   void forward(const SideStatistics& rows, const SideStatistics& cols, T* saved) {
-    auto products = make_products<T>(x_, y_, {.scores = true, .self = self_, .symmetric = symmetric_}, slots_);
+    const ProductsWanted products_wanted{
+        .scores = true, .self = self_, .symmetric = symmetric_, .same_bits = rules_.cutoff != nullptr};
+    auto products = make_products<T>(x_, y_, products_wanted, slots_);
     const auto scores = [&](Range rows, Range cols, T* s) {
       products->scores(rows, cols, s);
       if (!saved) return;
@@ -96,8 +98,12 @@ class Sweep {
   // Takes the scores from `saved` unless it is null.
   std::pair<at::Tensor, at::Tensor> backward(const SideUpstream<T>& rows, const SideUpstream<T>& cols,
                                              const OtherGradients& gradients, const Wanted& wanted, const T* saved) {
-    const ProductsWanted products_wanted{
-        .scores = !saved, .dx = wanted.x, .dy = self_ ? wanted.x : wanted.y, .self = self_, .symmetric = symmetric_};
+    const ProductsWanted products_wanted{.scores = !saved,
+                                         .dx = wanted.x,
+                                         .dy = self_ ? wanted.x : wanted.y,
+                                         .self = self_,
+                                         .symmetric = symmetric_,
+                                         .same_bits = rules_.cutoff != nullptr};
     auto products = make_products<T>(x_, y_, products_wanted, slots_);
     for (int64_t slot = 0; slot < slots_; ++slot) work_[slot].gradients = gradients;
     const auto scores = [&](Range rows, Range cols, T* s) {

@@ -54,7 +54,9 @@ def alignment_loss(
     check_reduction(views, reduction, weight)
     views = unit_rows(views, normalize)
     wide = views.to(compute_dtype(views))
-    # Distances from the mean view: V of them rather than V (V - 1) / 2, and no difference of large numbers.
+    # Distances from the mean view: V of them rather than V (V - 1) / 2. The mean of differences from one of the views,
+    # which are exact where views are close, has their digits.
+    wide = wide - wide[:, :1]
     spread = (wide - wide.mean(1, keepdim=True)).square().sum((1, 2))
     return reduce(spread * (2 / (wide.shape[1] - 1)), weight, reduction)
 

@@ -36,7 +36,7 @@ def barlow_twins_loss(
         C = \hat z_0^\top \hat z_1 / N
 
     with :math:`\hat z` the columns of z with mean 0 and variance 1 over the batch. Formed from D x D or N x N products,
-    whichever is smaller.
+    whichever take less work.
 
     Args:
         z0: ``(N, D)``, N >= 2, the first view.
@@ -68,7 +68,8 @@ def barlow_twins_loss(
     first, second = (_standard_columns(unit_rows(z, normalize), std) for z in (z0, z1))
     diagonal, off_diagonal = cross_moments(first, second)
     n = first.shape[0]
-    return (1 - diagonal / n).square().sum() + lambd * (off_diagonal / n**2)
+    loss = (1 - diagonal / n).square().sum() + lambd * (off_diagonal / n**2)
+    return loss.to(diagonal.dtype)
 
 
 class BarlowTwinsLoss(LossModule):

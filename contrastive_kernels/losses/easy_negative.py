@@ -12,7 +12,7 @@ from contrastive_kernels.losses._arguments import ContrastiveStats, Loss, Softma
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions
 from contrastive_kernels.losses.info_nce import info_nce_loss
-from contrastive_kernels.primitives import checks, cutoff_between, row_select, unit_rows
+from contrastive_kernels.primitives import checks, selecting_cutoff, unit_rows
 
 __all__ = ["EasyNegativeLoss", "easy_negative_loss"]
 
@@ -163,16 +163,16 @@ def easy_negative_loss(
     query, positive_key = unit_rows(query, normalize, backend), unit_rows(positive_key, normalize, backend)
     negative_keys = None if negative_keys is None else unit_rows(negative_keys, normalize, backend)
     candidates = positive_key if negative_keys is None else negative_keys
-    values, _ = row_select(
+    limit = selecting_cutoff(
         query.detach(),
         candidates.detach(),
-        k + 1,
+        k,
         largest=False,
         x_ids=row_ids,
         y_ids=column_ids,
         exclude_diagonal=in_batch,
+        backend=backend,
     )
-    limit = cutoff_between(values[:, k - 1], values[:, k], query, candidates)
     return info_nce(query, positive_key, negative_keys, cutoff=limit, normalize=False)
 
 

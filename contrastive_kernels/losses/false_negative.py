@@ -18,11 +18,11 @@ from contrastive_kernels.primitives import (
     Pairs,
     checks,
     compute_dtype,
-    cutoff_between,
     gather_rows,
     kept_counts,
     row_dot,
     row_select,
+    selecting_cutoff,
     sweep,
     unit_rows,
 )
@@ -164,8 +164,7 @@ def false_negative_loss(
     positives = Positives.several(options.scale * similarities)
     if mode == "eliminate":
         if top_k is not None:
-            values, _ = row_select(z, k=top_k + 1, x_ids=ids)
-            boundary = cutoff_between(values[:, top_k - 1], values[:, top_k], z, z)
+            boundary = selecting_cutoff(z.detach(), None, top_k, largest=True, x_ids=ids, backend=backend)
             limit = boundary if limit is None else torch.maximum(limit, boundary)
         pairs = Pairs(ids, cutoff=limit)
     else:

@@ -18,11 +18,13 @@ from contrastive_kernels.primitives import (
     Square,
     checks,
     compute_dtype,
+    moments_pay,
     row_dot,
     row_squares,
     sweep,
     unit_rows,
     weighted_total,
+    wide_sums,
 )
 
 __all__ = ["SpectralContrastiveLoss", "spectral_contrastive_loss"]
@@ -62,7 +64,7 @@ def spectral_contrastive_loss(
         project: rows into the ball of radius sqrt(mu) first: ``z`` if shorter, else ``sqrt(mu) z / |z|``.
         include_diagonal: the squares of all N * N pairs, divided by N * N; biased, as i = j is no independent draw.
         method: ``"gram"``, from the D x D second moments, O(N D^2); ``"tile"``, over the pairs, O(N^2 D);
-            ``"auto"``: the cheaper one, ``"gram"`` when N > D.
+            ``"auto"``: the cheaper one, ``"gram"`` when 3 N > 4 D.
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per row of z0; the mean is then sum(w l) / sum(w).
@@ -95,20 +97,21 @@ def spectral_contrastive_loss(
     if project:
         x, y = _in_ball(x, math.sqrt(mu)), _in_ball(y, math.sqrt(mu))
     n, d = x.shape
-    own, columns = row_dot(x, y, backend), n if include_diagonal else max(n - 1, 1)
+    columns = n if include_diagonal else max(n - 1, 1)
     # Of one row no pair is left, which the moments know up to rounding only.
-    if (method == "gram" and n > 1) or (method == "auto" and n > d):
-        dtype = compute_dtype(x)
-        squares = row_squares(x.to(dtype), y.to(dtype))
-        # With more rows than dimensions the other pairs weigh at least about as much as the diagonal: no cancellation.
-        squares = squares if include_diagonal else squares - own.square()
-    else:
-        pairs = ALL_PAIRS if include_diagonal else Pairs(diagonals=1)
-        if reduction != "none":
-            factors = row_factors(x, weight, reduction) / mu
-            total = weighted_total(x, y, pairs, term=Square(), weight=factors / columns, backend=backend)
-            return total - 2 * (factors * own).sum()
-        squares = sweep(x, y, pairs, term=Square(), exponents=(), backend=backend).row_sum
+    if (method == "gram" and n > 1) or (method == "auto" and moments_pay(n, d)):
+        x, y = x.to(compute_dtype(x)), y.to(compute_dtype(y))
+        # A long row's similarity and its squares nearly cancel.
+        own = (x * y).sum(1, dtype=wide_sums(x))
+        squares = row_squares(x, y, None if include_diagonal else own)
+        return reduce((squares / columns - 2 * own) / mu, weight, reduction).to(x.dtype)
+    own = row_dot(x, y, backend)
+    pairs = ALL_PAIRS if include_diagonal else Pairs(diagonals=1)
+    if reduction != "none":
+        factors = row_factors(x, weight, reduction) / mu
+        total = weighted_total(x, y, pairs, term=Square(), weight=factors / columns, backend=backend)
+        return total - 2 * (factors * own).sum()
+    squares = sweep(x, y, pairs, term=Square(), exponents=(), backend=backend).row_sum
     return reduce((squares / columns - 2 * own) / mu, weight, reduction)
 
 

@@ -24,6 +24,7 @@ from contrastive_kernels.primitives import (
     row_dot,
     sweep,
     unit_rows,
+    wide_sums,
 )
 
 __all__ = ["SupConLoss", "sup_con_loss"]
@@ -249,9 +250,11 @@ class _Batch(NamedTuple):
 
     def positive_sums(self) -> Tensor:
         """Return (A,), the sum of the similarities to them, from the sum of every class."""
-        samples = self.views.sum(0, dtype=compute_dtype(self.views))
+        dtype = compute_dtype(self.views)
+        # A long row's own share of the sum leaves no digits of the others' in float32.
+        samples = self.views.sum(0, dtype=wide_sums(self.views))
         classes = gather_rows(torch.zeros_like(samples).index_add(0, self.ids, samples), self.ids)
-        return row_dot(self.heads, classes - self.heads).flatten()
+        return row_dot(self.heads, (classes - self.heads).to(dtype)).flatten()
 
 
 class _Anchors(NamedTuple):

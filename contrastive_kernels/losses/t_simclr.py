@@ -11,10 +11,10 @@ from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.primitives import (
     Pairs,
     Student,
-    centred,
     checks,
     compute_dtype,
     row_dot,
+    rows_for_distances,
     unit_rows,
     weighted_total,
     wide_products,
@@ -72,8 +72,8 @@ def t_simclr_loss(
     if not isinstance(temperature, Tensor):
         checks.positive("temperature", temperature)
     kappa, exponent, n = temperature * df, (df + 1) / 2, z0.shape[0]
-    z = torch.cat([unit_rows(z0, normalize, backend), unit_rows(z1, normalize, backend)])
-    z = centred(z.to(compute_dtype(z)))
+    dtype, z = compute_dtype(z0), torch.cat([unit_rows(z0, normalize, backend), unit_rows(z1, normalize, backend)])
+    z = rows_for_distances(z, 1 / kappa, backend)
     attraction = torch.log1p((z[:n] - z[n:]).square().sum(1) / kappa).mean()
 
     # |a|^2 + |b|^2 - 2 <a, b> is linear in the product of (a, 1) and (b, -|b|^2 / 2), with an offset per row.
@@ -82,7 +82,7 @@ def t_simclr_loss(
     kernel = Student(exponent, -2 / kappa, squares / kappa)
     with wide_products(x):
         repulsion = weighted_total(x, y, Pairs(diagonals=1), term=kernel, backend=backend)
-    return exponent * attraction + repulsion.log()
+    return (exponent * attraction + repulsion.log()).to(dtype)
 
 
 class TSimCLRLoss(LossModule):

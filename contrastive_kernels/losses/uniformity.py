@@ -9,10 +9,10 @@ from contrastive_kernels.losses._arguments import BackendArguments, loss_functio
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.primitives import (
     Pairs,
-    centred,
     checks,
     compute_dtype,
     row_dot,
+    rows_for_distances,
     sweep,
     unit_rows,
     wide_products,
@@ -55,15 +55,15 @@ def uniformity_loss(
     checks.two_rows("z", z, "a distance takes two")
     checks.backend(z, backend)
     t = checks.scalar("t", t, z)
-    z, n = unit_rows(z, normalize, backend), z.shape[0]
-    z = centred(z.to(compute_dtype(z)))
+    n, dtype = z.shape[0], compute_dtype(z)
+    z = rows_for_distances(unit_rows(z, normalize, backend), t, backend)
     squares = row_dot(z, z, backend)
     with wide_products(z):
         out = sweep(z, None, Pairs(diagonals=1), scale=2 * t, bias=-t * squares, backend=backend)
     # A value near 0 is the difference of two logarithms of N^2.
     rows_of_all = (out.row_lse.squeeze(0) - t * squares).to(wide_sums(z))
     pairs = rows_of_all.new_full((), n * (n - 1))  # a tensor: in a graph for every batch size n is a symbol
-    return (rows_of_all.logsumexp(0) - pairs.log()).to(z.dtype)
+    return (rows_of_all.logsumexp(0) - pairs.log()).to(dtype)
 
 
 class UniformityLoss(LossModule):

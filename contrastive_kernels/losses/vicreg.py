@@ -36,7 +36,8 @@ def vicreg_loss(
         + \frac{\beta}{2} \sum_{z \in \{x, y\}} \frac1D \sum_a \max\bigl(0, 1 - \sqrt{\mathrm{var}_a z + \epsilon}\bigr)
         + \frac{\gamma}{D} \sum_{z \in \{x, y\}} \sum_{a \ne b} \mathrm{cov}(z)_{ab}^2
 
-    with the variance and covariance over N - 1. Formed from D x D or N x N products, whichever is smaller.
+    with the variance and covariance over N - 1. Formed from D x D or N x N products, whichever take less
+    work.
 
     Args:
         z0: x, ``(N, D)``, N >= 2, the first view.
@@ -79,7 +80,8 @@ def vicreg_loss(
         hinge.append((1 - (diagonal / (n - 1) + eps).sqrt()).relu().mean())
         covariance.append(off_diagonal / ((n - 1) ** 2 * d))
     similarity = (views[0] - views[1]).square().mean()
-    return alpha * similarity + beta * (hinge[0] + hinge[1]) / 2 + gamma * (covariance[0] + covariance[1])
+    loss = alpha * similarity + beta * (hinge[0] + hinge[1]) / 2 + gamma * (covariance[0] + covariance[1])
+    return loss.to(similarity.dtype)
 
 
 class VICRegLoss(LossModule):

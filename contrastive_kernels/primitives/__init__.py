@@ -16,18 +16,19 @@ from contrastive_kernels.engine.terms import (
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.devices import available_bytes, reading_is_free, reading_is_possible
 from contrastive_kernels.primitives.logsumexp import similarity_logsumexp
-from contrastive_kernels.primitives.moments import cross_moments, row_squares
+from contrastive_kernels.primitives.moments import cross_moments, moments_pay, row_squares
 from contrastive_kernels.primitives.rows import (
     cast_for_autocast,
-    centred,
     gather_rows,
     nan_unless_finite,
     row_dot,
+    rows_for_distances,
+    takes_double,
     unit_rows,
     wide_products,
     wide_sums,
 )
-from contrastive_kernels.primitives.select import cutoff_between, row_select
+from contrastive_kernels.primitives.select import row_select, selecting_cutoff
 from contrastive_kernels.primitives.sums import kept_counts, kept_sums, similarity_sum
 from contrastive_kernels.primitives.sweep import ALL_PAIRS, Pairs, Statistics, sweep, weighted_total
 from contrastive_kernels.primitives.views import min_view_similarity
@@ -48,24 +49,26 @@ __all__ = [
     "Term",
     "available_bytes",
     "cast_for_autocast",
-    "centred",
     "checks",
     "compute_dtype",
     "cross_moments",
-    "cutoff_between",
     "gather_rows",
     "kept_counts",
     "kept_sums",
     "min_view_similarity",
+    "moments_pay",
     "nan_unless_finite",
     "reading_is_free",
     "reading_is_possible",
     "row_dot",
     "row_select",
     "row_squares",
+    "rows_for_distances",
+    "selecting_cutoff",
     "similarity_logsumexp",
     "similarity_sum",
     "sweep",
+    "takes_double",
     "unit_rows",
     "weighted_total",
     "wide_products",

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.engine.autograd import apply
-from contrastive_kernels.primitives.rows import row_dot, wide_products
+from contrastive_kernels.primitives.devices import reading_is_free
+from contrastive_kernels.primitives.rows import gather_rows, wide_products, wide_sums
 
-__all__ = ["cross_moments", "row_squares"]
+__all__ = ["cross_moments", "moments_pay", "row_squares"]
 
 
 class _Gram(torch.autograd.Function):
@@ -38,7 +39,7 @@ class _RowSquares(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         product = x @ (y.T @ y)
-        return row_dot(product, x), product
+        return (product * x).sum(1, dtype=wide_sums(x)), product
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -50,7 +51,7 @@ class _RowSquares(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, y, product = ctx.saved_tensors
         needs_x, needs_y = ctx.needs_input_grad
-        grad = 2 * grad[:, None]
+        grad = 2 * grad[:, None].to(x.dtype)
         with wide_products(x):
             if needs_x and torch.is_grad_enabled():
                 # The product that was saved has no graph for a second derivative.
@@ -58,25 +59,84 @@ class _RowSquares(torch.autograd.Function):
             return grad * product if needs_x else None, y @ (x.T @ (grad * x)) if needs_y else None
 
 
-def row_squares(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``sum_j <x_i, y_j>**2`` of every row of x, O(N D^2)."""
+def row_squares(x: Tensor, y: Tensor, own: Tensor | None = None) -> Tensor:
+    """Return ``sum_j <x_i, y_j>**2`` of every row of x, O(N D^2), in the dtype of wide sums.
+
+    With ``own``, the similarities of the pairs (i, i), over j != i only.
+    """
+    wide = wide_sums(x)
     with wide_products(x):
         squares: Tensor = apply(_RowSquares, x, y)[0]
-    return squares
+        if own is None:
+            return squares
+        own = own.square()
+        if not _subtraction_is_safe(squares, own):
+            longest, is_long = _longest(x, y, x.shape[1])
+            to_longest = (x @ gather_rows(y, longest).T).masked_fill(_own(longest, len(x)).T, 0)
+            squares = apply(_RowSquares, x, y.masked_fill(is_long[:, None], 0))[0]
+            squares = squares + to_longest.square().sum(1, dtype=wide)
+            own = own.masked_fill(is_long, 0)
+        return squares - own
 
 
 def cross_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the diagonal (D,) of ``a.T @ b`` and the sum of squares off it, from the smaller of D x D and N x N."""
-    n, d = a.shape
+    """Return the diagonal (D,) of ``a.T @ b`` and the sum of squares off it, from D x D or from N x N products.
+
+    The sum is in the dtype of wide sums: a few large squares may be most of it.
+    """
+    (n, d), wide = a.shape, wide_sums(a)
     with wide_products(a):
-        if n > d:
+        if not moments_pay(d, n):
             moments = apply(_Gram, a) if b is a else a.T @ b
-            diagonal = moments.diagonal()
             # Left out rather than subtracted: features that are decorrelated keep the digits of what is left.
             off_diagonal = moments.masked_fill(torch.eye(d, dtype=torch.bool, device=a.device), 0)
-            return diagonal, off_diagonal.square().sum()
-        # A matrix of rank below D has much off its diagonal: here the subtraction does not cancel.
+            return moments.diagonal(), off_diagonal.square().sum(dtype=wide)
         diagonal = (a * b).sum(0)
-        gram_a = apply(_Gram, a.T)
-        gram_b = gram_a if b is a else apply(_Gram, b.T)
-        return diagonal, (gram_a * gram_b).sum() - diagonal.square().sum()
+        squares, own = _all_squares(a, b), diagonal.square().sum(dtype=wide)
+        if _subtraction_is_safe(squares, own):
+            return diagonal, squares - own
+        longest, is_long = _longest(a.T, b.T, n)
+        rows = (gather_rows(a.T, longest) @ b).masked_fill(_own(longest, d), 0)
+        columns = rows if b is a else gather_rows(b.T, longest) @ a
+        of_longest = rows.square().sum(dtype=wide) + columns.masked_fill(is_long, 0).square().sum(dtype=wide)
+        short_a = a.masked_fill(is_long, 0)
+        squares = _all_squares(short_a, short_a if b is a else b.masked_fill(is_long, 0))
+        return diagonal, of_longest + (squares - diagonal.masked_fill(is_long, 0).square().sum(dtype=wide))
+
+
+def _all_squares(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum of the squares of ``a.T @ b`` from N x N products."""
+    gram_a: Tensor = apply(_Gram, a.T)
+    gram_b: Tensor = gram_a if b is a else apply(_Gram, b.T)
+    return (gram_a * gram_b).sum(dtype=wide_sums(a))
+
+
+def _subtraction_is_safe(squares: Tensor, own: Tensor) -> bool:
+    """Return whether a quarter or more of the squares is left without the diagonal's; False where reading waits."""
+    return reading_is_free(squares) and bool((own <= 0.75 * squares).all())
+
+
+def moments_pay(vectors: int, dimensions: int) -> bool:
+    """Return whether moments take less work than the products of the vectors: four of theirs stand against three.
+
+    Then vectors of one length are so many that the squares of the products of different ones weigh at least a third of
+    those of their own.
+    """
+    return 3 * vectors > 4 * dimensions
+
+
+def _longest(x: Tensor, y: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
+    """Return the pairs (i, i) with the largest ``|x_i| |y_i|``, as indices and as a mask.
+
+    Beside their squares in the moments the other pairs' have no digits left, so their products are formed one by one.
+    They are so many that the squares of the longest pair left weigh no more than about four times its products with
+    them.
+    """
+    sizes = torch.linalg.vector_norm(x.detach(), dim=1) * torch.linalg.vector_norm(y.detach(), dim=1)
+    longest = sizes.topk(min(len(x), -(-dimensions // 4))).indices
+    return longest, torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill(0, longest, True)
+
+
+def _own(rows: Tensor, n: int) -> Tensor:
+    """Return the mask (K, N) of each row's own column."""
+    return rows[:, None] == torch.arange(n, device=rows.device)

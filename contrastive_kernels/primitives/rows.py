@@ -12,17 +12,22 @@ from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.backends import choose
 from contrastive_kernels.engine.backends import torch as torch_backend
 from contrastive_kernels.engine.spec import compute_dtype
+from contrastive_kernels.primitives.devices import reading_is_free
 
 __all__ = [
     "cast_for_autocast",
-    "centred",
     "gather_rows",
     "nan_unless_finite",
     "row_dot",
+    "rows_for_distances",
+    "takes_double",
     "unit_rows",
     "wide_products",
     "wide_sums",
 ]
+
+# What float32 rows may add to the exponent of a kernel of their distances: its rounding is then that of a logit.
+LARGEST_EXPONENT = 4.0
 
 
 def unit_rows(x: Tensor, normalize: bool = True, backend: str | None = None) -> Tensor:
@@ -49,6 +54,11 @@ def wide_sums(x: Tensor) -> torch.dtype:
     return torch_backend.statistic_dtype(x)
 
 
+def takes_double(x: Tensor, backend: str | None = None) -> bool:
+    """Return whether the backend that serves x would take it in float64 too."""
+    return not choose(x, backend).not_supported_reasons(x.new_empty(0, dtype=torch.float64))
+
+
 def row_dot(x: Tensor, y: Tensor, backend: str | None = None) -> Tensor:
     """Return ``<x_i, y_i>`` over the last dimension, accumulated in the compute dtype."""
     # The CPU always uses plain PyTorch; Dynamo rejects one tensor as two inputs of a Function.
@@ -67,9 +77,21 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, x)
 
 
-def centred(z: Tensor) -> Tensor:
-    """Return the rows without their mean: distances stay, and what |z|^2 loses to rounding is smallest."""
-    return z - z.mean(0).detach()
+def rows_for_distances(z: Tensor, factor: float | Tensor, backend: str | None = None) -> Tensor:
+    """Return the rows without their mean, whose distances are the same, in a dtype in which they may be subtracted.
+
+    ``|x|^2 + |y|^2 - 2 <x, y>`` is off by the rounding of its largest term, times the factor. Where that is more than a
+    few roundings of 1 the rows are float64, if the backend takes it; where reading waits they always are.
+    """
+    z = z.to(compute_dtype(z))
+    narrow = z - z.mean(0).detach()
+    if z.dtype == torch.float64 or not takes_double(z, backend):
+        return narrow
+    if reading_is_free(z) and bool(abs(factor * narrow.detach().square().sum(1).amax()) <= LARGEST_EXPONENT):
+        return narrow
+    # Not from the narrow ones: a mean far from a row takes digits from it.
+    wide = z.double()
+    return wide - wide.mean(0).detach()
 
 
 def nan_unless_finite(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from contrastive_kernels.engine.backends import choose
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.rows import cast_for_autocast
 
-__all__ = ["cutoff_between", "row_select"]
+__all__ = ["row_select", "selecting_cutoff"]
 
 
 @torch.no_grad()
@@ -61,10 +61,48 @@ def row_select(
     """
     x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, None)
     checks.count("k", k)
+    return _select(x, y, k, largest, x_ids, y_ids, exclude_diagonal, None)
+
+
+def _select(
+    x: Tensor,
+    y: Tensor | None,
+    k: int,
+    largest: bool,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    exclude_diagonal: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
     x, y = cast_for_autocast(x), None if y is None else cast_for_autocast(y)
     arguments = x, y, k, largest, x_ids, y_ids, exclude_diagonal
-    values, columns = call(choose(x, operator="select").name, "select", *arguments)
+    values, columns = call(choose(x, backend, "select").name, "select", *arguments)
     return values, columns
+
+
+@torch.no_grad()
+def selecting_cutoff(
+    x: Tensor,
+    y: Tensor | None,
+    k: int,
+    *,
+    largest: bool,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    exclude_diagonal: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Return the cutoff of every row with which a sweep drops its k largest similarities, or all but the k smallest.
+
+    It is the largest similarity that is kept, so all that equal it are kept too. The sweep compares the very bits that
+    were selected, because a backend that selects computes the products of both alike. For one that does not, the cutoff
+    is set apart from the similarities around it by more than rounding, and those that are closer are all kept.
+    """
+    values, _ = _select(x, y, k + 1, largest, x_ids, y_ids, exclude_diagonal, backend)
+    inner, outer = values[:, k - 1], values[:, k]
+    if "select" in choose(x, backend).operators:
+        return outer if largest else inner
+    return cutoff_between(inner, outer, x, x if y is None else y)
 
 
 def cutoff_between(inner: Tensor, outer: Tensor, x: Tensor, y: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from contrastive_kernels.engine.spec import compute_dtype
 from contrastive_kernels.engine.terms import Count, Identity, Term
 from contrastive_kernels.primitives import checks
-from contrastive_kernels.primitives.rows import gather_rows, row_dot
+from contrastive_kernels.primitives.rows import gather_rows, row_dot, wide_sums
 from contrastive_kernels.primitives.sweep import Pairs, sweep, weighted_total
 
 __all__ = ["kept_counts", "kept_sums", "similarity_sum"]
@@ -84,7 +84,8 @@ def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = N
     if pairs.cutoff is not None:
         return sweep(x, y, pairs, term=Identity(), exponents=(), backend=backend).row_sum
     y, x_ids, y_ids = (x, pairs.x_ids, pairs.x_ids) if y is None else (y, pairs.x_ids, pairs.y_ids)
-    wide = y.to(compute_dtype(y))
+    # Sums of all rows minus those of some: what is left has its digits if they are wide.
+    wide = y.to(wide_sums(y))
     total = wide.sum(0).expand(x.shape)
     if x_ids is not None and y_ids is not None:
         slot, own, known = _class_slots(x_ids, y_ids)
@@ -96,7 +97,7 @@ def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = N
         if x_ids is not None and y_ids is not None:
             own_column = (x_ids != y_ids[: x.shape[0]])[:, None] * own_column
         total = total - own_column
-    return row_dot(x, total, backend)
+    return row_dot(x, total.to(compute_dtype(x)), backend)
 
 
 def _class_slots(x_ids: Tensor, y_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

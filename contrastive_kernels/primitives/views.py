@@ -21,7 +21,7 @@ def min_view_similarity(
     r"""Return the least (or mean) similarity between two distinct views of each sample.
 
     .. math:: s_i = \min_{j < k} \langle z_{ij}, z_{ik} \rangle \quad \text{or} \quad
-        s_i = \frac{\lVert \sum_j z_{ij} \rVert^2 - \sum_j \lVert z_{ij} \rVert^2}{V (V - 1)}
+        s_i = \frac{2}{V (V - 1)} \sum_{j < k} \langle z_{ij}, z_{ik} \rangle
 
     Args:
         views: ``(N, V, D)`` with ``V >= 2``, rows of unit norm.
@@ -46,9 +46,9 @@ def min_view_similarity(
     checks.backend(views, backend)
     views = cast_for_autocast(views)
     if reduce == "mean":
-        dtype, v = compute_dtype(views), views.shape[1]
-        total = views.sum(1, dtype=dtype)
-        return (row_dot(total, total, backend) - row_dot(views, views, backend).sum(1)) / (v * (v - 1)), None
+        wide, v = views.to(compute_dtype(views)), views.shape[1]
+        # Each view with the sum of those before it: |sum|^2 minus the squares would cancel.
+        return row_dot(wide[:, 1:], wide[:, :-1].cumsum(1), backend).sum(1) * (2 / (v * (v - 1))), None
     pairs = call(choose(views, backend).name, "views", views.detach())
     index = pairs.unsqueeze(-1).expand(-1, -1, views.shape[2])
     first, second = views.gather(1, index).unbind(1)

@@ -38,6 +38,18 @@ def test_against_float64(shape, dtype, backend, poison):
         assert_matches(dx, torch.autograd.grad(expected, exact, grad.double())[0], dtype, "gradient", 1.0)
 
 
+@pytest.mark.parametrize("length", [1e-10, 1e13, 1e15, 1e17])
+def test_the_gradient_of_short_and_long_rows(length, backend):
+    """The cube of their inverse norm is not in the range of float32."""
+    x, grad = torch.randn(2, 7, 24, dtype=torch.float64, device=device_of(backend)).unbind(0)
+    x = (length * x).float()
+    _, norm = operator(backend, "unit_rows")(x)
+    dx = operator(backend, "unit_rows_backward")(grad.float(), x, norm)
+    exact = x.double().requires_grad_()
+    expected = torch.autograd.grad(dense(exact), exact, grad)[0]
+    assert_matches(length * dx.double(), length * expected, torch.float32, "gradient")
+
+
 def test_rows_without_direction(backend, poison):
     """Zeros and rows below epsilon have gradient 0; a NaN or an infinity spoils its whole row."""
     x = torch.randn(5, 24, device=device_of(backend))

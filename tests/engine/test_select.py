@@ -1,16 +1,19 @@
-"""`row_select` against the dense reference: ties, restrictions, NaN, tiles of any size, bounded memory, bad input."""
+"""`row_select` against the dense reference: ties, restrictions, NaN, chunks of any size, bounded memory, bad input."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import python_ref
-from contrastive_kernels import row_select
+from contrastive_kernels import Count, row_select, similarity_logsumexp, similarity_sum
+from contrastive_kernels.engine.backends import BACKENDS
 from contrastive_kernels.engine.backends import torch as torch_backend
-from tests.support.testing import assert_matches, device_of, supports
+from contrastive_kernels.primitives import selecting_cutoff
+from tests.support.testing import assert_matches, device_of, dtype_id, shape_id, supports, thread_count
 
 
 @pytest.fixture
@@ -37,16 +40,15 @@ def restricted(restriction, n, m):
 
 
 @pytest.mark.parametrize(("largest", "k", "restriction"), list(selections()))
-@pytest.mark.parametrize("columns", [None, 7, 64])
-def test_against_the_reference(largest, k, restriction, columns, monkeypatch, poison, selecting, backend):
-    """Small integers tie most similarities exactly; `columns` makes tiles of a few rows and columns."""
+@pytest.mark.parametrize("elements", [None, 1, 300])
+def test_against_the_reference(largest, k, restriction, elements, monkeypatch, poison, selecting, backend):
+    """Small integers tie most similarities exactly; `elements` makes chunks of a few rows."""
     if not supports(backend, torch.float64):
         pytest.skip(f"{backend} does not take float64")
-    if columns is not None:
-        monkeypatch.setattr(torch_backend, "SELECT_COLUMNS", columns)
-        monkeypatch.setattr(torch_backend, "SELECT_ELEMENTS", {"cpu": 5 * columns})
+    if elements is not None:
+        monkeypatch.setattr(torch_backend, "CHUNK_ELEMENTS", elements)
     # default tiles: several of them each way, the last ones ragged
-    for n, m in ((33, 65), (9, 20), (3, 1), *([(270, 1100)] if columns is None else [])):
+    for n, m in ((33, 65), (9, 20), (3, 1), *([(270, 1100)] if elements is None else [])):
         x, y = (torch.randint(-2, 3, (rows, 3)).double() for rows in (n, m))
         options = {"k": k, "largest": largest, **restricted(restriction, n, m)}
         values, found = row_select(x, y, **options)
@@ -109,11 +111,43 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_matrix_is_not_stored(selecting):
-    """200 rows against 20,000 fill four tiles: no tensor is larger than a tile and the columns found before it."""
+    """200 rows against 20,000 fill four chunks: no tensor is larger than a chunk."""
     x, y = torch.randn(200, 2), torch.randn(20_000, 2)
     with Largest() as largest:
         row_select(x, y, 3)
-    assert largest.elements <= torch_backend.SELECT_ELEMENTS["cpu"] * 1.01
+    assert largest.elements <= torch_backend.CHUNK_ELEMENTS * 1.01
+
+
+NEAR = [
+    pytest.param(shape, dtype, id=f"{shape_id(shape)}-{dtype_id(dtype)}")
+    for shape in ((65, 129, 24), (300, 1100, 100), (520, 70, 7))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize(("shape", "dtype"), NEAR)
+def test_a_sweep_drops_what_was_selected(shape, dtype, largest, threads, selecting, backend):
+    """Rows that all but coincide, ordered by roundings: both sweeps compare the bits of the selection."""
+    if "select" not in BACKENDS[backend].operators or not supports(backend, dtype):
+        pytest.skip(f"{backend} does not select, or not in {dtype}")
+    (n, m, d), k = shape, 9
+    spread = 8 * torch.finfo(dtype).eps
+    x, y = (F.normalize(1 + spread * torch.randn(rows, d, dtype=torch.float64), dim=1).to(dtype) for rows in (n, m))
+    with thread_count(threads):
+        for other, columns in ((y, m), (None, n)):
+            cutoff = selecting_cutoff(x, other, k, largest=largest)
+            values, _ = row_select(x, other, columns, largest=largest)
+            kept = (values <= cutoff[:, None]).sum(1)
+            differ = values[:, k - 1] != values[:, k]
+            assert (kept[differ] == (columns - k if largest else k)).all()
+            counted = similarity_sum(x, other, term=Count(), cutoff=cutoff)
+            assert torch.equal(counted, kept.to(counted.dtype))
+            # the weights of a row's kept pairs add up to 1
+            bias = torch.zeros(columns, dtype=counted.dtype, requires_grad=True)
+            similarity_logsumexp(x, other, scale=1.0, y_bias=bias, cutoff=cutoff).sum().backward()
+            assert bias.grad.sum().item() == pytest.approx((kept > 0).sum().item(), rel=1e-5)
 
 
 def f(*shape):

@@ -28,6 +28,17 @@ def test_min_view_similarity(shape, reduce, dtype, backend, poison):
         assert torch.equal(pairs.cpu(), python_ref.min_view_similarity(views.double())[1])
 
 
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_long_view_leaves_the_digits_of_the_mean(place, backend):
+    """It is a hundred thousand times as long as the others; its square is no part of the mean."""
+    views = torch.randn(33, 4, 24, dtype=torch.float64)
+    views[:, place] *= 1e5
+    views = views.float()
+    values, _ = ck.min_view_similarity(views.to(device_of(backend)), reduce="mean", backend=backend)
+    expected, _ = python_ref.min_view_similarity(views.double(), reduce="mean")
+    torch.testing.assert_close(values.cpu().double(), expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
+
+
 def test_min_view_similarity_takes_the_first_on_a_tie(backend):
     views = torch.eye(4, device=device_of(backend)).repeat(3, 1, 1).requires_grad_()
     values, pairs = ck.min_view_similarity(views, backend=backend)

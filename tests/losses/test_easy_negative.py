@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import contrastive_kernels as ck
 import python_ref
-from contrastive_kernels.primitives import cutoff_between
+from contrastive_kernels.primitives.select import cutoff_between
 from tests.support.losses import assert_module_is_function, assert_refused
 from tests.support.testing import assert_matches, assert_outcomes_match, check, device_of, differentiate, precise
 from tests.support.variants import EVERY

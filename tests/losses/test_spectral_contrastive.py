@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import contrastive_kernels as ck
+import python_ref
 from tests.support.losses import Largest, assert_module_is_function, assert_refused
-from tests.support.testing import assert_outcomes_match, case_params, check, device_of, differentiate, precise
+from tests.support.testing import Case, assert_outcomes_match, case_params, check, device_of, differentiate, precise
 from tests.support.variants import EVERY, MOMENTS
 
 CASE = EVERY["spectral_contrastive-correlated"]
@@ -114,6 +115,22 @@ def test_nan_and_infinity_are_not_hidden(case, backend):
                 loss = case(ck, tensors, backend=backend).sum()
                 assert not loss.isfinite()
                 assert loss.isnan() or bad == math.inf
+
+
+@pytest.mark.parametrize("length", [1e2, 1e3])
+@pytest.mark.parametrize("name", ["spectral_contrastive", "vicreg"])
+def test_a_long_vector_leaves_the_digits_of_the_others(name, length):
+    """One row in more rows than columns, or one column in more columns: its own square is no part of the loss."""
+    x = torch.randn(128, 32, dtype=torch.float64)
+    x[3] *= length
+    y = x + 0.1 * torch.randn_like(x)
+    z = (x, y) if name == "spectral_contrastive" else (x.T, y.T)
+    options = {"reduction": "none"} if name == "spectral_contrastive" else {"sim_weight": 0.0, "var_weight": 0.0}
+    tensors = {"z0": z[0].float(), "z1": z[1].float()}
+    case = Case(f"{name}_loss", CASE.shapes, options)
+    ours = differentiate(lambda **t: case(ck, t), tensors)
+    reference = differentiate(lambda **t: case(python_ref, t), {k: v.double() for k, v in tensors.items()})
+    assert_outcomes_match(ours, reference, torch.float32)
 
 
 def f(*shape):

@@ -346,6 +346,17 @@ def sup_con(*labels, **options):
     return ck.sup_con_loss(f(8, 4), *labels, **options)
 
 
+def test_a_long_row_is_no_part_of_its_positives(backend):
+    """Its square, a hundred million times the products, would leave no digit of the mean of its positives."""
+    features, labels = torch.randn(33, 1, 24, dtype=torch.float64), torch.arange(33) % 3
+    features[4] *= 1e4
+    options = {"temperature": 1e3, "normalize": False, "reduction": "none", "return_stats": True}
+    features, device = features.float(), device_of(backend)
+    _, stats = ck.sup_con_loss(features.to(device), labels.to(device), **options, backend=backend)
+    _, expected = python_ref.sup_con_loss(features.double(), labels, **options)
+    torch.testing.assert_close(stats.positive_logit.cpu().double(), expected.positive_logit, rtol=1e-4, atol=1e-6)
+
+
 BAD = {
     "a list": (lambda: ck.sup_con_loss([[1.0]]), TypeError, "features must be a tensor, not list"),
     "a vector": (lambda: ck.sup_con_loss(f(8)), ValueError, "features (8,) must have shape (N, V, D)"),

@@ -33,11 +33,9 @@ saved_scores_bytes = 0
 CHUNK_ELEMENTS = 1 << 20
 ELEMENT_BYTES = 32
 
-# Columns and elements of one tile of similarities of a selection; about eight tensors of that size live at a time. A
-# GPU needs larger tiles, because the time to launch an operation does not depend on its size.
-SELECT_COLUMNS = 1 << 13
-SELECT_ELEMENTS = {"cpu": 1 << 20}
-SELECT_ELEMENTS_ELSEWHERE = 1 << 23
+# A selection takes a chunk at a time on a CPU, and elsewhere as many as this: the time to launch an operation does not
+# depend on its size.
+SELECT_CHUNKS_ELSEWHERE = 8
 
 
 def not_supported_reasons(x: Tensor) -> list[str]:
@@ -322,8 +320,10 @@ def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     """Return the gradient of x."""
     wide, grad = x.to(norm.dtype), grad.to(norm.dtype)
     inverse = norm.clamp_min(NORM_EPSILON).reciprocal().masked_fill(norm < NORM_EPSILON, 0)
-    along = torch.linalg.vecdot(grad, wide).unsqueeze(-1) * inverse.pow(3)
-    return torch.addcmul(grad * inverse, wide, along, value=-1).to(x.dtype)
+    # The cube of the inverse would leave the range of float32 at norms of 1e13.
+    unit = wide * inverse
+    along = torch.linalg.vecdot(grad, unit).unsqueeze(-1)
+    return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(x.dtype)
 
 
 def view_minimum(views: Tensor) -> Tensor:
@@ -348,50 +348,34 @@ def select(
     x = x.to(dtype)
     y, y_ids = (x, x_ids) if y is None else (y.to(dtype), y_ids)
     n, m = x.shape[0], y.shape[0]
-    width = max(1, min(m, SELECT_COLUMNS))
-    height = max(1, SELECT_ELEMENTS.get(x.device.type, SELECT_ELEMENTS_ELSEWHERE) // width)
-    # The smallest similarities are the largest of -x.
-    x = x if largest else -x
     values = x.new_full((n, k), -torch.inf)
     columns = torch.full((n, k), -1, dtype=torch.int64, device=x.device)
-    for top in range(0, n, height):
-        rows = slice(top, min(top + height, n))
-        best: Tensor | None = None
-        where: Tensor | None = None
-        for left in range(0, m, width):
-            similarity = x[rows] @ y[left : left + width].T
-            tile = rows, slice(left, left + similarity.shape[1])
-            dropped = _dropped(*tile, x_ids, y_ids, exclude_diagonal, x.device)
-            if dropped is not None:
-                similarity = similarity.masked_fill(dropped, -torch.inf)
-            chosen = _leading(similarity, k)
-            found, index = similarity.gather(1, chosen), left + chosen
-            if best is not None and where is not None:
-                # What came before stands first: of equal similarities it has the lower columns.
-                found, index = torch.cat([best, found], 1), torch.cat([where, index], 1)
-                chosen = _leading(found, k)
-                found, index = found.gather(1, chosen), index.gather(1, chosen)
-            best, where = found, index
-        if best is not None and where is not None:
-            values[rows, : best.shape[1]], columns[rows, : where.shape[1]] = best, where
+    chunks, together = _chunks(n, m), 1 if x.is_cpu else SELECT_CHUNKS_ELSEWHERE
+    for first in range(0, len(chunks) if m else 0, together):
+        some = chunks[first : first + together]
+        rows = slice(some[0].start, some[-1].stop)
+        # The products of a sweep, shape by shape, so that its similarities have the same bits.
+        parts = [x[chunk] @ y.T for chunk in some]
+        similarity = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # The smallest are the largest of the negated ones.
+        similarity = similarity if largest else -similarity
+        dropped = _dropped(rows, m, x_ids, y_ids, exclude_diagonal, x.device)
+        if dropped is not None:
+            similarity = similarity.masked_fill(dropped, -torch.inf)
+        chosen = _leading(similarity, k)
+        values[rows, : chosen.shape[1]], columns[rows, : chosen.shape[1]] = similarity.gather(1, chosen), chosen
     columns = columns.masked_fill(values == -torch.inf, -1)
     return values if largest else -values, columns
 
 
 def _dropped(
-    rows: slice,
-    columns: slice,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    exclude_diagonal: bool,
-    device: torch.device,
+    rows: slice, m: int, x_ids: Tensor | None, y_ids: Tensor | None, exclude_diagonal: bool, device: torch.device
 ) -> Tensor | None:
-    """Return the mask of the pairs of a tile that are not allowed, None when all are."""
-    dropped = None if x_ids is None or y_ids is None else x_ids[rows, None] == y_ids[columns]
-    # Most tiles hold no pair (i, i).
-    if exclude_diagonal and rows.start < columns.stop and columns.start < rows.stop:
+    """Return the mask (rows, M) of the pairs that are not allowed, None when all are."""
+    dropped = None if x_ids is None or y_ids is None else x_ids[rows, None] == y_ids
+    if exclude_diagonal:
         row = torch.arange(rows.start, rows.stop, device=device)
-        diagonal = row[:, None] == torch.arange(columns.start, columns.stop, device=device)
+        diagonal = row[:, None] == torch.arange(m, device=device)
         dropped = diagonal if dropped is None else dropped | diagonal
     return dropped
 

@@ -52,12 +52,13 @@ def _unit_rows_bwd_kernel(
         b_g = tl.load(grad + o_n[:, None] * stride_grad + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
         b_x = tl.load(x + o_n[:, None] * stride + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
         b_dot += tl.sum(b_g * b_x, 1)
-    b_along = b_dot * b_inverse * b_inverse * b_inverse
+    # the cube of the inverse would leave the range of float32 at norms of 1e13
+    b_along = b_dot * b_inverse
     for i_d in range(0, D, BD):
         m_x = m_n[:, None] & (i_d + o_d < D)[None, :]
         b_g = tl.load(grad + o_n[:, None] * stride_grad + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
         b_x = tl.load(x + o_n[:, None] * stride + (i_d + o_d)[None, :], mask=m_x, other=0.0).to(tl.float32)
-        b_dx = b_g * b_inverse[:, None] - b_x * b_along[:, None]
+        b_dx = (b_g - b_x * b_inverse[:, None] * b_along[:, None]) * b_inverse[:, None]
         tl.store(dx + o_n[:, None] * D + (i_d + o_d)[None, :], b_dx.to(dx.dtype.element_ty), mask=m_x)
 
 
