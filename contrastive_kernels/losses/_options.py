@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kernels.losses._polarization import Polarization
@@ -48,12 +47,18 @@ def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """
     if weight is not None:
         weight = weight.to(losses.dtype).repeat(losses.numel() // weight.numel()).reshape(losses.shape)
-        losses = losses * weight
+    weighted = losses if weight is None else losses * weight
     if reduction == "none":
-        return losses
+        return weighted
     if reduction == "sum":
-        return losses.sum()
-    mean = losses.mean() if weight is None else losses.sum() / weight.sum()
+        return weighted.sum()
+    if weight is None:
+        mean = losses.mean()
+    else:
+        # From a point near the mean: what the gradient of a weight subtracts is then no larger than what is left.
+        total = weight.sum()
+        near = (weighted.sum() / total).detach().nan_to_num(0.0, 0.0, 0.0)
+        mean = near + (weight * (losses - near)).sum() / total
     return 2 * mean if reduction == "sum_directions" else mean
 
 
@@ -107,8 +112,8 @@ def cutoff_from(
 
 
 def softplus(x: Tensor) -> Tensor:
-    """Return ``log(1 + exp(x))`` to the last digit; F.softplus by default ends where float32 does."""
-    return F.softplus(x, threshold=50.0)
+    """Return ``log(1 + exp(x))`` to the last digit; F.softplus ends before, and multiplies gradients by ``exp(x)``."""
+    return torch.logaddexp(x, x.new_zeros(()))
 
 
 def detached(value: float | Tensor) -> float | Tensor:

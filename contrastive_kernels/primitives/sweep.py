@@ -80,10 +80,10 @@ def weighted_total(
     # scale and bias do not enter a term
     wanted = Wanted(wants(x), wants(y), False, False, wants(inputs.term_scale), wants(inputs.term_offset))
     # float16 takes two sweeps: a gradient stored before the incoming factor leaves its range
-    one_sweep = any(wanted) and x.dtype != torch.float16 and not (weight is not None and weight.requires_grad)
-    if not one_sweep:
+    if x.dtype == torch.float16 or (weight is not None and weight.requires_grad):
         row_sum = sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
         return (row_sum if weight is None else row_sum * weight).sum()
+    # also where no gradient is wanted: the value has the same bits
     weight = inputs.scale.new_ones(x.shape[0]) if weight is None else weight.detach().to(inputs.scale)
     return sweep_total(weight, inputs, what, wanted._replace(total=True), chosen.name)
 

@@ -24,6 +24,7 @@ from tests.support.testing import (
     precise,
     sizes,
     supports,
+    thread_count,
     two,
 )
 from tests.support.variants import ALL, EVERY, SUP_CON
@@ -258,6 +259,38 @@ def test_gradients_that_are_not_wanted(case, backend):
         assert_outcomes_match(got, expected._replace(gradients={name: gradient}), torch.float32)
         with torch.no_grad():
             assert not case(ck, {**features, name: leaf}, **options, backend=backend).requires_grad
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@every_form
+def test_the_value_does_not_depend_on_the_gradients(case, threads, backend):
+    """The same bits, whether gradients are wanted or not."""
+    if device_of(backend) != "cpu" or backend == "triton":
+        pytest.skip("a kernel of the gradients adds up in tiles of its own")
+    features = case.features(SHAPE if case.loss == "mmcl_loss" else (520, 129, 100), torch.float32)
+    leaves = {k: x.clone().requires_grad_() if x.is_floating_point() else x for k, x in features.items()}
+    with thread_count(threads):
+        for reduction in ("mean", "sum") if case.takes("reduction") else (None,):
+            options = {} if reduction is None else {"reduction": reduction}
+            with torch.no_grad():
+                alone = case(ck, features, **options, backend=backend)
+            assert torch.equal(case(ck, leaves, **options, backend=backend).detach(), alone)
+
+
+@every_form
+def test_a_large_upstream_gradient(case, backend):
+    """A power of two, which rounds nothing, as a scaler of gradients may multiply with: no product overflows."""
+    features = case.features(SHAPE, torch.float32, device_of(backend))
+    options = {"reduction": "mean"} if case.takes("reduction") else {}
+    if case.takes("logit_scale") and "temperature" not in case.options:
+        options["logit_scale"] = 40.0
+    leaves = {k: x.clone().requires_grad_() if x.is_floating_point() else x for k, x in features.items()}
+    loss = case(ck, leaves, **options, backend=backend)
+    wanted = [x for k, x in leaves.items() if x.is_floating_point() and k not in case.detached]
+    plain = torch.autograd.grad(loss, wanted, retain_graph=True)
+    large = torch.autograd.grad(loss, wanted, torch.full_like(loss, 2.0**90))
+    for got, expected in zip(large, plain, strict=True):
+        close(got / 2.0**90, expected)
 
 
 # Identities
