@@ -10,7 +10,7 @@ from torch import Tensor
 
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
 from contrastive_kernels.losses._softmax import Positives
-from contrastive_kernels.primitives import Pairs, checks, row_dot, unit_rows
+from contrastive_kernels.primitives import Pairs, checks, compute_dtype, row_dot, unit_rows, wide_products
 
 # Up to this many views are excluded by their diagonals, more by ids: a kernel holds a comparison for every diagonal.
 MOST_DIAGONALS = 8
@@ -33,6 +33,9 @@ def stack_views(z0: Tensor, z1: Tensor | None) -> Tensor:
 
 def other_views(views: Tensor, backend: str | None = None) -> Tensor:
     """Return (V * N, V - 1), the similarities of every row to the other views of its sample, from views (V, N, D)."""
+    if len(views) > 2:
+        # V - 1 gradients of each view add up: in half precision each of them would be rounded.
+        views = views.to(compute_dtype(views))
     pair = {(j, k): row_dot(views[j], views[k], backend) for j, k in combinations(range(len(views)), 2)}
     others = [[pair[min(j, k), max(j, k)] for k in range(len(views)) if k != j] for j in range(len(views))]
     return torch.cat([torch.stack(row, 1) for row in others])
@@ -44,6 +47,19 @@ def other_samples(ids: Tensor | None, n: int, v: int, device: torch.device) -> P
         return Pairs(diagonals=v)
     ids = torch.arange(n, device=device) if ids is None else ids
     return Pairs(ids.repeat(v))
+
+
+def _widened(rows: Tensor, x: Tensor, normalize: bool, backend: str | None) -> Tensor:
+    """Return the unit rows of x, as they are in half precision, in float32 with gradients in float32.
+
+    Where rows are close, the gradients of many positives and of the negatives cancel, and would leave their roundings.
+    """
+    dtype = compute_dtype(x)
+    if rows.dtype == dtype:
+        return rows
+    with wide_products(x):
+        wide = unit_rows(x.to(dtype), normalize, backend)
+    return wide + (rows.to(dtype) - wide).detach()
 
 
 class Anchors(NamedTuple):
@@ -69,12 +85,14 @@ class Anchors(NamedTuple):
         n, v = z0.shape[0], 2 if z1 is not None else z0.shape[1]
         check_cutoff(z0, cutoff, cutoff_margin, views=v)
         ids = checks.optional_ids("ids", ids, n, z0)
-        views = unit_rows(stack_views(z0, z1), normalize, backend)
+        stacked = stack_views(z0, z1)
+        views = unit_rows(stacked, normalize, backend)
         if v == 2:
             first, second = views.unbind(0)  # one operation in the backward, where two indexings would be two
             similarities = row_dot(first, second, backend).repeat(2).unsqueeze(1)
         else:
-            similarities = other_views(views, backend)
+            wide = _widened(views, stacked, normalize, backend)
+            views, similarities = wide.to(views.dtype), other_views(wide, backend)
         own = similarities.squeeze(1) if v == 2 else similarities.mean(1)
         limit = cutoff_from(cutoff, cutoff_margin, own, views=v)
         pairs = other_samples(ids, n, v, z0.device)._replace(cutoff=limit)

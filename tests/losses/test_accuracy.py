@@ -16,7 +16,20 @@ from torch.overrides import TorchFunctionMode
 
 import contrastive_kernels as ck
 import python_ref
-from tests.support.testing import CASES, FAMILY, HALF, Case, device_of, differentiate, dtype_id, supports, within
+from tests.support.testing import (
+    CASES,
+    FAMILY,
+    HALF,
+    Case,
+    device_of,
+    differentiate,
+    dtype_id,
+    errors,
+    sizes,
+    supports,
+    within,
+)
+from tests.support.variants import EVERY
 
 N, M, D = 65, 129, 64
 # The errors are pooled over the seeds; the scale's gradient is one number a run.
@@ -149,6 +162,39 @@ def split(case, tensors):
     return features, options | {k: v for k, v in tensors.items() if k == "logit_bias"}
 
 
+def euclidean_triplets(anchor, positive, scale):
+    """Return the mean hinge of distances from differences, as `F.pairwise_distance` takes them."""
+    difference = unit(anchor)[:, None] - unit(positive)
+    distance = difference.square().sum(-1).clamp(min=1e-12).sqrt()
+    hinges = torch.relu(0.2 + distance.diagonal()[:, None] - distance)
+    return (hinges - torch.diag(hinges.diagonal())).sum(1)
+
+
+def at_size(case, rows, columns):
+    """Return the case at other multiples of N and D."""
+    return replace(case, shapes=lambda n, m, d: case.shapes(rows * n, rows * m, columns * d))
+
+
+# For the regimes that cancel, forms that the sizes and the unit rows of other cases do not reach; and many views
+# in half precision.
+MORE = {
+    "spectral_contrastive-moments": at_size(FAMILY["spectral_contrastive"], 2, 1),
+    "barlow_twins-batch": at_size(FAMILY["barlow_twins"], 1, 3),
+    "vicreg-batch": at_size(FAMILY["vicreg"], 1, 3),
+    "sup_con-raw": replace(FAMILY["sup_con"], options={"normalize": False}),
+    "sup_con-in-raw": replace(FAMILY["sup_con-in"], options={"positives": "in", "normalize": False}),
+    "sup_con-pairwise-raw": replace(FAMILY["sup_con-pairwise"], options={"positives": "pairwise", "normalize": False}),
+    "nt_xent-raw": replace(CASES["nt_xent"], options={"normalize": False}),
+    "arcl-mean-raw": replace(CASES["arcl-mean"], options={"positive": "mean", "normalize": False}),
+    "info_nce-smoothed-raw": replace(CASES["info_nce"], options={"normalize": False, "label_smoothing": 0.1}),
+    "nt_xent-nine_views": replace(CASES["nt_xent-views"], shapes=lambda n, m, d: {"z0": (n, 9, d)}),
+    "triplet_margin-euclidean-normalized": EVERY["triplet_margin-euclidean-normalized"],
+    "triplet_margin-hardest-euclidean-normalized": EVERY["triplet_margin-hardest-euclidean-normalized"],
+    "uniformity-unit": EVERY["uniformity-unit"],
+    "t_simclr-unit": EVERY["t_simclr-unit"],
+}
+ALL = {**CASES, **FAMILY, **MORE}
+
 EAGER = {
     "info_nce": info_nce,
     "info_nce-shared": info_nce_shared,
@@ -166,6 +212,8 @@ EAGER = {
     "moco_arcl-mean_loss": moco_arcl("mean_loss"),
     # the polarization has a test of its own; MMCL's solver magnifies a rounding by its condition number
     **{name: dense(case) for name, case in FAMILY.items() if name not in ("distance_polarization", "mmcl")},
+    **{name: dense(case) for name, case in MORE.items()},
+    "triplet_margin-euclidean-normalized": euclidean_triplets,
 }
 
 
@@ -209,6 +257,65 @@ def opposed(features):
     return out
 
 
+def floating(features, function):
+    """Return the features with the function applied to all but the labels."""
+    return {name: function(x) if x.is_floating_point() else x for name, x in features.items()}
+
+
+def long_rows(ratio):
+    """Return every eighth row `ratio` times as long as the others."""
+
+    def regime(features):
+        def scaled(x):
+            factors = torch.where(torch.arange(len(x)) % 8 == 0, ratio, 1.0)
+            return x * factors.double().reshape(-1, *(1,) * (x.dim() - 1))
+
+        return floating(features, scaled)
+
+    return regime
+
+
+def wide_columns(ratio):
+    """Return two columns `ratio` times as wide as the others."""
+
+    def regime(features):
+        return floating(features, lambda x: torch.cat([ratio * x[..., :2], x[..., 2:]], -1))
+
+    return regime
+
+
+def far(features):
+    """Return rows at a distance of 1000 from the origin."""
+    return floating(features, lambda x: x + 1e3)
+
+
+def close_rows(distance):
+    """Return rows at about this distance from each other."""
+
+    def regime(features):
+        first = next(iter(features.values()))
+        center = unit(first.reshape(-1, first.shape[-1])[0])
+        return floating(features, lambda x: center + distance * x / math.sqrt(2 * D))
+
+    return regime
+
+
+def close_views(distance):
+    """Return samples whose rows are at about this distance from each other."""
+
+    def regime(features):
+        first = unit(next(iter(features.values())))
+        anchors = first if first.dim() == 2 else first[:, 0]
+
+        def near(x):
+            index = torch.arange(len(x)) % len(anchors)
+            return anchors[index].reshape(len(x), *(1,) * (x.dim() - 2), -1) + distance * x / math.sqrt(2 * D)
+
+        return floating(features, near)
+
+    return regime
+
+
 def near_tie(features, tolerance):
     """Return which samples have two least similar pairs so close that rounding decides which one has the gradient."""
     if "views" in features:
@@ -231,18 +338,48 @@ REGIMES = {
     "opposed": (opposed, 0.07),
     "cold": (random, 0.01),
 }
+# Where differences of large sums, and 2 - 2 s, leave few digits; in float32, as half precision has none there.
+CANCELLING = {
+    **{f"rows-{ratio:g}": (long_rows(ratio), 0.07) for ratio in (1e2, 1e4)},
+    **{f"columns-{ratio:g}": (wide_columns(ratio), 0.07) for ratio in (1e2, 1e4)},
+    "far": (far, 0.07),
+    **{f"close_rows-{distance:g}": (close_rows(distance), 0.07) for distance in (1e-3, 1e-4)},
+    **{f"close_views-{distance:g}": (close_views(distance), 0.07) for distance in (1e-3, 1e-4)},
+}
+REGIMES |= CANCELLING
+# All similarities are the same but for a few roundings.
+COINCIDING = ("far", "close_rows-0.001", "close_rows-0.0001")
 
 
 # Errors beyond the bound, and how far.
 KNOWN = {
     ("label_pull-softmax", "clustered", torch.float32): "gradient of label_embeddings: 3.3 times PyTorch's error",
     ("clip", "clustered", torch.float32): "gradient of the scale, a sum that cancels to 0.002: 4.1 times PyTorch's",
+    **{
+        ("label_pull-softmax", regime, torch.float32): "gradient of label_embeddings: up to 6.2 times PyTorch's error"
+        for regime in COINCIDING
+    },
+    **{
+        ("nt_xent-nine_views", regime, torch.float32): "gradient: up to 3.8 times PyTorch's error"
+        for regime in ("clustered", *COINCIDING)
+    },
+    (
+        "spectral_contrastive-moments",
+        "columns-100",
+        torch.float32,
+    ): "value, 3e-7 of its size: 3.6 times PyTorch's error",
 }
 
 
 def has_meaning(name, regime, dtype) -> bool:
     """Return whether the comparison has a meaning; the comments say why not."""
-    case = CASES.get(name) or FAMILY[name]
+    case = ALL[name]
+    if case.loss == "false_negative_loss" and regime in ("clustered", *COINCIDING):
+        return False  # similarities that are equal in float32 are kept together
+    if regime in CANCELLING:
+        return dtype == torch.float32
+    if name in MORE:
+        return name == "nt_xent-nine_views" and regime == "clustered"
     if name in FAMILY and dtype == torch.float16:
         return False  # float16 rounds where bfloat16 does, and PyTorch's own gradients overflow
     if regime == "cold":
@@ -251,8 +388,6 @@ def has_meaning(name, regime, dtype) -> bool:
     if regime == "opposed":
         return case.loss != "uniformity_loss"  # one tensor of rows has no positives to oppose
     if regime == "clustered":
-        if case.loss in ("false_negative_loss", "easy_negative_loss"):
-            return False  # similarities that are equal up to rounding are selected together
         if dtype in HALF and case.options.get("metric") == "euclidean":
             return False  # rows of half precision are no unit rows to sqrt(2 - 2 s)
         if dtype in HALF and case.loss in ("debiased_loss", "hard_negative_loss"):
@@ -276,7 +411,7 @@ def outcomes(case: Case, eager, regime, dtype, backend):
     transform, temperature = REGIMES[regime]
     device = device_of(backend)
     runs = {"ours": [], "eager": [], "reference": []}
-    for seed in range(SEEDS_OF_FAMILY if case in FAMILY.values() else SEEDS):
+    for seed in range(SEEDS if case in CASES.values() else SEEDS_OF_FAMILY):
         torch.manual_seed(seed)
         # unit only after the regime has moved them
         drawn = replace(case, unit=False)
@@ -319,10 +454,16 @@ def test_error_is_within_the_contract(name, regime, dtype, backend):
     if not supports(backend, dtype):
         pytest.skip(f"{backend} does not take {dtype}")
     failures = []
-    for what, by in outcomes(CASES.get(name) or FAMILY[name], EAGER[name], regime, dtype, backend).items():
+    for what, by in outcomes(ALL[name], EAGER[name], regime, dtype, backend).items():
+        if what == "scale" and regime in COINCIDING:
+            continue  # 1e-7 of the terms that it is a sum of, which cancel
+        if regime in CANCELLING and errors(by["eager"], by["reference"])[0] >= sizes(by["reference"])[0]:
+            continue  # PyTorch has no digit of it
         factor = 2 if what == "value" else 3
+        # there the largest error is that of the one pair whose rounding is magnified most
+        most = 2 * factor if regime in CANCELLING else factor
         result = dtype if what not in ("value", "scale", "logit_bias") else torch.float32
-        if failure := within(by["ours"], by["eager"], by["reference"], factor, result):
+        if failure := within(by["ours"], by["eager"], by["reference"], factor, result, most):
             failures.append(f"{what}: {failure}")
     assert not failures, "; ".join(failures)
 
