@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import contrastive_kernels as ck
 import python_ref
+from tests.support.regimes import CANCELLING, COINCIDING
 from tests.support.testing import (
     CASES,
     FAMILY,
@@ -257,65 +258,6 @@ def opposed(features):
     return out
 
 
-def floating(features, function):
-    """Return the features with the function applied to all but the labels."""
-    return {name: function(x) if x.is_floating_point() else x for name, x in features.items()}
-
-
-def long_rows(ratio):
-    """Return every eighth row `ratio` times as long as the others."""
-
-    def regime(features):
-        def scaled(x):
-            factors = torch.where(torch.arange(len(x)) % 8 == 0, ratio, 1.0)
-            return x * factors.double().reshape(-1, *(1,) * (x.dim() - 1))
-
-        return floating(features, scaled)
-
-    return regime
-
-
-def wide_columns(ratio):
-    """Return two columns `ratio` times as wide as the others."""
-
-    def regime(features):
-        return floating(features, lambda x: torch.cat([ratio * x[..., :2], x[..., 2:]], -1))
-
-    return regime
-
-
-def far(features):
-    """Return rows at a distance of 1000 from the origin."""
-    return floating(features, lambda x: x + 1e3)
-
-
-def close_rows(distance):
-    """Return rows at about this distance from each other."""
-
-    def regime(features):
-        first = next(iter(features.values()))
-        center = unit(first.reshape(-1, first.shape[-1])[0])
-        return floating(features, lambda x: center + distance * x / math.sqrt(2 * D))
-
-    return regime
-
-
-def close_views(distance):
-    """Return samples whose rows are at about this distance from each other."""
-
-    def regime(features):
-        first = unit(next(iter(features.values())))
-        anchors = first if first.dim() == 2 else first[:, 0]
-
-        def near(x):
-            index = torch.arange(len(x)) % len(anchors)
-            return anchors[index].reshape(len(x), *(1,) * (x.dim() - 2), -1) + distance * x / math.sqrt(2 * D)
-
-        return floating(features, near)
-
-    return regime
-
-
 def near_tie(features, tolerance):
     """Return which samples have two least similar pairs so close that rounding decides which one has the gradient."""
     if "views" in features:
@@ -337,20 +279,8 @@ REGIMES = {
     "clustered": (clustered, 0.07),
     "opposed": (opposed, 0.07),
     "cold": (random, 0.01),
+    **{name: (transform, 0.07) for name, transform in CANCELLING.items()},
 }
-# Where differences of large sums, and 2 - 2 s, leave few digits; in float32, as half precision has none there.
-CANCELLING = {
-    **{f"rows-{ratio:g}": (long_rows(ratio), 0.07) for ratio in (1e2, 1e4)},
-    **{f"columns-{ratio:g}": (wide_columns(ratio), 0.07) for ratio in (1e2, 1e4)},
-    "far": (far, 0.07),
-    **{f"close_rows-{distance:g}": (close_rows(distance), 0.07) for distance in (1e-3, 1e-4)},
-    **{f"close_views-{distance:g}": (close_views(distance), 0.07) for distance in (1e-3, 1e-4)},
-}
-REGIMES |= CANCELLING
-# All similarities are the same but for a few roundings.
-COINCIDING = ("far", "close_rows-0.001", "close_rows-0.0001")
-
-
 # Errors beyond the bound, and how far.
 KNOWN = {
     ("label_pull-softmax", "clustered", torch.float32): "gradient of label_embeddings: 3.3 times PyTorch's error",
