@@ -1,4 +1,4 @@
-"""Questions about devices: how much memory there is, and whether a tensor's value may be read."""
+"""What may be asked while a loss runs: how much memory there is, and whether a value or a size is known."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["available_bytes", "reading_is_free", "reading_is_possible"]
+__all__ = ["available_bytes", "known", "reading_is_free", "reading_is_possible"]
 
 
 def available_bytes(x: Tensor) -> int | None:
@@ -28,10 +28,27 @@ def available_bytes(x: Tensor) -> int | None:
 
 
 def reading_is_free(x: Tensor) -> bool:
-    """Return whether a value of x can be read without a wait: on a CPU, and not under torch.compile."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Return whether a value of x can be read without a wait: on a CPU, not under torch.compile nor a transform."""
+    return x.device.type == "cpu" and reading_is_possible(x)
 
 
 def reading_is_possible(x: Tensor) -> bool:
-    """Return whether a value of x can be read at all: not under torch.compile, nor while a CUDA graph is captured."""
-    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    """Return whether a value of x can be read at all.
+
+    Not under torch.compile, under a `torch.func` transform, or while a CUDA graph is captured.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def known(condition: bool) -> bool:
+    """Return whether a condition on sizes holds; under torch.compile, whether it holds for every size of the graph.
+
+    There a condition that is not known becomes no guard, with which a graph would serve some sizes only.
+    """
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # a second to import
+
+    return statically_known_true(condition)

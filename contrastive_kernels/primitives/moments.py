@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.engine.autograd import apply
-from contrastive_kernels.primitives.devices import reading_is_free
+from contrastive_kernels.primitives.devices import known, reading_is_free
 from contrastive_kernels.primitives.rows import gather_rows, wide_products, wide_sums
 
 __all__ = ["cross_moments", "moments_pay", "row_squares"]
@@ -16,6 +16,8 @@ __all__ = ["cross_moments", "moments_pay", "row_squares"]
 
 class _Gram(torch.autograd.Function):
     """``x.T @ x``; its gradient takes one product, where that of two factors takes two."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
@@ -35,6 +37,8 @@ class _Gram(torch.autograd.Function):
 
 class _RowSquares(torch.autograd.Function):
     """``sum_j <x_i, y_j>**2`` of every row of x, from the D x D moments of y; the forward product is x's gradient."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +76,7 @@ def row_squares(x: Tensor, y: Tensor, own: Tensor | None = None) -> Tensor:
         own = own.square()
         if not _subtraction_is_safe(squares, own):
             longest, is_long = _longest(x, y, x.shape[1])
-            to_longest = (x @ gather_rows(y, longest).T).masked_fill(_own(longest, len(x)).T, 0)
+            to_longest = (x @ gather_rows(y, longest).T).masked_fill(_own(longest, x.shape[0]).T, 0)
             squares = apply(_RowSquares, x, y.masked_fill(is_long[:, None], 0))[0]
             squares = squares + to_longest.square().sum(1, dtype=wide)
             own = own.masked_fill(is_long, 0)
@@ -122,7 +126,7 @@ def moments_pay(vectors: int, dimensions: int) -> bool:
     Then vectors of one length are so many that the squares of the products of different ones weigh at least a third of
     those of their own.
     """
-    return 3 * vectors > 4 * dimensions
+    return known(3 * vectors > 4 * dimensions)
 
 
 def _longest(x: Tensor, y: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
@@ -133,8 +137,8 @@ def _longest(x: Tensor, y: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
     them.
     """
     sizes = torch.linalg.vector_norm(x.detach(), dim=1) * torch.linalg.vector_norm(y.detach(), dim=1)
-    longest = sizes.topk(min(len(x), -(-dimensions // 4))).indices
-    return longest, torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill(0, longest, True)
+    longest = sizes.topk(torch.sym_min(x.shape[0], -(-dimensions // 4))).indices
+    return longest, torch.zeros(x.shape[0], dtype=torch.bool, device=x.device).index_fill(0, longest, True)
 
 
 def _own(rows: Tensor, n: int) -> Tensor:

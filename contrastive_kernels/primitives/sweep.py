@@ -12,6 +12,7 @@ from contrastive_kernels.engine.backends import Backend, choose
 from contrastive_kernels.engine.limits import saved_scores_limit, workspace_limit
 from contrastive_kernels.engine.spec import Description, Inputs, Statistics, Wanted, compute_dtype
 from contrastive_kernels.engine.terms import Term
+from contrastive_kernels.primitives.devices import known
 from contrastive_kernels.primitives.rows import cast_for_autocast
 
 __all__ = ["ALL_PAIRS", "Pairs", "Statistics", "sweep", "weighted_total"]
@@ -133,12 +134,7 @@ def _may_be_saved(inputs: Inputs, backend: Backend) -> bool:
         limit = min(backend.saved_scores_bytes, workspace_limit())
     m = (x if y is None else y).shape[0]
     size = x.shape[0] * m * dtype.itemsize
-    if torch.compiler.is_compiling():
-        from torch.fx.experimental.symbolic_shapes import statically_known_true  # a second to import
-
-        # a graph for every batch size saves none, rather than being one for those below the limit
-        return statically_known_true(size > 0) and statically_known_true(size <= limit)
-    return 0 < size <= limit
+    return known(size > 0) and known(size <= limit)
 
 
 def _as_tensor(value: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
