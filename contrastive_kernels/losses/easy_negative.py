@@ -12,7 +12,7 @@ from contrastive_kernels.losses._arguments import ContrastiveStats, Loss, Softma
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions
 from contrastive_kernels.losses.info_nce import info_nce_loss
-from contrastive_kernels.primitives import checks, selecting_cutoff, unit_rows
+from contrastive_kernels.primitives import checks, nan_unless_finite, selecting_cutoff, unit_rows
 
 __all__ = ["EasyNegativeLoss", "easy_negative_loss"]
 
@@ -173,6 +173,9 @@ def easy_negative_loss(
         exclude_diagonal=in_batch,
         backend=backend,
     )
+    if not normalize:
+        # An infinite similarity is not among the smallest; without a cutoff it is not hidden.
+        limit = limit + nan_unless_finite(candidates)
     return info_nce(query, positive_key, negative_keys, cutoff=limit, normalize=False)
 
 

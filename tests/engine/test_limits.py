@@ -63,7 +63,7 @@ def test_bad_environment(set_limit, limit, variable, default, text, monkeypatch)
 
 def test_a_tiny_limit_takes_a_row_at_a_time():
     ck.set_workspace_limit(1)
-    assert torch_backend._chunks(3, 100) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert torch_backend._chunks(3, 100, torch.float32) == [slice(0, 1), slice(1, 2), slice(2, 3)]
 
 
 def test_results_do_not_depend_on_the_workspace(backend):
@@ -81,9 +81,9 @@ def test_results_do_not_depend_on_the_workspace(backend):
 def test_the_limit_bounds_the_chunks_of_plain_pytorch():
     """Half the limit gives half the rows at a time."""
     ck.set_workspace_limit(torch_backend.ELEMENT_BYTES * 1000)
-    assert torch_backend._chunks(100, 100)[0] == slice(0, 10)
+    assert torch_backend._chunks(100, 100, torch.float32)[0] == slice(0, 10)
     ck.set_workspace_limit(torch_backend.ELEMENT_BYTES * 500)
-    assert torch_backend._chunks(100, 100)[0] == slice(0, 5)
+    assert torch_backend._chunks(100, 100, torch.float32)[0] == slice(0, 5)
 
 
 def test_rounded_scores_are_not_saved_with_a_cutoff():

@@ -53,7 +53,7 @@ def test_total(name, itself, dtype, backend, poison):
 
 
 def test_total_is_one_sweep(backend, monkeypatch):
-    """With gradients there is no forward sweep, without them no backward sweep; a second backward gives the same."""
+    """With gradients or without them there is no forward sweep; a second backward gives the same."""
     device, calls, operator = device_of(backend), [], autograd.operator
     monkeypatch.setattr(autograd, "operator", lambda *names: calls.append(names[1]) or operator(*names))
     x, y = (z.to(device, torch.float32).requires_grad_() for z in pair((65, 129, 24)).values())
@@ -64,8 +64,9 @@ def test_total_is_one_sweep(backend, monkeypatch):
     assert all(torch.equal(2 * a, b) for a, b in zip(first, second, strict=True))
     with torch.no_grad():
         again = ck.similarity_sum(x, y, term=ck.Softplus(10.0, -1.0), reduction="sum", backend=backend)
-    assert calls == ["backward", "forward"]
+    assert calls == ["backward", "backward"]
     torch.testing.assert_close(again, total.detach())
+    assert backend == "triton" or torch.equal(again, total.detach())
 
 
 @pytest.mark.parametrize("wanted", ["x", "y", "scale", "bias"])

@@ -29,7 +29,8 @@ from contrastive_kernels.engine.terms import LEAST_SQUARE, TERMS, Term
 name = "torch"
 saved_scores_bytes = 0
 
-# Elements of one chunk's score tile, and how many bytes there are to each: up to eight such tiles live at a time.
+# Elements of one chunk's score tile in float32, half as many in float64, and how many bytes there are to each: up to
+# eight such tiles live at a time.
 CHUNK_ELEMENTS = 1 << 20
 ELEMENT_BYTES = 32
 
@@ -52,8 +53,9 @@ def score_dtype(x: Tensor, y: Tensor | None) -> None:
     """Return None: no scores are saved."""
 
 
-def _chunks(n: int, m: int) -> list[slice]:
-    step = max(1, min(CHUNK_ELEMENTS, workspace_limit() // ELEMENT_BYTES) // max(m, 1))
+def _chunks(n: int, m: int, dtype: torch.dtype) -> list[slice]:
+    elements = min(CHUNK_ELEMENTS, workspace_limit() // ELEMENT_BYTES) * 4 // dtype.itemsize
+    step = max(1, elements // max(m, 1))
     return [slice(i, min(i + step, n)) for i in range(0, n, step)]
 
 
@@ -77,7 +79,7 @@ class _Scores:
         self.inputs, self.what = inputs, what
         self.y_ids = inputs.x_ids if y is None else inputs.y_ids
         self.n, self.m = self.x.shape[0], self.y.shape[0]
-        self.chunks = _chunks(self.n, self.m)
+        self.chunks = _chunks(self.n, self.m, self.dtype)
 
     def similarities(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Return s (rows, M) and the mask of dropped pairs, None when all are kept."""
@@ -350,7 +352,7 @@ def select(
     n, m = x.shape[0], y.shape[0]
     values = x.new_full((n, k), -torch.inf)
     columns = torch.full((n, k), -1, dtype=torch.int64, device=x.device)
-    chunks, together = _chunks(n, m), 1 if x.is_cpu else SELECT_CHUNKS_ELSEWHERE
+    chunks, together = _chunks(n, m, dtype), 1 if x.is_cpu else SELECT_CHUNKS_ELSEWHERE
     for first in range(0, len(chunks) if m else 0, together):
         some = chunks[first : first + together]
         rows = slice(some[0].start, some[-1].stop)
