@@ -261,7 +261,7 @@ def derivative(
     ]
     _, *_, x, y = tensors[: len(Upstream._fields) + 2]
     assert x is not None
-    for rows in _chunks(x.shape[0], (x if y is None else y).shape[0]):
+    for rows in _chunks(x.shape[0], (x if y is None else y).shape[0], compute_dtype(x)):
         with torch.enable_grad():
             leaves: list[Any] = [
                 None if tensor is None else tensor.detach().requires_grad_(tensor.is_floating_point())
