@@ -175,13 +175,16 @@ def _differentiate_backward(backend: str, ctx: Any, *grads: Tensor | None) -> tu
         return *found, *[None] * (ctx.arguments - end)
     if of_total is None:
         return _no_gradients(ctx)
-    if torch.is_grad_enabled():
+    needed = Wanted(*(ctx.needs_input_grad[split + position] for position in DIFFERENTIABLE))
+    # a program may have been exported before its inputs needed gradients
+    missing = any(need and not want for need, want in zip(needed, ctx.wanted, strict=True))
+    if missing or torch.is_grad_enabled():
         upstream = _of_row_sums(of_total.to(upstream.grad_row_sum.dtype) * upstream.grad_row_sum)
-        ready = sweep_backward(upstream, inputs, ctx.what, ctx.wanted._replace(total=False), None, backend)
+        ready = sweep_backward(upstream, inputs, ctx.what, needed, None, backend)
     else:
         factor = of_total.to(inputs.scale.dtype)
         ready = tuple((grad.to(factor.dtype) * factor).to(grad.dtype) for grad in ready)
-    return _spread(ready, ctx.wanted, ctx.arguments, first=split)
+    return _spread(ready, needed, ctx.arguments, first=split)
 
 
 class _HigherDerivative(torch.autograd.Function):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 __all__ = ["available_bytes", "known", "reading_is_free", "reading_is_possible"]
 
@@ -35,9 +36,11 @@ def reading_is_free(x: Tensor) -> bool:
 def reading_is_possible(x: Tensor) -> bool:
     """Return whether a value of x can be read at all.
 
-    Not under torch.compile, under a `torch.func` transform, or while a CUDA graph is captured.
+    Not under torch.compile, under a `torch.func` transform, of a tensor without data, or while a CUDA graph is captured.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if x.is_meta or isinstance(x, FakeTensor):
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 

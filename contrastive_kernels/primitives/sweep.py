@@ -85,7 +85,7 @@ def weighted_total(
         row_sum = sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
         return (row_sum if weight is None else row_sum * weight).sum()
     # also where no gradient is wanted: the value has the same bits
-    weight = inputs.scale.new_ones(x.shape[0]) if weight is None else weight.detach().to(inputs.scale)
+    weight = inputs.scale.new_ones(x.shape[0]) if weight is None else weight.to(inputs.scale)
     return sweep_total(weight, inputs, what, wanted._replace(total=True), chosen.name)
 
 

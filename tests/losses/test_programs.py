@@ -122,6 +122,27 @@ def test_exports_with_a_dynamic_batch(name):
 
 
 @pytest.mark.parametrize("name", MAIN)
+def test_program_exported_without_gradients_has_them(name):
+    """What needs a gradient may change after the export: the features, a weight."""
+    case = ALL[name]
+    features = case.features((24, 18, 8), torch.float32, device_of(PREFERRED))
+    if case.takes("weight"):
+        features["weight"] = torch.rand(24, device=device_of(PREFERRED))
+    names = list(features)
+    function = getattr(ck, case.loss)
+    options = {**case.options, **({"backend": PREFERRED} if case.takes("backend") else {})}
+
+    class Loss(torch.nn.Module):
+        def forward(self, *tensors):
+            return function(**options, **dict(zip(names, tensors, strict=True)))
+
+    program = torch.export.export(Loss(), tuple(features.values())).module()
+    exported = differentiate(lambda **tensors: program(*tensors.values()), features)
+    eager = differentiate(lambda **tensors: function(**options, **tensors), features)
+    assert_outcomes_match(exported, wide(eager), torch.float32, 5.0)
+
+
+@pytest.mark.parametrize("name", MAIN)
 def test_exports_strictly(name):
     exported_matches(ALL[name], True, named)
 
