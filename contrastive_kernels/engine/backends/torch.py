@@ -250,7 +250,7 @@ def derivative(
     next order, what flows into their derivatives, and so on; `needed` says which of those before the last are. The sum
     over the rows stays one in every order, so that a chunk at a time is differentiated here too.
     """
-    given = len(Upstream._fields) + len(Inputs._fields)
+    split, given = len(Upstream._fields), len(Upstream._fields) + len(Inputs._fields)
     bounds = [given, given + len(Gradients._fields)]
     while bounds[-1] < len(tensors):
         bounds.append(bounds[-1] + bounds[-2])
@@ -259,7 +259,7 @@ def derivative(
         torch.zeros_like(tensor) if need and tensor is not None else None
         for tensor, need in zip(tensors, needed, strict=False)
     ]
-    _, *_, x, y = tensors[: len(Upstream._fields) + 2]
+    x, y = tensors[split : split + 2]
     assert x is not None
     for rows in _chunks(x.shape[0], (x if y is None else y).shape[0], compute_dtype(x)):
         with torch.enable_grad():
