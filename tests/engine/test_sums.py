@@ -54,8 +54,8 @@ def test_total(name, itself, dtype, backend, poison):
 
 def test_total_is_one_sweep(backend, monkeypatch):
     """With gradients or without them there is no forward sweep; a second backward gives the same."""
-    device, calls, operator = device_of(backend), [], autograd.operator
-    monkeypatch.setattr(autograd, "operator", lambda *names: calls.append(names[1]) or operator(*names))
+    device, calls, call = device_of(backend), [], autograd.call
+    monkeypatch.setattr(autograd, "call", lambda *names: calls.append(names[1]) or call(*names))
     x, y = (z.to(device, torch.float32).requires_grad_() for z in pair((65, 129, 24)).values())
     total = ck.similarity_sum(x, y, term=ck.Softplus(10.0, -1.0), reduction="sum", backend=backend)
     first = torch.autograd.grad(total, (x, y), retain_graph=True)
