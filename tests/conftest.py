@@ -20,6 +20,18 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def hardware():
+    """Let Triton's interpreter, if it is in use, compute as a GPU does where numpy differs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            from tests.support import interpreter
+
+            interpreter.compute_as_hardware(patch)
+            interpreter.patch_language_once(patch)
+        yield
+
+
 @pytest.fixture(params=testing.backends())
 def backend(request):
     return request.param

@@ -135,6 +135,14 @@ def inputs(case: Case, n: int, m: int, d: int, dtype: torch.dtype) -> Inputs:
     return Inputs(*(None if t is None else t.to(DEVICE) for t in drawn))
 
 
+# Rows whose inner stride is not 1, that are not aligned, and that are all the same.
+LAYOUTS = {
+    "columns": lambda x: torch.stack([x, x + 1], 2)[..., 0],
+    "rows": lambda x: torch.cat([x, x[:, :1] + 1], 1)[:, :-1],
+    "expanded": lambda x: x[:1].expand_as(x),
+}
+
+
 def description(case: Case) -> Description:
     return Description(
         case.exponents, case.column_lse, case.term, case.constants, case.keep_equal_ids, case.diagonals

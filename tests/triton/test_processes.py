@@ -27,9 +27,11 @@ def run(*command: str, **environment: str) -> None:
 def test_interpreter():
     """The interpreter's tests pass in a process in which the kernels are imported with TRITON_INTERPRET=1."""
     files = [
-        str(path) for name in ("test_interpret.py", "test_launches.py", "test_rows.py") for path in TESTS.rglob(name)
+        str(path)
+        for name in ("test_interpret.py", "test_launches.py", "test_random_sweeps.py", "test_rows.py")
+        for path in TESTS.rglob(name)
     ]
-    assert len(files) == 3, files
+    assert len(files) == 4, files
     run("-m", "pytest", "-q", "-x", *files, TRITON_INTERPRET="1")
 
 

@@ -59,8 +59,11 @@ def running_lse(b_max, b_sum, b_u):
 
 @triton.jit
 def finished_lse(b_max, b_sum):
-    """Return the natural log-sum-exp of a maximum and a sum, -inf of none."""
-    return tl.where(b_max == float("-inf"), float("-inf"), (b_max + tl.log2(b_sum)) * ln2())
+    """Return the natural log-sum-exp of a maximum and a sum, -inf of none.
+
+    No select by the maximum, which passes over NaN: in a row of NaN it is -inf, as in a row without pairs.
+    """
+    return (b_max + tl.log2(b_sum)) * ln2()
 
 
 @triton.jit
