@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from contrastive_kernels.engine.backends.triton import backward as registers
 from contrastive_kernels.engine.backends.triton import tiles, tune
@@ -48,6 +49,9 @@ GROUP = 8
 
 # The side of a library's tile of a product.
 PRODUCT_TILE = 128
+
+# Before torch 2.10 `torch.addmm` refuses a float32 total of half-precision matrices.
+ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= "2.10"
 
 
 class TileShares(NamedTuple):
@@ -113,21 +117,26 @@ def _weights_bwd_kernel(
         tl.store(shares.total + o_share, tl.sum(b_value, 1) * b_inverse_scale, mask=m_n)
 
 
+def _library_widens(a: Tensor) -> bool:
+    """Return whether the library multiplies matrices like a, of half precision, into float32."""
+    return a.dtype != torch.float32 and a.is_cuda and not torch.version.hip
+
+
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b accumulated and returned in float32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda and not torch.version.hip:
+    if _library_widens(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b to total in float32."""
-    if a.dtype != torch.float32 and a.is_cuda and not torch.version.hip:
+    if not _library_widens(a):
+        total.addmm_(a.float(), b.float())
+    elif ADDS_TO_FLOAT32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total += _matmul(a, b)
 
 
 def weights_bwd(

@@ -169,7 +169,7 @@ def _center_bwd_kernel(row_lse, col_lse, center, N, M, Q: tl.constexpr, COLUMN_L
     LARGEST_SPREAD: tl.constexpr = 180.0
     for q in tl.static_range(Q):
         b_least, b_most = tl.full([BN], float("inf"), tl.float32), tl.full([BN], float("-inf"), tl.float32)
-        b_least, b_most, b_bad = widen(row_lse + q * N.to(tl.int64), N, b_least, b_most, b_bad, BN)
+        b_least, b_most, b_bad = widen(row_lse + q * N, N, b_least, b_most, b_bad, BN)
         if COLUMN_LSE and q == 0:
             b_least, b_most, b_bad = widen(col_lse, M, b_least, b_most, b_bad, BN)
         least, most = tl.min(b_least, 0), tl.max(b_most, 0)

@@ -38,6 +38,15 @@ def _dense(v: Tensor | None) -> Tensor | None:
     return None if v is None else v.contiguous()
 
 
+def float32_precision() -> str:
+    """Return how float32 is multiplied where the library's products are: by one TF32 product, or in full accuracy.
+
+    Full accuracy takes three TF32 products; three of bfloat16 do not reach it. What is read here is also set by
+    `torch.set_float32_matmul_precision`, whose getter raises once `fp32_precision` has been set.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
 @dataclass(frozen=True, eq=False)
 class Operands:
     """The inputs of one sweep as the kernels take them; y is x where a matrix meets itself."""
@@ -109,13 +118,10 @@ class Operands:
 
     @property
     def precision(self) -> str:
-        """How tl.dot multiplies float32, after `torch.set_float32_matmul_precision`; of no effect on half precision.
-
-        "highest" means float32 accuracy, which three bf16 products do not reach. AMD has float32 matrix instructions.
-        """
+        """How tl.dot multiplies float32; of no effect on half precision. AMD has float32 matrix instructions."""
         if self.x.dtype != torch.float32 or not self.x.is_cuda or torch.version.hip:
             return "ieee"
-        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return float32_precision()
 
     def numbers(self) -> Numbers:
         """Return the kernels' numbers."""

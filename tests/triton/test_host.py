@@ -1,0 +1,153 @@
+"""The launch code on the host: what Triton specialises kernels for, and what versions and settings of torch change.
+
+No kernel runs. Launches go through Triton's front end as on a GPU: an argument that is 1 becomes a constant there, and
+one that is a multiple of 16 another kernel, which the interpreter does not show.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", exc_type=ImportError)
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has no front end")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    import triton
+    import triton.language as tl
+
+    from contrastive_kernels.engine.backends import triton as backend
+    from contrastive_kernels.engine.backends.triton import chunks, launch
+    from contrastive_kernels.engine.spec import DIFFERENTIABLE, Wanted
+    from tests.support import kernels
+    from tests.support.front_end import FrontEnd
+    from tests.support.kernels import CASES, LAYOUTS
+
+    @triton.jit
+    def _widening_kernel(result, N):
+        tl.store(result, N.to(tl.int64))
+
+
+@pytest.fixture
+def front_end(monkeypatch):
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    return lambda architecture: FrontEnd(monkeypatch, architecture)
+
+
+# (N, M, D), dtype, GPU, whether scores are saved. One of everything, one row, one column; sizes that 16 divides, and
+# others; gradients in registers and by chunks.
+GRID = [
+    ((1, 1, 1), torch.bfloat16, 90, False),
+    ((1, 40, 24), torch.float16, 90, False),
+    ((48, 1, 64), torch.bfloat16, 90, False),
+    ((1, 31, 300), torch.float16, 90, True),
+    ((1, 1, 1), torch.float32, 90, False),
+    ((17, 1, 40), torch.bfloat16, "gfx942", False),
+]
+
+
+def grid_id(value) -> str:
+    return str(value).removeprefix("torch.").replace(" ", "")
+
+
+def step(case, tensors, save_scores: bool) -> None:
+    """Launch a forward and a backward; what is in the statistics means nothing."""
+    statistics = kernels.forward(case, tensors, save_scores)
+    incoming = [torch.ones_like(t) for t in statistics[:3]]
+    wanted = Wanted(*(tensors[k] is not None for k in DIFFERENTIABLE), total=kernels.alone(case))
+    kernels.backward(case, incoming, statistics, tensors, wanted, statistics.scores if save_scores else None)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "architecture", "save_scores"), GRID, ids=grid_id)
+@pytest.mark.parametrize("name", ["columns", "self-views", "everything", "distance_hinge"])
+def test_sweep(name, shape, dtype, architecture, save_scores, front_end):
+    """Every kernel of a sweep compiles, whatever Triton makes of its arguments."""
+    case, (n, m, d) = CASES[name], shape
+    front = front_end(architecture)
+    step(case, kernels.inputs(case, max(n, case.diagonals), m, d, dtype), save_scores)
+    assert front.launches >= len(front.compiled) > 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(layout, front_end):
+    """Rows of odd, no or long strides compile, by pointers where descriptors do not take them."""
+    case, front = CASES["columns"], front_end(90)
+    tensors = kernels.inputs(case, 17, 31, 24, torch.bfloat16)
+    step(case, tensors._replace(x=LAYOUTS[layout](tensors.x)), False)
+    assert front.compiled
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 24), (17, 1)], ids=grid_id)
+def test_rows(shape, dtype, front_end):
+    """The kernels of rows and views compile for one row and one entry."""
+    front, x = front_end(90), torch.ones(shape, dtype=dtype)
+    _, norm = backend.unit_rows(x)
+    backend.unit_rows_backward(x, x, norm)
+    backend.row_dot_backward(backend.row_dot(x, x), x, x, [True, True])
+    backend.view_minimum(x[:, None].expand(-1, 2, -1))
+    assert front.launches == len(front.compiled) == 5
+
+
+def test_front_end_sees_constants(front_end):
+    """An argument of 1 is a constant to the front end, without the methods of a value."""
+    front, result = front_end(90), torch.empty(1, dtype=torch.int64)
+    _widening_kernel[(1,)](result, 2)
+    with pytest.raises(triton.CompilationError):
+        _widening_kernel[(1,)](result, 1)
+    assert (front.launches, len(front.compiled)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("legacy", "highest", "tf32x3"),
+        ("legacy", "high", "tf32"),
+        ("legacy", "medium", "tf32"),
+        ("matmul", "none", "tf32x3"),
+        ("matmul", "ieee", "tf32x3"),
+        ("matmul", "tf32", "tf32"),
+        ("everything", "ieee", "tf32x3"),
+        ("everything", "tf32", "tf32"),
+    ],
+)
+def test_float32_precision(setting, value, expected):
+    """Both of torch's interfaces for TF32 decide how float32 is multiplied."""
+    places = {"matmul": torch.backends.cuda.matmul, "everything": torch.backends}
+    try:
+        if setting == "legacy":
+            torch.set_float32_matmul_precision(value)
+        else:
+            places[setting].fp32_precision = value
+        assert launch.float32_precision() == expected
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["torch 2.9", "since torch 2.10"])
+def test_products_of_half_precision(adds, monkeypatch):
+    """Products are added up in float32, also where the library refuses a total of another dtype than its factors."""
+
+    def mm(a, b, *, out_dtype):
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    def addmm(total, a, b, *, out_dtype, out):
+        if not adds:
+            raise RuntimeError("self and mat2 must have the same dtype")
+        return out.copy_(total + mm(a, b, out_dtype=out_dtype))
+
+    # this machine's library has products into float32 on CUDA alone
+    monkeypatch.setattr(chunks, "_library_widens", lambda a: a.dtype != torch.float32)
+    monkeypatch.setattr(chunks, "ADDS_TO_FLOAT32", adds)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    a, b, total = torch.randn(5, 7).half(), torch.randn(7, 3).half(), torch.randn(5, 3)
+    expected = total.double() + a.double() @ b.double()
+    rows = total[:]
+    chunks._add_matmul(rows, a, b)
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(chunks._matmul(a, b).double(), a.double() @ b.double(), rtol=0, atol=1e-5)
