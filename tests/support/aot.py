@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_type_hints
 
@@ -34,6 +34,7 @@ class Binary:
     exponentials: int  # instructions for 2^x: as written, whatever loop they are in
     warps: int
     warnings: tuple[str, ...]  # ptxas C75xx: serialized matrix instructions
+    assembly: str = field(repr=False)
 
 
 def argument_type(name: str, dtype: torch.dtype) -> str:
@@ -65,7 +66,13 @@ def bundle_of(kernel, name: str) -> type | None:
 
 
 def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict, options: dict) -> Binary:
-    """Compile with `constants`, sizes multiples of 16.
+    """Compile as `compiled` does, and read the binary."""
+    read = _read_amd if isinstance(arch, str) else _read_nvidia
+    return read(compiled(kernel, arch, dtype, constants, options), arch)
+
+
+def compiled(kernel, arch: int | str, dtype: torch.dtype, constants: dict, options: dict):
+    """Return what Triton compiles with `constants`, sizes multiples of 16.
 
     Constants are compile-time arguments, and None for absent pointers; "bundle.entry" is the name of a bundle's entry.
     """
@@ -96,8 +103,7 @@ def compile_kernel(kernel, arch: int | str, dtype: torch.dtype, constants: dict,
         signature[name] = leaf(name, name, (i,), type_)
     source = ASTSource(kernel, signature, values, attributes)
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(source, target=target, options=options)
-    return (_read_amd if isinstance(arch, str) else _read_nvidia)(compiled, arch)
+    return triton.compile(source, target=target, options=options)
 
 
 def _read_nvidia(compiled, arch: int) -> Binary:
@@ -119,6 +125,7 @@ def _read_nvidia(compiled, arch: int) -> Binary:
         exponentials=len(re.findall(r"\bMUFU\.EX2\b", assembly)),
         warps=compiled.metadata.num_warps,
         warnings=tuple(sorted(set(re.findall(r"C75\d+", log)))),
+        assembly=assembly,
     )
 
 
@@ -137,6 +144,7 @@ def _read_amd(compiled, arch: str) -> Binary:
         exponentials=len(re.findall(r"\bv_exp_f32", assembly)),
         warps=compiled.metadata.num_warps,
         warnings=(),
+        assembly=assembly,
     )
 
 

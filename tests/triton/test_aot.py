@@ -21,6 +21,9 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
 if os.environ.get("TRITON_INTERPRET") != "1":
+    import triton
+    import triton.language as tl
+
     from contrastive_kernels.engine.backends.triton import (
         backward,
         bundles,
@@ -33,6 +36,15 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         tiles,
         views,
     )
+    from tests.support import sass
+
+    @triton.jit
+    def _arithmetic_kernel(x, result, BN: tl.constexpr):
+        o_n = tl.arange(0, BN)
+        b_x = tl.load(x + o_n)
+        b_y = tl.maximum(tl.minimum(b_x, 2.0), 1.0) - tl.max(b_x, 0) + tl.log2(b_x) * 0.5
+        tl.store(result + o_n, b_y + tl.exp2(b_x) * tl.sqrt(b_x) * tl.rsqrt(b_x))
+
 
 PLAIN = dict(Q=1, COLUMN_LSE=False, TERM="", BIASED=False, SHIFTED=False)
 PLAIN |= dict(IDS=False, KEEP_EQUAL_IDS=False, DIAGONALS=0, CUT=False, symmetric=False, saved=False)
@@ -247,6 +259,26 @@ def test_binary(binaries, case):
     )
 
 
+@pytest.mark.parametrize("case", [case for case in cases() if case[0].architecture == 90], ids=case_id)
+def test_asynchronous_products(binaries, case):
+    """No register of a product is touched, and no buffer filled again, before all of its readers have finished."""
+    assembly = binaries[case_id(case)].assembly
+    assert not sass.register_hazards(assembly)
+    assert not sass.unguarded_refills(assembly)
+
+
+def test_asynchronous_products_without_waits(binaries):
+    """The checks see a wait that waits for too little, one that is missing, and a barrier that is missing."""
+    assembly = binaries["grad-90-half-D128-clip"].assembly
+    waits, barriers = "WARPGROUP.DEPBAR.LE gsb0, 0x0", "BAR.SYNC"
+    operands = {str(i.operands) for i in sass.parse(assembly) if i.matrix_operand()}
+    for changed in (assembly.replace(waits, waits[:-1] + "1"), assembly.replace(waits, "NOP")):
+        found = sass.register_hazards(changed)
+        assert found
+        assert any(of.partition("under way: ")[2].endswith(tuple(operands)) for of in found)
+    assert sass.unguarded_refills(assembly.replace(barriers, "NOP"))
+
+
 @pytest.mark.skipif(EVERYTHING in os.environ, reason="the record is of the usual cases")
 @pytest.mark.skipif(triton_version() != RECORDED_WITH, reason=f"the record is of Triton {RECORDED_WITH}")
 @pytest.mark.parametrize("case", cases(), ids=case_id)
@@ -276,6 +308,16 @@ def test_saved_scores_of_float32(kernel):
     row = tiles.find(kernel, 90, 4, 768, False)
     ((_, function, constants),) = variants(row, {"clip-ids": OTHERS["clip-ids"]})
     assert aot.compile_kernel(function, 90, torch.float32, constants, row.options()).spilled == 0
+
+
+def test_arithmetic():
+    """Maxima pass over NaN and functions flush denormals, as the interpreter is made to: see `compute_as_hardware`."""
+    code = aot.compiled(_arithmetic_kernel, 90, torch.float32, dict(BN=128), {}).asm["ptx"]
+    functions = [f"{name}.approx.ftz.f32" for name in ("ex2", "sqrt", "rsqrt")]
+    for instruction in ("max.f32", "min.f32", "add.f32", "mul.f32", *functions):
+        assert f"\t{instruction} " in code
+    # not even in the logarithm
+    assert not any(other in code for other in (".NaN", "add.ftz", "mul.ftz", "setp.lt.ftz"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -11,18 +11,19 @@ import os
 import pytest
 import torch
 
+from contrastive_kernels.engine.backends import triton as backend
+from contrastive_kernels.engine.spec import DIFFERENTIABLE, Wanted
+from tests.support import kernels
+from tests.support.kernels import CASES, LAYOUTS
+
 pytest.importorskip("triton", exc_type=ImportError)
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has no front end")
 if os.environ.get("TRITON_INTERPRET") != "1":
     import triton
     import triton.language as tl
 
-    from contrastive_kernels.engine.backends import triton as backend
     from contrastive_kernels.engine.backends.triton import chunks, launch
-    from contrastive_kernels.engine.spec import DIFFERENTIABLE, Wanted
-    from tests.support import kernels
     from tests.support.front_end import FrontEnd
-    from tests.support.kernels import CASES, LAYOUTS
 
     @triton.jit
     def _widening_kernel(result, N):

@@ -36,6 +36,8 @@ if INTERPRETING:
             b_y = tl.log2(b_x)
         elif OPERATION == "sqrt":
             b_y = tl.sqrt(b_x)
+        elif OPERATION == "rsqrt":
+            b_y = tl.rsqrt(b_x)
         elif OPERATION == "maximum":
             b_y = tl.maximum(b_x, 1.0)
         elif OPERATION == "minimum":
@@ -57,9 +59,10 @@ if INTERPRETING:
         ("minimum", math.nan, 1.0),
         ("exp2", -127.0, 0.0),
         ("exp2", -126.0, 2.0**-126),
-        ("log2", 2.0**-127, -math.inf),
         ("sqrt", 2.0**-128, 0.0),
-        # products keep denormals
+        ("rsqrt", 2.0**-128, math.inf),
+        # these keep denormals
+        ("log2", 2.0**-127, -127.0),
         ("half", 2.0**-126, 2.0**-127),
     ],
 )
