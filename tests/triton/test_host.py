@@ -70,12 +70,13 @@ def test_sweep(name, shape, dtype, architecture, save_scores, front_end):
     assert front.launches >= len(front.compiled) > 2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=grid_id)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(layout, front_end):
+def test_strides(layout, dtype, front_end):
     """Rows of odd, no or long strides compile, by pointers where descriptors do not take them."""
     case, front = CASES["columns"], front_end(90)
-    tensors = kernels.inputs(case, 17, 31, 24, torch.bfloat16)
-    step(case, tensors._replace(x=LAYOUTS[layout](tensors.x)), False)
+    tensors = kernels.inputs(case, 17, 31, 24, dtype)
+    step(case, tensors._replace(x=LAYOUTS[layout](tensors.x), y=LAYOUTS[layout](tensors.y)), False)
     assert front.compiled
 
 

@@ -297,6 +297,16 @@ def test_chunk_rows(most, d, rows):
     assert chunks.chunk_rows(most, d, 132) == rows
 
 
+def test_chunk_rows_of_a_small_batch(monkeypatch):
+    """A small batch does not search the whole workspace for the best chunk, on the host, in every backward."""
+    from contrastive_kernels.engine.backends.triton import chunks, tiles
+
+    asked, chunk_rows = [], chunks.chunk_rows
+    monkeypatch.setattr(chunks, "chunk_rows", lambda most, *rest: asked.append(most) or chunk_rows(most, *rest))
+    check(CASES["columns"], inputs(CASES["columns"], 20, 35, 300, torch.float32))
+    assert asked == [2 * tiles.ALIGNMENT]
+
+
 @pytest.mark.parametrize("name", ["columns", "self-ids", "softplus-alone", "band-columns"])
 @pytest.mark.parametrize("d", [24, 300])
 def test_autotune(name, d, monkeypatch, capsys):

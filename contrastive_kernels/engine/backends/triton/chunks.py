@@ -239,7 +239,9 @@ def backward(operands: Operands, packed: PackedVectors, wanted: set[str], scores
     tile = tiles.pick(kernel, x, operands.large_epilogue or "total" in wanted)
     # The GEMMs want rows of whole 16-byte vectors.
     width = tiles.round_up(m, 8)
-    size = chunk_rows(workspace_limit() // max(1, width * x.element_size()), d, processors(x))
+    # Twice the rows fit in one chunk whatever is chosen; looking further takes longer than a small batch.
+    most = min(workspace_limit() // max(1, width * x.element_size()), 2 * tiles.round_up(n, tiles.ALIGNMENT))
+    size = chunk_rows(most, d, processors(x))
     buffer = x.new_empty((min(size, n), width))
     size = max(1, buffer.shape[0])
     triangle = _is_triangle(operands, wanted)
