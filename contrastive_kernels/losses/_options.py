@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kernels.losses._polarization import Polarization
@@ -112,8 +113,12 @@ def cutoff_from(
 
 
 def softplus(x: Tensor) -> Tensor:
-    """Return ``log(1 + exp(x))`` to the last digit; F.softplus ends before, and multiplies gradients by ``exp(x)``."""
-    return torch.logaddexp(x, x.new_zeros(()))
+    """Return ``log(1 + exp(x))`` to the last digit.
+
+    Beyond the threshold that is x. Below, `F.softplus` multiplies a gradient by ``exp(x)``: no larger, or a gradient of
+    1e27 leaves the range of float32.
+    """
+    return F.softplus(x, threshold=37.0 if x.dtype == torch.float64 else 18.0)
 
 
 def detached(value: float | Tensor) -> float | Tensor:

@@ -36,7 +36,7 @@ def reading_is_free(x: Tensor) -> bool:
 def reading_is_possible(x: Tensor) -> bool:
     """Return whether a value of x can be read at all.
 
-    Not under torch.compile, under a `torch.func` transform, of a tensor without data, or while a CUDA graph is captured.
+    Not under torch.compile or a `torch.func` transform, of a tensor without data, or while a CUDA graph is captured.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
