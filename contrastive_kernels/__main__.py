@@ -16,7 +16,8 @@ import torch
 
 from contrastive_kernels import __version__, saved_scores_limit, workspace_limit
 from contrastive_kernels.check import command
-from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose, cpp
+from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose, cpp, triton
+from contrastive_kernels.engine.backends.triton import first_use
 
 
 def _version(package: str) -> str:
@@ -66,6 +67,10 @@ def report() -> str:
         lines += ["", f"{device}: {description}", f"  default backend for float32: {_default_backend(x)}"]
         for name, backend in BACKENDS.items():
             lines.append(f"  {name:<7} {'; '.join(backend.not_supported_reasons(x)) or 'available'}")
+        if x.is_cuda and triton.installed:
+            lines.append(f"  {first_use.outlook(x.device)}")
+    if used := first_use.report():
+        lines += ["", "Triton kernels that this process has used:", *(f"  {line}" for line in used)]
     return "\n".join(lines)
 
 
@@ -74,6 +79,7 @@ def check_environment() -> None:
     backend = os.environ.get(ENVIRONMENT_VARIABLE)
     if backend and backend not in BACKENDS:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    first_use.switched_off()
     workspace_limit()
     saved_scores_limit()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from contrastive_kernels.check.cases import Case
 from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE
+from contrastive_kernels.engine.backends.triton import first_use
 
 # (N, M, D): hardly anything; ragged in every size; more than one tile, and wide rows.
 SHAPES = ((2, 3, 1), (37, 70, 24), (130, 37, 128))
@@ -172,16 +173,18 @@ def _moved(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Ten
 
 @contextmanager
 def _only(backend: str) -> Iterator[None]:
-    """Let every loss run on one backend, those that take no argument for it too."""
-    before = os.environ.get(ENVIRONMENT_VARIABLE)
-    os.environ[ENVIRONMENT_VARIABLE] = backend
+    """Let every loss run on one backend, those that take no argument for it too, also on a wrong kernel."""
+    changes = {ENVIRONMENT_VARIABLE: backend, first_use.ENVIRONMENT_VARIABLE: "0"}
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[ENVIRONMENT_VARIABLE]
-        else:
-            os.environ[ENVIRONMENT_VARIABLE] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _first_line(error: BaseException) -> str:

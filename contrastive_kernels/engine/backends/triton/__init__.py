@@ -3,7 +3,7 @@
 Importing this module imports no Triton and asks no driver. `forward` and `safe_forward` are the forward sweep,
 `backward` and `chunks` the backward, `rows` the normalisation and the positives, `views` the view minimum. The sweep's
 kernels share `epilogue`, `terms` and `bundles` on the device and `launch` on the host; `tiles` is the tile table,
-`tune` measures for it.
+`tune` measures for it, `first_use` compares a kernel with PyTorch before a device trusts it.
 See docs/gpu.md.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contrastive_kernels.engine.backends.triton.first_use import checked
 from contrastive_kernels.engine.spec import Description, Gradients, Inputs, Statistics, Upstream, Wanted
 
 name = "triton"
@@ -148,7 +149,7 @@ def view_minimum(views: Tensor) -> Tensor:
         return kernels.view_minimum_fwd(views)
 
 
-operators: Mapping[str, Callable[..., Any]] = {
+_functions: Mapping[str, Callable[..., Any]] = {
     "forward": run_forward,
     "backward": run_backward,
     "unit_rows": unit_rows,
@@ -156,4 +157,7 @@ operators: Mapping[str, Callable[..., Any]] = {
     "row_dot": row_dot,
     "row_dot_backward": row_dot_backward,
     "views": view_minimum,
+}
+operators: Mapping[str, Callable[..., Any]] = {
+    operator: checked(operator, function) for operator, function in _functions.items()
 }

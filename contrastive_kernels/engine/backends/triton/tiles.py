@@ -7,7 +7,12 @@ was timed: every row is `untuned` among those that its reason admits.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +28,14 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+class Seen(NamedTuple):
+    """Where the kernels of a row agreed with float64 in all the GPU tests."""
+
+    device: str
+    torch: str
+    triton: str
+
+
 @dataclass(frozen=True)
 class Tile:
     """One row: for `kernel` on `architecture`, elements of `size` bytes, D up to `limit`.
@@ -30,7 +43,8 @@ class Tile:
     `height` is the side of the tile along N and `width` that along M, whatever the two are of. `depth` is how much of D
     is taken at a time, None for all of it. A row for a `large_epilogue` serves those that hold more than one pair of
     vectors per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids. "total" is "grad"
-    with a term's values added up beside its slopes; "weights" takes its rows for a large epilogue for that.
+    with a term's values added up beside its slopes; "weights" takes its rows for a large epilogue for that. A row is
+    `verified` where its kernels were seen right; a change of the row takes that away.
     """
 
     kernel: str
@@ -44,6 +58,11 @@ class Tile:
     warps: int
     stages: int
     reason: str
+    verified: tuple[Seen, ...] = ()
+
+    def is_verified(self) -> bool:
+        """Return whether this row of the table was seen right on its architecture with the installed Triton."""
+        return self in TABLE and any(seen.triton == _triton_version() for seen in self.verified)
 
     def blocks(self, d: int) -> dict[str, int]:
         """Return the block sizes as compile-time arguments."""
@@ -149,6 +168,11 @@ TABLE = (
 
 
 @functools.cache
+def _triton_version() -> str:
+    return importlib.metadata.version("triton")
+
+
+@functools.cache
 def _architecture(device: torch.device) -> int | str:
     if device.type != "cuda":
         return "interpreter"
@@ -177,4 +201,27 @@ def pick(kernel: str, x: Tensor, large_epilogue: bool) -> Tile:
     """Return the tile of a kernel that takes rows like those of x."""
     tile = find_for(kernel, x, large_epilogue)
     assert tile is not None, f"no tile of {kernel} for {x.dtype} rows of {x.shape[1]} on {x.device}"
+    picked = _picked.get()
+    if picked is not None:
+        picked.add(tile)
     return tile
+
+
+def verified_rows(device: torch.device) -> tuple[int, int]:
+    """Return how many rows of a device's architecture are verified, and how many there are."""
+    rows = [row for row in TABLE if row.architecture == _architecture(device)]
+    return sum(row.is_verified() for row in rows), len(rows)
+
+
+_picked: ContextVar[set[Tile] | None] = ContextVar("picked", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[set[Tile]]:
+    """Collect the rows that are picked within the context."""
+    picked: set[Tile] = set()
+    token = _picked.set(picked)
+    try:
+        yield picked
+    finally:
+        _picked.reset(token)
