@@ -39,7 +39,7 @@ interpret: .venv/built ## the Triton kernels in the interpreter
 aot: .venv/built       ## the Triton kernels compiled for GPUs that are not here
 	$(VENV) -m pytest -m aot
 
-gpu:                   ## what results/gpu lacks of check, GPU tests and benchmark, with the machine's own Python; PART="tests d128" for some
+gpu:                   ## what results/gpu lacks of smoke test, check, GPU tests and benchmark, nine minutes a call, with the machine's own Python; PART="tests d128" for some
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--parts $(PART))
 
 sanitize: .venv/installed

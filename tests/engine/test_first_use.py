@@ -146,7 +146,7 @@ def test_no_memory_for_the_comparison(monkeypatch):
         def full(*_):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-        patch.setattr(first_use, "_objection", full)
+        patch.setattr(first_use, "objection", full)
         with pytest.warns(RuntimeWarning, match="out of memory"):
             run(torch.ones(3, 4))
         assert "out of memory" in first_use.report()[0]
@@ -158,7 +158,7 @@ def test_capture(monkeypatch):
     """Nothing is read back in a capture: the kernel runs, with a warning and the reason; it is compared later."""
     run = first_use.checked("unit_rows", Kernel("unit_rows", scaled))
     x = torch.randn(5, 8)
-    monkeypatch.setattr(first_use, "_objection", None)
+    monkeypatch.setattr(first_use, "objection", None)
     monkeypatch.setattr(first_use, "_capturing", lambda: True)
     found, caught = warned(lambda: [run(x) for _ in range(2)])
     assert_equal(found[0], scaled(plain.unit_rows(x)))
@@ -246,8 +246,8 @@ def test_no_row_is_verified_unseen():
 def test_threads(monkeypatch):
     """Threads that meet a wrong kernel at once compare it once, get one warning and right results all."""
     kernel, start, objections = Kernel("unit_rows", scaled), threading.Barrier(8), []
-    compare = first_use._objection
-    monkeypatch.setattr(first_use, "_objection", lambda *a: objections.append(a) or compare(*a))
+    compare = first_use.objection
+    monkeypatch.setattr(first_use, "objection", lambda *a: objections.append(a) or compare(*a))
     run = first_use.checked("unit_rows", kernel)
     x, results = torch.randn(5, 8), []
 

@@ -1,18 +1,22 @@
 """The GPU command on a machine without a GPU."""
 
 import json
+import os
 import stat
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import cases, gpu, report
+from contrastive_kernels.engine.backends.triton import first_use
 from tests.support.benchmarks import cells, row
 
 pytestmark = pytest.mark.usefixtures("short_queue")
+GRIDS = gpu.GRIDS
 
 
 @pytest.fixture
@@ -46,7 +50,11 @@ def rehearse(monkeypatch, tmp_path):
         "small": gpu.GRIDS["small"],
     }
     monkeypatch.setattr(gpu, "GRIDS", some)
-    monkeypatch.setattr(gpu, "PARTS", ("check", "tests", "sanitize", *some, "launches"))
+    monkeypatch.setattr(gpu, "PARTS", (*(part for part in gpu.PARTS if part not in GRIDS or part in some),))
+    monkeypatch.setattr(gpu, "start", lambda part, run, seconds: gpu.work(part, run))
+    monkeypatch.setattr(gpu.smoke, "CALLS", ("columns", "small"))
+    monkeypatch.setattr(gpu.smoke, "DTYPES", {"float16": torch.float16})
+    monkeypatch.setattr(gpu, "COMPILE", "print('compiled')")
     monkeypatch.setattr(gpu, "CHECK_COMMAND", [*gpu.CHECK_COMMAND, "--loss", "moco", "alignment"])
     monkeypatch.setattr(gpu, "TEST_COMMAND", ["-c", "print('=== 3 passed ===')"])
 
@@ -60,12 +68,16 @@ def rehearse(monkeypatch, tmp_path):
 def test_gpu_command_rehearsed(rehearse, tmp_path, capsys, monkeypatch):
     """Every part runs, the report holds the measurements, and a second call measures nothing."""
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert rehearse() == 0
+    monkeypatch.setattr(gpu, "_newest_ptxas", lambda: None)
+    assert rehearse("--minutes", "60") == 0
     finished = json.loads((tmp_path / "parts.json").read_text())
     assert list(finished) == list(gpu.PARTS)
     for dtype in gpu.CHECK_DTYPES:
         assert f"{dtype}: 2 losses, " in finished["check"]["summary"]
     assert finished["tests"]["summary"] == "3 passed"
+    assert finished["tests-ptxas"]["summary"].startswith("no ptxas newer")
+    assert finished["smoke"]["summary"] == "2 of 2 kinds of call right"
+    assert finished["compile"]["summary"] == "4 of 4 cases compiled"
     assert "0 differ from float64; compute-sanitizer is not installed" in finished["sanitize"]["summary"]
     text = (tmp_path / "report.md").read_text()
     assert "A rehearsal" in text and "not run" not in text
@@ -90,17 +102,36 @@ def test_gpu_command_rehearsed(rehearse, tmp_path, capsys, monkeypatch):
 
 def test_gpu_command_out_of_time(rehearse, tmp_path, capsys):
     assert rehearse("--minutes", "0") == 0
-    assert "Out of time before: check, tests, sanitize, d128" in capsys.readouterr().out.replace("\n", " ")
+    assert "Out of time for: smoke, check, tests, compile, d128" in capsys.readouterr().out.replace("\n", " ")
     assert not (tmp_path / "parts.json").exists()
 
 
 def test_gpu_command_out_of_time_within_a_part(rehearse, tmp_path, monkeypatch):
     """The rows of the measured case are written; the part is not finished."""
-    left = iter([1.0, 0.0])
-    monkeypatch.setattr(gpu.Run, "seconds_left", lambda self: next(left))
-    assert rehearse("--parts", "d128") == 0
-    assert {found.loss for found in report.read(tmp_path)} == {"clip"}
+    monkeypatch.setattr(gpu, "PARTS", ("d128",))
+    left = iter([100.0, 100.0, 0.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.Run, "seconds_left", lambda self: next(left))
+        assert rehearse() == 0
+    first = report.read(tmp_path)
+    assert {found.loss for found in first} == {"clip"}
     assert not (tmp_path / "parts.json").exists()
+    # the same command goes on with the other case and keeps the first
+    assert rehearse() == 0
+    both = report.read(tmp_path)
+    assert [row for row in both if row.loss == "clip"] == first
+    assert {found.loss for found in both} == {"clip", "nt_xent"}
+    summary = json.loads((tmp_path / "parts.json").read_text())["d128"]["summary"]
+    assert summary == f"{sum(row.mode == 'both' and not row.note for row in both)} timings"
+
+
+def test_gpu_command_fills_its_time(rehearse, tmp_path, monkeypatch):
+    """A part that no longer fits waits for the next call, and those that fit run."""
+    begun = []
+    monkeypatch.setattr(gpu, "start", lambda part, run, seconds: begun.append((part, seconds)) or 0)
+    monkeypatch.setattr(gpu.Run, "seconds_left", lambda self: 300.0 - 100 * len(begun))
+    assert rehearse() == 0
+    assert begun == [("smoke", 120), ("compile", 120), ("d128", 100)]
 
 
 def test_gpu_command_when_ours_fails(rehearse, tmp_path, monkeypatch):
@@ -112,17 +143,122 @@ def test_gpu_command_when_ours_fails(rehearse, tmp_path, monkeypatch):
 
 
 def test_gpu_command_when_a_part_breaks(rehearse, tmp_path, monkeypatch):
-    """The report names the failure, and the next call goes on after that part."""
+    """The report names the failure, and the other parts run."""
 
     def broken(run):
         raise RuntimeError("illegal access")
 
     monkeypatch.setattr(gpu, "run_tests", broken)
-    with pytest.raises(RuntimeError, match="illegal access"):
-        rehearse("--parts", "tests", "small")
+    assert rehearse("--parts", "tests", "small") == 1
     text = (tmp_path / "report.md").read_text()
     assert "- tests: FAILED: RuntimeError: illegal access" in text
-    assert "not run: check, sanitize, d128, large, million, small, launches" in text
+    assert "- small: " in text
+    assert "not run: smoke, check, compile, d128, large, million, tests-ptxas, launches, sanitize" in text
+
+
+@pytest.mark.parametrize(
+    ("worker", "text"),
+    [
+        ("import time; print('begun', flush=True); time.sleep(60)", "FAILED: stopped after 4 s; begun"),
+        ("import os; print('begun', flush=True); os.abort()", "FAILED: begun"),
+    ],
+    ids=["hangs", "crashes"],
+)
+def test_gpu_command_when_a_process_is_lost(worker, text, tmp_path, monkeypatch):
+    """What hangs is stopped after its limit; either way the next part begins, and a later call goes on after both."""
+    monkeypatch.setattr(gpu, "PARTS", ("check", "tests"))
+    monkeypatch.setattr(gpu, "LIMITS", {"check": 4, "tests": 4})
+    monkeypatch.setattr(gpu, "WORKER", ["-c", worker])
+    command = ["--device", "cpu", "--tiny", "--output", str(tmp_path)]
+    assert gpu.main(command) > 0
+    report_text = (tmp_path / "report.md").read_text()
+    assert f"- check: {text}" in report_text and f"- tests: {text}" in report_text
+    assert gpu.main(command) == 0
+
+
+def test_gpu_command_cut_by_the_end_of_the_call(tmp_path, monkeypatch):
+    """A part that was stopped for that goes on in the next call."""
+    monkeypatch.setattr(gpu, "PARTS", ("d128",))
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
+    monkeypatch.setattr(gpu, "WORKER", ["-c", "import time; time.sleep(60)"])
+    assert gpu.main(["--device", "cpu", "--tiny", "--output", str(tmp_path), "--minutes", "0.05"]) == 0
+    assert not (tmp_path / "parts.json").exists()
+
+
+def test_a_part_in_a_process_of_its_own(tmp_path, monkeypatch):
+    """The worker gets the settings, sees kernels that may be wrong, and its end is in the report."""
+    command = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--parts", "launches"]
+    assert gpu.main(command) == 0
+    assert "- launches: kernels are counted on a GPU" in (tmp_path / "report.md").read_text()
+    monkeypatch.delenv(first_use.ENVIRONMENT_VARIABLE, raising=False)
+    worker = "import os; print(os.environ['CONTRASTIVE_KERNELS_FIRST_USE'])"
+    monkeypatch.setattr(gpu, "WORKER", ["-c", worker])
+    assert gpu.main(command) == 1
+    assert "- launches: FAILED: 0" in (tmp_path / "report.md").read_text()
+
+
+def test_smoke_names_what_is_wrong(rehearse, tmp_path, monkeypatch, capsys):
+    """One screen: a table of calls and dtypes, and below it what is wrong; a hanging one takes no other with it."""
+    lines = {"columns": "print('WRONG forward, D = 64: row_lse'); sys.exit(1)", "small": "print('right (10)')"}
+    command = gpu.run_logged
+
+    def stub(arguments, log, seconds, **options):
+        return command([sys.executable, "-c", f"import sys; {lines[arguments[4]]}"], log, seconds, **options)
+
+    monkeypatch.setattr(gpu, "run_logged", stub)
+    assert rehearse("--parts", "smoke") == 1
+    out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines()[1:4]] == [
+        ["float16"], ["columns", "WRONG"], ["small", "right", "(10)"]
+    ]  # fmt: skip
+    summary = json.loads((tmp_path / "parts.json").read_text())["smoke"]["summary"]
+    assert summary == "1 of 2 kinds of call right; columns in float16: WRONG forward, D = 64: row_lse"
+
+
+def test_smoke_finds_a_wrong_kernel(monkeypatch, capsys):
+    """Of any operator."""
+    right = first_use.PLAIN["views"]
+    monkeypatch.setattr(first_use, "PLAIN", {**first_use.PLAIN, "views": right})
+    assert gpu.smoke.main(["--call", "small", "--dtype", "float32", "--device", "cpu"]) == 0
+    assert "right (10)" in capsys.readouterr().out
+    calls = iter(range(1000))
+
+    def wrong(views):
+        # the kernel is called first, then PyTorch twice
+        return right(views) if next(calls) % 3 else right(views).flip(0)
+
+    monkeypatch.setattr(first_use, "PLAIN", {**first_use.PLAIN, "views": wrong})
+    assert gpu.smoke.main(["--call", "small", "--dtype", "float32", "--device", "cpu"]) == 1
+    assert "WRONG views, D = 64: least similarity differs" in capsys.readouterr().out
+
+
+def test_a_case_is_compiled_ahead(monkeypatch):
+    """By one step of ours on a few rows, a multiple of 16."""
+    steps = []
+    monkeypatch.setattr(gpu, "gradients", lambda loss, inputs: steps.append((loss.shape, len(inputs))))
+    gpu.compile_case("clip", "64", "16", "bfloat16", "cpu")
+    assert steps and steps[0][0] == ()
+    assert gpu.COMPILED_ROWS % 16 == 0
+
+
+def test_newer_ptxas(rehearse, tmp_path, monkeypatch):
+    """The tests run once more with it, if it is newer than Triton's."""
+    assembler = tmp_path / "ptxas"
+    assembler.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.4, V13.4.31'\n")
+    assembler.chmod(0o755)
+    assert gpu.ptxas_version(str(assembler)) == (13, 4, 31)
+    assert gpu.ptxas_version(str(tmp_path / "none")) is None
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert gpu._newest_ptxas() == ((13, 4, 31), str(assembler))
+    monkeypatch.setattr(gpu, "TEST_COMMAND", ["-c", "import os; print(os.environ['TRITON_PTXAS_PATH'])"])
+    monkeypatch.setattr(gpu, "_bundled_ptxas", lambda: (12, 8, 93))
+    assert rehearse("--parts", "tests-ptxas") == 0
+    summary = json.loads((tmp_path / "parts.json").read_text())["tests-ptxas"]["summary"]
+    assert summary == f"ptxas 13.4.31, Triton's is 12.8.93: {assembler}"
+    monkeypatch.setattr(gpu, "_bundled_ptxas", lambda: (13, 4, 31))
+    assert rehearse("--parts", "tests-ptxas") == 0
+    assert "no ptxas newer" in (tmp_path / "parts.json").read_text()
 
 
 def test_gpu_command_when_the_check_fails(rehearse, tmp_path, monkeypatch):
@@ -161,6 +297,20 @@ def test_sanitizers(rehearse, tmp_path, monkeypatch):
     assert rehearse("--parts", "sanitize") == 9
     summary = json.loads((tmp_path / "parts.json").read_text())["sanitize"]["summary"]
     assert "memcheck: ERROR SUMMARY: 0 errors; racecheck: ERROR SUMMARY: 2 errors; initcheck: " in summary
+
+
+def test_what_a_stopped_part_has_started_is_stopped_too(tmp_path):
+    """A kernel that hangs holds the GPU until its process ends."""
+    sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    worker = (
+        "import signal, sys; from benchmarks import gpu; signal.signal(signal.SIGTERM, gpu._stop_commands); "
+        f"gpu.run_logged([sys.executable, '-c', {sleeper!r}], sys.stderr, 60.0)"
+    )
+    with (tmp_path / "log").open("w") as log:
+        status, last = gpu.run_logged([sys.executable, "-c", worker], log, 10.0)
+    assert status != 0 and last.startswith("stopped after 10 s; ")
+    process = Path("/proc") / last.split()[-1]
+    assert not process.exists() or "State:\tZ" in (process / "status").read_text()
 
 
 def test_what_takes_too_long_is_stopped(tmp_path):

@@ -24,7 +24,7 @@ from contrastive_kernels.engine.backends import torch as plain
 from contrastive_kernels.engine.backends.triton import tiles, tune
 from contrastive_kernels.engine.spec import Description, Gradients, Inputs, Statistics, Upstream, compute_dtype
 
-__all__ = ["ENVIRONMENT_VARIABLE", "checked", "outlook", "report", "switched_off"]
+__all__ = ["ENVIRONMENT_VARIABLE", "checked", "objection", "outlook", "report", "switched_off"]
 
 ENVIRONMENT_VARIABLE = "CONTRASTIVE_KERNELS_FIRST_USE"
 
@@ -201,7 +201,7 @@ def _verdict(
         return Verdict(True, finding, settled=False, doubtful=True)
     try:
         with torch.no_grad():
-            wrong = _objection(operator, function, arguments, options)
+            wrong = objection(operator, function, arguments, options)
     except torch.AcceleratorError:
         raise
     except Exception as error:
@@ -273,7 +273,7 @@ def _in_pytorch(operator: str, arguments: tuple[Any, ...], options: dict[str, An
 # The comparison
 
 
-def _objection(operator: str, function: Function, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
+def objection(operator: str, function: Function, arguments: tuple[Any, ...], options: dict[str, Any]) -> str:
     """Return what is wrong with the kernel, empty if nothing is: on drawn rows, against the PyTorch backend in float64.
 
     The rows are drawn, because those of a caller may be all equal, or not finite.
