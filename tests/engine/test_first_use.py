@@ -12,6 +12,7 @@ from contrastive_kernels.__main__ import main, report
 from contrastive_kernels.engine.backends import torch as plain
 from contrastive_kernels.engine.backends import triton as backend
 from contrastive_kernels.engine.backends.triton import first_use, tiles, tune
+from contrastive_kernels.engine.operators import FAKES
 from tests.support import kernels
 from tests.support.first_use import Kernel, arguments_of, warned
 
@@ -107,6 +108,62 @@ def test_one_wrong_number_in_a_tile_is_enough(operator, case, change, dtype):
     arguments, options = arguments_of(operator, dtype=dtype, name=case)
     with pytest.warns(RuntimeWarning, match="differs"):
         run(*arguments, **options)
+
+
+@pytest.mark.parametrize("operator", ["forward", "backward"])
+def test_tf32_is_right_where_it_is_allowed(operator):
+    """Operands that lose 13 bits are a fault at the highest precision only."""
+
+    def cut(x):
+        return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+    def kernel(*arguments, **options):
+        place = 0 if operator == "forward" else 1
+        inputs = arguments[place]
+        inputs = inputs._replace(x=cut(inputs.x), y=cut(inputs.y))
+        return first_use._in_pytorch(operator, (*arguments[:place], inputs, *arguments[place + 1 :]), options)
+
+    for name in ("columns", "exponents-bias"):
+        arguments, options = arguments_of(operator, d=128, name=name)
+        assert "differs" in first_use.objection(operator, kernel, arguments, options)
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        try:
+            assert first_use.objection(operator, kernel, arguments, options) == ""
+            assert "differs" in first_use.objection(operator, Kernel(operator, scaled), arguments, options)
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+
+@no_warning
+def test_another_default_dtype():
+    """What is drawn has the dtypes of the caller's tensors."""
+    arguments, _ = arguments_of("backward", name="exponents-bias")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        drawn = first_use._drawn("backward", None, arguments, 8.0)
+    finally:
+        torch.set_default_dtype(before)
+    for of_call, own in zip((*arguments[0], *arguments[1]), (*drawn[0], *drawn[1]), strict=True):
+        assert of_call is own is None or own.dtype in (torch.float32, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_operator
+def test_pytorch_returns_what_the_kernels_do(operator, dtype):
+    """The same shapes and dtypes, so that a compiled program takes them."""
+    for name in ("columns-maximum", "softplus-alone", "self"):
+        for saves in (False, True):
+            arguments, options = arguments_of(operator, d=320, dtype=dtype, name=name)
+            options = {**options, "save_scores": saves} if operator == "forward" else options
+            flat = [one for part in arguments for one in (part if hasattr(part, "_fields") else [part])]
+            if operator == "backward":
+                flat[-8:-1] = [[*arguments[3]]]
+            fake = FAKES[operator](backend)(*flat, *options.values())
+            found = first_use._in_pytorch(operator, arguments, options)
+            for one, other in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (found, fake)), strict=True):
+                assert (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
 def test_pairs_that_are_none(monkeypatch):

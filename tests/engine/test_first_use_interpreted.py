@@ -152,7 +152,8 @@ def test_compiled(wrong_forward, monkeypatch):
 def test_transforms(wrong_forward):
     """A gradient by torch.func comes from PyTorch too."""
     z0, z1 = torch.randn(2, 21, 24)
-    found, expected = (
-        torch.func.grad(lambda z, name=name: ck.nt_xent_loss(z, z1, backend=name))(z0) for name in ("triton", "torch")
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    for transform in (torch.func.grad, lambda loss: lambda z: torch.func.vmap(loss)(torch.stack([z, z1]))):
+        found, expected = (
+            transform(lambda z, name=name: ck.nt_xent_loss(z, z1, backend=name))(z0) for name in ("triton", "torch")
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)

@@ -34,9 +34,11 @@ ROWS, LEAST_ROWS, ELEMENTS, ROWS_WITH_CUTOFF, ROWS_ELSEWHERE = 4096, 256, 1 << 2
 # The second scale raises the flags on which the fast paths hand over to their twins.
 SCALES = (8.0, 300.0)
 # Allowed RMS errors: of a similarity, of a saved one, of a statistic and of a gradient, the last two relative; and how
-# many times the error of PyTorch in float32, which tells of TF32. One wrong row of 4,096 is off by 1.5e-2.
+# many times the error of PyTorch in float32. One wrong row of 4,096 is off by 1.5e-2.
 OF_SIMILARITY, OF_SAVED_SIMILARITY, OF_STATISTIC, TIMES_PLAIN = 1e-5, 2.0**-15, 1e-5, 8.0
 OF_GRADIENT = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+# Of both if the caller allows TF32, whose operands lose 13 bits.
+OF_TF32 = 2.0**-9
 # Of the row sums' gradients, so that float16 holds sums over thousands of pairs.
 GRADIENT_OF_SUMS = 2.0**-6
 
@@ -306,14 +308,16 @@ def _floor(operator: str, name: str, exact: Tensor, drawn: tuple[Any, ...], scal
     """Return the error that a right kernel may make where PyTorch makes none."""
     size = torch.where(exact.isfinite(), exact, 0.0).square().mean().sqrt()
     x = _features(operator, drawn)
+    of_tf32 = OF_TF32 if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else 0.0
     if operator == "forward":
-        of_logits = 0.0 if name == "row_sum" else 2 * OF_SIMILARITY * scale
-        return OF_STATISTIC * (size if name == "row_sum" else 0.1 * size) + of_logits
+        if name == "row_sum":
+            return (OF_STATISTIC + of_tf32) * size
+        return 0.1 * OF_STATISTIC * size + 2 * (OF_SIMILARITY + of_tf32) * scale
     if operator == "backward":
         if exact.dim() == 0:  # a sum that may cancel: its error is that of its terms
             size = size + sum(grad.abs().sum() for grad in drawn[0][:3])
-        of_similarity = OF_SIMILARITY if drawn[4] is None else OF_SAVED_SIMILARITY
-        return (OF_GRADIENT[x.dtype] + 2 * of_similarity * scale) * size
+        of_similarity = of_tf32 + (OF_SIMILARITY if drawn[4] is None else OF_SAVED_SIMILARITY)
+        return (OF_GRADIENT[x.dtype] + of_tf32 + 2 * of_similarity * scale) * size
     rounded = OF_STATISTIC if name in ("norm", "row_dot", "least similarity") else OF_GRADIENT[x.dtype]
     return rounded * size + OF_SIMILARITY
 
@@ -392,10 +396,10 @@ class _Draw:
         self.generator = torch.Generator(x.device).manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.x.device)
+        return torch.randn(shape, generator=self.generator, device=self.x.device, dtype=torch.float32)
 
     def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, device=self.x.device)
+        return torch.rand(shape, generator=self.generator, device=self.x.device, dtype=torch.float32)
 
     def count(self, n: int, multiple: int = 1, most: int = ROWS) -> int:
         """Return a number of rows that is 1, a multiple of 16 or neither, as n is, and a multiple as n is."""
