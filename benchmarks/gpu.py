@@ -30,8 +30,6 @@ from typing import TextIO
 import torch
 from rich.console import Console
 
-from contrastive_kernels.engine.backends.triton import first_use
-
 from . import aims, peers, plot, report, smoke
 from .aims import AIM_N, BASELINES, DIMS, LARGE_N, MILLION, PAIR, SMALL_PROVIDERS, SMALL_SIZES
 from .cases import SAVED, Case, Unavailable, dtype_name, gradients, provider_function
@@ -173,9 +171,8 @@ def start(part: str, run: Run, seconds: float) -> int:
     # The part ends by itself if it can.
     command += ["--minutes", str(0.9 * seconds / 60), *([] if run.resume else ["--parts", part])]
     _forget(part, run)
-    # A wrong kernel is to be seen, not replaced.
     with (run.folder / f"part-{part}.txt").open("w") as log:
-        status, last = run_logged(command, log, seconds, **{first_use.ENVIRONMENT_VARIABLE: "0"})
+        status, last = run_logged(command, log, seconds)
     cut = seconds < LIMITS.get(part, OTHER_LIMIT) and run.seconds_left() <= 1
     if part in _read_finished(run.folder) or status == UNFINISHED:
         return status

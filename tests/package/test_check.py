@@ -17,6 +17,7 @@ from contrastive_kernels.__main__ import main
 from contrastive_kernels.check import cases, command, measure
 from contrastive_kernels.check.cases import CASES
 from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE
+from contrastive_kernels.engine.backends.triton import first_use
 from tests.support.testing import ROOT, backends, differentiate, supports
 
 FILES = {path.stem for path in (ROOT / "contrastive_kernels" / "losses").glob("*.py") if path.stem[0] != "_"}
@@ -27,6 +28,15 @@ QUICK = ("check", "--backend", "torch", "--dtype", "float32")
 def row(text, loss):
     """Return the cells of a loss."""
     return re.search(rf"^{loss} +(.*)$", text, re.MULTILINE).group(1).split("  ")
+
+
+def test_a_wrong_kernel_is_checked_itself(monkeypatch):
+    """PyTorch does not stand in for it."""
+    monkeypatch.setenv(first_use.ENVIRONMENT_VARIABLE, "1")
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    with measure._only("torch"):
+        assert first_use.switched_off() and os.environ[ENVIRONMENT_VARIABLE] == "torch"
+    assert not first_use.switched_off() and ENVIRONMENT_VARIABLE not in os.environ
 
 
 def test_every_loss_is_checked():

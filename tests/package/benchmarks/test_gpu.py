@@ -185,16 +185,20 @@ def test_gpu_command_cut_by_the_end_of_the_call(tmp_path, monkeypatch):
     assert not (tmp_path / "parts.json").exists()
 
 
-def test_a_part_in_a_process_of_its_own(tmp_path, monkeypatch):
-    """The worker gets the settings, sees kernels that may be wrong, and its end is in the report."""
+def test_a_part_in_a_process_of_its_own(tmp_path):
+    """The worker gets the settings, and its end is in the report."""
     command = ["--device", "cpu", "--tiny", "--output", str(tmp_path), "--parts", "launches"]
     assert gpu.main(command) == 0
     assert "- launches: kernels are counted on a GPU" in (tmp_path / "report.md").read_text()
+
+
+def test_benchmarks_see_a_wrong_kernel(tmp_path, monkeypatch):
+    """PyTorch does not stand in for it, which would be timed as ours."""
     monkeypatch.delenv(first_use.ENVIRONMENT_VARIABLE, raising=False)
-    worker = "import os; print(os.environ['CONTRASTIVE_KERNELS_FIRST_USE'])"
-    monkeypatch.setattr(gpu, "WORKER", ["-c", worker])
-    assert gpu.main(command) == 1
-    assert "- launches: FAILED: 0" in (tmp_path / "report.md").read_text()
+    program = "import benchmarks; from contrastive_kernels.engine.backends.triton import first_use as f; "
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-c", program + "print(f.switched_off())"]
+        assert gpu.run_logged(command, log, 60.0) == (0, "True")
 
 
 def test_smoke_names_what_is_wrong(rehearse, tmp_path, monkeypatch, capsys):
