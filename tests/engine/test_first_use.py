@@ -135,6 +135,15 @@ def test_tf32_is_right_where_it_is_allowed(operator):
             torch.backends.cuda.matmul.fp32_precision = before
 
 
+def test_float16_holds_the_gradients_that_are_drawn():
+    """Even if all rows send theirs to one column, in both roles; otherwise a right kernel would seem wrong."""
+    inputs, what = arguments_of("forward", dtype=torch.float16)[0]
+    upstream = first_use._Draw(inputs.x).upstream(inputs, what)
+    largest = max(grad.max().item() for grad in upstream[:2])
+    assert 2 * first_use.ROWS * max(first_use.SCALES) * largest < torch.finfo(torch.float16).max
+    assert min(grad.min().item() for grad in upstream[:2]) > 0
+
+
 @no_warning
 def test_another_default_dtype():
     """What is drawn has the dtypes of the caller's tensors."""

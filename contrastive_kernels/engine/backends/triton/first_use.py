@@ -39,8 +39,8 @@ OF_SIMILARITY, OF_SAVED_SIMILARITY, OF_STATISTIC, TIMES_PLAIN = 1e-5, 2.0**-15, 
 OF_GRADIENT = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 # Of both if the caller allows TF32, whose operands lose 13 bits.
 OF_TF32 = 2.0**-9
-# Of the row sums' gradients, so that float16 holds sums over thousands of pairs.
-GRADIENT_OF_SUMS = 2.0**-6
+# The gradients that flow in: so small that float16 holds what thousands of rows send to one column.
+UPSTREAM = 2.0**-6
 
 Function = Callable[..., Any]
 Key = tuple[object, ...]
@@ -449,9 +449,8 @@ class _Draw:
     def upstream(self, inputs: Inputs, what: Description) -> Upstream:
         """Return positive gradients, whose sums do not cancel, of the statistics that belong to the inputs."""
         statistics = plain.forward(_widened(inputs), what, maximum=False, save_scores=False)
-        row_lse, col_lse, row_sum = (0.5 + self.uniform(*values.shape) for values in statistics[:3])
-        lses = (values.float() for values in statistics[:2])
-        return Upstream(row_lse, col_lse, GRADIENT_OF_SUMS * row_sum, *lses)
+        of_rows, of_columns, of_sums = (UPSTREAM * (0.5 + self.uniform(*values.shape)) for values in statistics[:3])
+        return Upstream(of_rows, of_columns, of_sums, statistics.row_lse.float(), statistics.col_lse.float())
 
 
 def _between(x: Tensor, y: Tensor) -> Tensor:
