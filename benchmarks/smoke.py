@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.engine.backends import triton
-from contrastive_kernels.engine.backends.triton import first_use
+from contrastive_kernels.engine.backends.triton import comparison
 from contrastive_kernels.engine.spec import Description, Inputs, Wanted
 
 # Registers hold the gradient of the first, chunks of dL/dS that of the second.
@@ -92,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     wrong, compared = [], 0
     for operator, passed, named in calls(options.call, DTYPES[options.dtype], device):
-        function = triton.operators[operator].__wrapped__ if _has_kernels(device) else first_use.PLAIN[operator]
+        function = triton.operators[operator].__wrapped__ if _has_kernels(device) else comparison.PLAIN[operator]
         compared += 1
-        if found := first_use.objection(operator, function, passed, named):
+        if found := comparison.objection(operator, function, passed, named):
             wrong.append(f"{operator}, D = {_depth(passed)}: {found}")
             print(wrong[-1], flush=True)
     print(f"WRONG {'; '.join(wrong)}" if wrong else f"right ({compared})")

@@ -11,7 +11,7 @@ import torch
 from contrastive_kernels.__main__ import main, report
 from contrastive_kernels.engine.backends import torch as plain
 from contrastive_kernels.engine.backends import triton as backend
-from contrastive_kernels.engine.backends.triton import first_use, tiles, tune
+from contrastive_kernels.engine.backends.triton import comparison, first_use, tiles, tune
 from contrastive_kernels.engine.operators import FAKES
 from tests.support import kernels
 from tests.support.first_use import Kernel, arguments_of, warned
@@ -125,12 +125,12 @@ def test_tf32_is_right_where_it_is_allowed(operator):
 
     for name in ("columns", "exponents-bias"):
         arguments, options = arguments_of(operator, d=128, name=name)
-        assert "differs" in first_use.objection(operator, kernel, arguments, options)
+        assert "differs" in comparison.objection(operator, kernel, arguments, options)
         before = torch.backends.cuda.matmul.fp32_precision
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         try:
-            assert first_use.objection(operator, kernel, arguments, options) == ""
-            assert "differs" in first_use.objection(operator, Kernel(operator, scaled), arguments, options)
+            assert comparison.objection(operator, kernel, arguments, options) == ""
+            assert "differs" in comparison.objection(operator, Kernel(operator, scaled), arguments, options)
         finally:
             torch.backends.cuda.matmul.fp32_precision = before
 
@@ -138,9 +138,9 @@ def test_tf32_is_right_where_it_is_allowed(operator):
 def test_float16_holds_the_gradients_that_are_drawn():
     """Even if all rows send theirs to one column, in both roles; otherwise a right kernel would seem wrong."""
     inputs, what = arguments_of("forward", dtype=torch.float16)[0]
-    upstream = first_use._Draw(inputs.x).upstream(inputs, what)
+    upstream = comparison._Draw(inputs.x).upstream(inputs, what)
     largest = max(grad.max().item() for grad in upstream[:2])
-    assert 2 * first_use.ROWS * max(first_use.SCALES) * largest < torch.finfo(torch.float16).max
+    assert 2 * comparison.ROWS * max(comparison.SCALES) * largest < torch.finfo(torch.float16).max
     assert min(grad.min().item() for grad in upstream[:2]) > 0
 
 
@@ -151,7 +151,7 @@ def test_another_default_dtype():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        drawn = first_use._drawn("backward", None, arguments, 8.0)
+        drawn = comparison._drawn("backward", None, arguments, 8.0)
     finally:
         torch.set_default_dtype(before)
     for of_call, own in zip((*arguments[0], *arguments[1]), (*drawn[0], *drawn[1]), strict=True):
@@ -382,7 +382,7 @@ def test_what_is_drawn_is_the_same_code(name):
         for x in layouts(inputs.x):
             inputs = inputs._replace(x=x)
             options = {"maximum": case.maximum, "save_scores": False}
-            drawn = first_use._drawn("forward", None, (inputs, what), 8.0)
+            drawn = comparison._drawn("forward", None, (inputs, what), 8.0)
             keys = [first_use._key("forward", x, one, options) for x, one in ((x, (inputs, what)), (drawn[0].x, drawn))]
             assert keys[0] == keys[1]
             assert all(value is None or not value.isnan().any() for value in drawn[0])

@@ -12,7 +12,7 @@ import torch
 import contrastive_kernels as ck
 from benchmarks import smoke
 from contrastive_kernels.engine.backends import triton as backend
-from contrastive_kernels.engine.backends.triton import first_use, tiles
+from contrastive_kernels.engine.backends.triton import comparison, first_use, tiles
 from tests.support import kernels
 from tests.support.first_use import arguments_of, warned
 from tests.support.testing import ROOT
@@ -66,7 +66,7 @@ def test_the_kernels_are_right(name, dtype, d):
     for operator in ("forward", "backward"):
         arguments, options = arguments_of(operator, 33, 47, d, dtype, name)
         run = backend.operators[operator].__wrapped__
-        assert first_use.objection(operator, run, arguments, options) == ""
+        assert comparison.objection(operator, run, arguments, options) == ""
 
 
 @interpreted

@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from contrastive_kernels.engine.backends.triton import first_use
+from contrastive_kernels.engine.backends.triton import comparison, first_use
 from contrastive_kernels.engine.spec import Wanted
 from tests.support import kernels
 
@@ -31,7 +31,7 @@ def arguments_of(operator, n=48, m=32, d=24, dtype=torch.float32, name="columns"
         inputs, what = kernels.inputs(case, n, m, d, dtype), kernels.description(case)
         if operator == "forward":
             return (inputs, what), {"maximum": case.maximum, "save_scores": False}
-        upstream = first_use._Draw(inputs.x).upstream(inputs, what)
+        upstream = comparison._Draw(inputs.x).upstream(inputs, what)
         return (upstream, inputs, what, wanted_of(case), None), {}
     others = {
         "unit_rows": (x,),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import cases, gpu, report
-from contrastive_kernels.engine.backends.triton import first_use
+from contrastive_kernels.engine.backends.triton import comparison, first_use
 from tests.support.benchmarks import cells, row
 
 pytestmark = pytest.mark.usefixtures("short_queue")
@@ -221,8 +221,8 @@ def test_smoke_names_what_is_wrong(rehearse, tmp_path, monkeypatch, capsys):
 
 def test_smoke_finds_a_wrong_kernel(monkeypatch, capsys):
     """Of any operator."""
-    right = first_use.PLAIN["views"]
-    monkeypatch.setattr(first_use, "PLAIN", {**first_use.PLAIN, "views": right})
+    right = comparison.PLAIN["views"]
+    monkeypatch.setattr(comparison, "PLAIN", {**comparison.PLAIN, "views": right})
     assert gpu.smoke.main(["--call", "small", "--dtype", "float32", "--device", "cpu"]) == 0
     assert "right (10)" in capsys.readouterr().out
     calls = iter(range(1000))
@@ -231,7 +231,7 @@ def test_smoke_finds_a_wrong_kernel(monkeypatch, capsys):
         # the kernel is called first, then PyTorch twice
         return right(views) if next(calls) % 3 else right(views).flip(0)
 
-    monkeypatch.setattr(first_use, "PLAIN", {**first_use.PLAIN, "views": wrong})
+    monkeypatch.setattr(comparison, "PLAIN", {**comparison.PLAIN, "views": wrong})
     assert gpu.smoke.main(["--call", "small", "--dtype", "float32", "--device", "cpu"]) == 1
     assert "WRONG views, D = 64: least similarity differs" in capsys.readouterr().out
 
