@@ -47,6 +47,16 @@ def poison():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes that form groups, started once."""
+    from tests.support.ranks import Ranks
+
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
 # The files that take longest. Two workers share the rest evenly only if these come first.
 LONG = (
     "triton/test_processes.py",

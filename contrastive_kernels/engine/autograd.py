@@ -19,10 +19,12 @@ from contrastive_kernels.engine.backends import torch as torch_backend
 from contrastive_kernels.engine.operators import operator, register_autograd
 from contrastive_kernels.engine.spec import (
     DIFFERENTIABLE,
+    GROUP_SCHEMAS,
     BackwardArguments,
     Description,
     ForwardArguments,
     Gradients,
+    GroupArguments,
     Inputs,
     Statistics,
     Upstream,
@@ -144,6 +146,13 @@ def _setup_forward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any)
 
 
 def _differentiate_forward(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _differentiate_sweep(sweep_backward, backend, ctx, *grads)
+
+
+def _differentiate_sweep(
+    function: Callable[..., Gradients], backend: str, ctx: Any, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a sweep from a function like `sweep_backward`."""
     wanted = Wanted(*(ctx.needs_input_grad[position] for position in DIFFERENTIABLE))
     row_lse, col_lse, scores, *tensors = ctx.saved_tensors
     of_rows, of_columns, of_sums = (
@@ -151,7 +160,7 @@ def _differentiate_forward(backend: str, ctx: Any, *grads: Tensor | None) -> tup
     )
     upstream = Upstream(of_rows, of_columns, of_sums, row_lse, col_lse)
     saved = scores if ctx.save_scores else None
-    gradients = sweep_backward(upstream, Inputs(*tensors), ctx.what, wanted, saved, backend)
+    gradients = function(upstream, Inputs(*tensors), ctx.what, wanted, saved, backend)
     return _spread(gradients, wanted, ctx.arguments)
 
 
@@ -337,6 +346,55 @@ def _differentiate_selection(backend: str, ctx: Any, *grads: Tensor | None) -> t
     return _no_gradients(ctx)
 
 
+# Over a process group. The gradient of what all ranks compute: a sum's is the sum of all ranks' upstream gradients.
+
+
+def _setup_group_sweep(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    flat, ctx.of_group = GroupArguments.split(inputs)
+    _setup_forward(backend, ctx, tuple(flat), output)
+    ctx.arguments = len(inputs)
+
+
+def _differentiate_group_sweep(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, _: Tensor | None, backend: str
+    ) -> Gradients:
+        arguments = *upstream, *inputs, *what, list(wanted), *ctx.of_group
+        return Gradients(*call(backend, "sweep_backward", *arguments))
+
+    return _differentiate_sweep(backward, backend, ctx, *grads)
+
+
+def _setup_group_sweep_backward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.arguments = len(inputs)
+
+
+def _differentiate_group_sweep_backward(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError(
+        "a loss with group= has no second derivatives; take them in one process, with group=None and the whole batch"
+    )
+
+
+def _setup_group_sum(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.group = inputs[1]
+
+
+def _differentiate_group_sum(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return call(backend, "sum", grad.contiguous(), ctx.group), None
+
+
+def _setup_group_class_sums(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, value_ids, ids, *ctx.of_group = inputs
+    ctx.save_for_backward(value_ids, ids)
+
+
+def _differentiate_group_class_sums(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    value_ids, ids = ctx.saved_tensors
+    group, value_sizes, sizes, workspace = ctx.of_group
+    arguments = grad.contiguous(), ids, value_ids, group, sizes, value_sizes, workspace
+    return call(backend, "class_sums", *arguments), *[None] * 6
+
+
 FORMULAS = {
     "forward": Formula(_setup_forward, _differentiate_forward),
     "backward": Formula(_setup_backward, _differentiate_backward),
@@ -346,8 +404,14 @@ FORMULAS = {
     "row_dot_backward": Formula(_setup_plain, partial(_differentiate_plain, _row_dot_backward)),
     "views": Formula(_setup_selection, _differentiate_selection),
     "select": Formula(_setup_selection, _differentiate_selection),
+    "sweep": Formula(_setup_group_sweep, _differentiate_group_sweep),
+    "sweep_backward": Formula(_setup_group_sweep_backward, _differentiate_group_sweep_backward),
+    "sum": Formula(_setup_group_sum, _differentiate_group_sum),
+    "class_sums": Formula(_setup_group_class_sums, _differentiate_group_class_sums),
 }
 
 for _backend in BACKENDS.values():
     for _name in _backend.operators:
         register_autograd(_backend.name, _name, _kernel(_backend.name, _name))
+for _name in GROUP_SCHEMAS:
+    register_autograd("group", _name, _kernel("group", _name))

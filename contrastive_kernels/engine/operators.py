@@ -11,8 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contrastive_kernels.engine import groups
 from contrastive_kernels.engine.backends import BACKENDS, Backend
-from contrastive_kernels.engine.spec import SCHEMAS, BackwardArguments, ForwardArguments, compute_dtype
+from contrastive_kernels.engine.spec import (
+    GROUP_SCHEMAS,
+    SCHEMAS,
+    BackwardArguments,
+    ForwardArguments,
+    GroupArguments,
+    compute_dtype,
+)
 
 __all__ = ["operator", "register_autograd"]
 
@@ -138,3 +146,62 @@ def _register(backend: Backend) -> None:
 
 for _backend in BACKENDS.values():
     _register(_backend)
+
+
+# Over a process group: the operators of a backend on one block after the other.
+
+
+def _peers(of_group: GroupArguments) -> groups.Peers:
+    return groups.Peers(of_group.group, tuple(of_group.sizes), of_group.workspace)
+
+
+def _group_sweep(*flat: Any) -> tuple[Tensor, ...]:
+    arguments, of_group = GroupArguments.split(flat)
+    inputs, what, maximum, _ = ForwardArguments.of(arguments)
+    return tuple(groups.sweep(inputs, what, maximum, _peers(of_group), operator(of_group.backend, "forward")))
+
+
+def _group_sweep_backward(*flat: Any) -> tuple[Tensor, ...]:
+    arguments, of_group = GroupArguments.split(flat)
+    upstream, inputs, what, wanted, _ = BackwardArguments.of(arguments)
+    backward = operator(of_group.backend, "backward")
+    return tuple(groups.sweep_backward(upstream, inputs, what, wanted, _peers(of_group), backward))
+
+
+def _group_select(*flat: Any) -> tuple[Tensor, Tensor]:
+    arguments, of_group = GroupArguments.split(flat)
+    select: Function = groups.select
+    found: tuple[Tensor, Tensor] = select(*arguments, _peers(of_group), operator(of_group.backend, "select"))
+    return found
+
+
+def _group_class_sums(
+    values: Tensor, value_ids: Tensor, ids: Tensor, group: str, value_sizes: Any, sizes: Any, workspace: int
+) -> Tensor:
+    return groups.class_sums(values, value_ids, ids, groups.Peers(group, tuple(value_sizes), workspace))
+
+
+def _fake_group_sweep(*flat: Any) -> tuple[Tensor, ...]:
+    arguments, of_group = GroupArguments.split(flat)
+    found: tuple[Tensor, ...] = _fake_forward(BACKENDS[of_group.backend])(*arguments)
+    return found
+
+
+def _fake_group_sweep_backward(*flat: Any) -> tuple[Tensor, ...]:
+    arguments, of_group = GroupArguments.split(flat)
+    found: tuple[Tensor, ...] = _fake_backward(BACKENDS[of_group.backend])(*arguments)
+    return found
+
+
+_GROUP_OPERATORS: dict[str, tuple[Function, Function]] = {
+    "sweep": (_group_sweep, _fake_group_sweep),
+    "sweep_backward": (_group_sweep_backward, _fake_group_sweep_backward),
+    "select": (_group_select, _fake_select(BACKENDS["torch"])),
+    "sum": (groups.all_sum, lambda x, group: x.new_empty(x.shape)),
+    "class_sums": (_group_class_sums, lambda values, _, ids, *__: values.new_empty(ids.shape[0], values.shape[1])),
+}
+
+for _name, (_function, _fake) in _GROUP_OPERATORS.items():
+    _library.define(f"group_{_name}{GROUP_SCHEMAS[_name]}")
+    _library.impl(f"group_{_name}", _kernel(f"group_{_name}", _function), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_NAMESPACE}::group_{_name}", _fake, lib=_library)

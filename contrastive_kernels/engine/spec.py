@@ -157,6 +157,20 @@ class BackwardArguments(NamedTuple):
         return cls(Upstream(*flat[:split]), inputs, what, Wanted(*wanted), scores[0] if scores else None)
 
 
+class GroupArguments(NamedTuple):
+    """The last arguments of the operators of a sweep over a process group, after those of the sweep."""
+
+    backend: str
+    group: str
+    sizes: list[int]  # rows of y, or of x with itself, of every rank
+    workspace: int
+
+    @classmethod
+    def split(cls, flat: Sequence[Any]) -> tuple[Sequence[Any], GroupArguments]:
+        """Return the arguments of the sweep and those of the group."""
+        return flat[: -len(cls._fields)], cls(*flat[-len(cls._fields) :])
+
+
 def _grouped(flat: Sequence[Any]) -> tuple[Inputs, Description, Sequence[Any]]:
     first = len(Inputs._fields)
     last = first + len(Description._fields)
@@ -203,5 +217,23 @@ SCHEMAS = {
     "select": (
         "(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal) "
         "-> (Tensor, Tensor)"
+    ),
+}
+_OF_GROUP = "str backend, str group, SymInt[] sizes, int workspace"
+GROUP_SCHEMAS = {
+    "sweep": f"({_SWEEP}, bool maximum, {_OF_GROUP}) -> {_results(Statistics)}",
+    "sweep_backward": f"({_parameters(Upstream)}, {_SWEEP}, bool[] wanted, {_OF_GROUP}) -> {_results(Gradients)}",
+    # values and columns as of `select`; columns are numbered view by view, in each rank by rank
+    "select": (
+        "(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal, int views, "
+        f"{_OF_GROUP}) -> (Tensor, Tensor)"
+    ),
+    # the sum over the ranks
+    "sum": "(Tensor x, str group) -> Tensor",
+    # (n, D), for every one of the ids (n,) the sum of the values (m, D) of all ranks that have it as value id; both
+    # sizes, those of the values and those of the ids, are there for the derivative, which exchanges them
+    "class_sums": (
+        "(Tensor values, Tensor value_ids, Tensor ids, str group, SymInt[] value_sizes, SymInt[] sizes, int workspace) "
+        "-> Tensor"
     ),
 }

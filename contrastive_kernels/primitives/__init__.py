@@ -28,20 +28,32 @@ from contrastive_kernels.primitives.rows import (
     wide_products,
     wide_sums,
 )
-from contrastive_kernels.primitives.select import row_select, selecting_cutoff
+from contrastive_kernels.primitives.select import row_select, select_over, selecting_cutoff
+from contrastive_kernels.primitives.shards import (
+    ALONE,
+    Group,
+    Shards,
+    one_process_only,
+    over_ranks,
+    shards_for,
+    shards_of,
+)
 from contrastive_kernels.primitives.sums import kept_counts, kept_sums, similarity_sum
 from contrastive_kernels.primitives.sweep import ALL_PAIRS, Pairs, Statistics, sweep, weighted_total
 from contrastive_kernels.primitives.views import min_view_similarity
 
 __all__ = [
     "ALL_PAIRS",
+    "ALONE",
     "Band",
     "Count",
     "DistanceHinge",
     "Gaussian",
+    "Group",
     "Hinge",
     "Identity",
     "Pairs",
+    "Shards",
     "Softplus",
     "Square",
     "Statistics",
@@ -58,13 +70,18 @@ __all__ = [
     "min_view_similarity",
     "moments_pay",
     "nan_unless_finite",
+    "one_process_only",
+    "over_ranks",
     "reading_is_free",
     "reading_is_possible",
     "row_dot",
     "row_select",
     "row_squares",
     "rows_for_distances",
+    "select_over",
     "selecting_cutoff",
+    "shards_for",
+    "shards_of",
     "similarity_logsumexp",
     "similarity_sum",
     "sweep",

@@ -73,9 +73,9 @@ def alike(name_x: str, x: Tensor, name_y: str, y: Tensor, *, rows: bool = True) 
         raise ValueError(f"{name_x} {shape(x)} and {name_y} {shape(y)} must have the same last dimension")
 
 
-def two_rows(name: str, x: Tensor, why: str) -> None:
-    """Raise unless x has at least two rows."""
-    if x.shape[0] < 2:
+def two_rows(name: str, x: Tensor, why: str, rows: int | None = None) -> None:
+    """Raise unless x has at least two rows, or there are so many on all ranks."""
+    if (x.shape[0] if rows is None else rows) < 2:
         raise ValueError(f"{name} {shape(x)} must have at least 2 rows: {why}")
 
 

@@ -7,6 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives.shards import Group, over_ranks, shards_of
 from contrastive_kernels.primitives.sweep import Pairs, sweep
 
 __all__ = ["similarity_logsumexp"]
@@ -24,6 +25,7 @@ def similarity_logsumexp(
     cutoff: float | Tensor | None = None,
     columns: Literal[False] = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor: ...
 @overload
 def similarity_logsumexp(
@@ -37,7 +39,9 @@ def similarity_logsumexp(
     cutoff: float | Tensor | None = None,
     columns: Literal[True],
     backend: str | None = None,
+    group: Group | None = None,
 ) -> tuple[Tensor, Tensor]: ...
+@over_ranks
 def similarity_logsumexp(
     x: Tensor,
     y: Tensor | None = None,
@@ -49,6 +53,7 @@ def similarity_logsumexp(
     cutoff: float | Tensor | None = None,
     columns: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Return the log-sum-exp of every row (and column) of the similarity matrix, which is never stored.
 
@@ -66,6 +71,8 @@ def similarity_logsumexp(
         cutoff: float or ``(N,)``; pairs with ``<x_i, y_j>`` above it are left out. No gradient, not with ``columns``.
         columns: also return the log-sum-exp of every column.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of y (or of x) of all its ranks are the
+            columns. The result belongs to this rank's rows and, with ``columns``, to its rows of y. None: this process.
 
     Returns:
         ``(N,)``, or ``((N,), (M,))`` with ``columns``; float32 (float64 for float64 inputs), differentiable.
@@ -89,6 +96,6 @@ def similarity_logsumexp(
     if columns and (y_bias is not None or cutoff is not None):
         raise ValueError("columns=True takes neither y_bias nor cutoff; call twice with x and y exchanged")
     pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
-    out = sweep(x, y, pairs, scale=scale, bias=y_bias, column_lse=columns, backend=backend)
+    out = sweep(x, y, pairs, scale=scale, bias=y_bias, column_lse=columns, backend=backend, shards=shards_of(group))
     row_lse = out.row_lse.squeeze(0)
     return (row_lse, out.col_lse) if columns else row_lse

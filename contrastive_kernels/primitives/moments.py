@@ -10,6 +10,7 @@ from torch import Tensor
 from contrastive_kernels.engine.autograd import apply
 from contrastive_kernels.primitives.devices import known, reading_is_free
 from contrastive_kernels.primitives.rows import gather_rows, wide_products, wide_sums
+from contrastive_kernels.primitives.shards import ALONE, Shards
 
 __all__ = ["cross_moments", "moments_pay", "row_squares"]
 
@@ -63,13 +64,18 @@ class _RowSquares(torch.autograd.Function):
             return grad * product if needs_x else None, y @ (x.T @ (grad * x)) if needs_y else None
 
 
-def row_squares(x: Tensor, y: Tensor, own: Tensor | None = None) -> Tensor:
-    """Return ``sum_j <x_i, y_j>**2`` of every row of x, O(N D^2), in the dtype of wide sums.
+def row_squares(x: Tensor, y: Tensor, own: Tensor | None = None, shards: Shards = ALONE) -> Tensor:
+    """Return ``sum_j <x_i, y_j>**2`` of every row of x over the rows of y, O(N D^2), in the dtype of wide sums.
 
     With ``own``, the similarities of the pairs (i, i), over j != i only.
     """
     wide = wide_sums(x)
     with wide_products(x):
+        if not shards.alone:
+            # in wide sums from the start: whether a subtraction is safe is not known without the other ranks
+            x, y = x.to(wide), y.to(wide)
+            of_all = ((x @ shards.sum(y.T @ y)) * x).sum(1)
+            return of_all if own is None else of_all - own.square()
         squares: Tensor = apply(_RowSquares, x, y)[0]
         if own is None:
             return squares
@@ -83,15 +89,16 @@ def row_squares(x: Tensor, y: Tensor, own: Tensor | None = None) -> Tensor:
         return squares - own
 
 
-def cross_moments(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def cross_moments(a: Tensor, b: Tensor, shards: Shards = ALONE) -> tuple[Tensor, Tensor]:
     """Return the diagonal (D,) of ``a.T @ b`` and the sum of squares off it, from D x D or from N x N products.
 
+    Over several ranks from D x D products, which are summed.
     The sum is in the dtype of wide sums: a few large squares may be most of it.
     """
     (n, d), wide = a.shape, wide_sums(a)
     with wide_products(a):
-        if not moments_pay(d, n):
-            moments = apply(_Gram, a) if b is a else a.T @ b
+        if not shards.alone or not moments_pay(d, n):
+            moments = shards.sum(apply(_Gram, a) if b is a else a.T @ b)
             # Left out rather than subtracted: features that are decorrelated keep the digits of what is left.
             off_diagonal = moments.masked_fill(torch.eye(d, dtype=torch.bool, device=a.device), 0)
             return moments.diagonal(), off_diagonal.square().sum(dtype=wide)

@@ -13,6 +13,7 @@ from contrastive_kernels.engine.backends import choose
 from contrastive_kernels.engine.backends import torch as torch_backend
 from contrastive_kernels.engine.spec import compute_dtype
 from contrastive_kernels.primitives.devices import reading_is_free
+from contrastive_kernels.primitives.shards import ALONE, Shards
 
 __all__ = [
     "cast_for_autocast",
@@ -77,13 +78,17 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, x)
 
 
-def rows_for_distances(z: Tensor, factor: float | Tensor, backend: str | None = None) -> Tensor:
+def rows_for_distances(z: Tensor, factor: float | Tensor, backend: str | None = None, shards: Shards = ALONE) -> Tensor:
     """Return the rows without their mean, whose distances are the same, in a dtype in which they may be subtracted.
 
     ``|x|^2 + |y|^2 - 2 <x, y>`` is off by the rounding of its largest term, times the factor. Where that is more than a
-    few roundings of 1 the rows are float64, if the backend takes it; where reading waits they always are.
+    few roundings of 1 the rows are float64, if the backend takes it; where reading waits, and over several ranks, they
+    always are.
     """
     z = z.to(compute_dtype(z))
+    if not shards.alone:
+        wide = z.double() if takes_double(z, backend) else z
+        return wide - shards.column_means(wide.detach())
     narrow = z - z.mean(0).detach()
     if z.dtype == torch.float64 or not takes_double(z, backend):
         return narrow

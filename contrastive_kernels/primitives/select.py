@@ -10,10 +10,12 @@ from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.backends import choose
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.rows import cast_for_autocast
+from contrastive_kernels.primitives.shards import ALONE, Group, Shards, over_ranks, shards_of
 
-__all__ = ["row_select", "selecting_cutoff"]
+__all__ = ["row_select", "select_over", "selecting_cutoff"]
 
 
+@over_ranks
 @torch.no_grad()
 def row_select(
     x: Tensor,
@@ -24,6 +26,7 @@ def row_select(
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
     exclude_diagonal: bool = False,
+    group: Group | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Return the k largest (or smallest) similarities of every row and their columns, without the N x M matrix.
 
@@ -40,6 +43,8 @@ def row_select(
         x_ids: ``(N,)`` integers; a pair with equal ids is not allowed. With ``y=None`` they serve both sides.
         y_ids: ``(M,)`` integers; given exactly when ``x_ids`` and ``y`` are.
         exclude_diagonal: pairs (i, i) are not allowed either.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of y (or of x) of all its ranks are the
+            columns, numbered rank after rank. None: this process.
 
     Returns:
         values ``(N, k)``, float32 (float64 for float64 inputs), and columns ``(N, k)`` int64. Where a row has fewer
@@ -61,22 +66,31 @@ def row_select(
     """
     x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, None)
     checks.count("k", k)
-    return _select(x, y, k, largest, x_ids, y_ids, exclude_diagonal, None)
+    return select_over(shards_of(group), x, y, k, largest, x_ids, y_ids, exclude_diagonal)
 
 
-def _select(
+@torch.no_grad()
+def select_over(
+    shards: Shards,
     x: Tensor,
     y: Tensor | None,
     k: int,
-    largest: bool,
-    x_ids: Tensor | None,
-    y_ids: Tensor | None,
-    exclude_diagonal: bool,
-    backend: str | None,
+    largest: bool = True,
+    x_ids: Tensor | None = None,
+    y_ids: Tensor | None = None,
+    exclude_diagonal: bool = False,
+    views: int = 1,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Return what `row_select` returns, unchecked, among the rows of all ranks, numbered as in one process."""
     x, y = cast_for_autocast(x), None if y is None else cast_for_autocast(y)
     arguments = x, y, k, largest, x_ids, y_ids, exclude_diagonal
-    values, columns = call(choose(x, backend, "select").name, "select", *arguments)
+    chosen = choose(x, backend, "select").name
+    if shards.alone:
+        values, columns = call(chosen, "select", *arguments)
+    else:
+        sizes = shards.sizes(x if y is None else y)
+        values, columns = call("group", "select", *arguments, views, chosen, shards.group, sizes, shards.workspace)
     return values, columns
 
 
@@ -91,6 +105,7 @@ def selecting_cutoff(
     y_ids: Tensor | None = None,
     exclude_diagonal: bool = False,
     backend: str | None = None,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """Return the cutoff of every row with which a sweep drops its k largest similarities, or all but the k smallest.
 
@@ -98,14 +113,15 @@ def selecting_cutoff(
     were selected, because a backend that selects computes the products of both alike. For one that does not, the cutoff
     is set apart from the similarities around it by more than rounding, and those that are closer are all kept.
     """
-    values, _ = _select(x, y, k + 1, largest, x_ids, y_ids, exclude_diagonal, backend)
+    values, _ = select_over(shards, x, y, k + 1, largest, x_ids, y_ids, exclude_diagonal, backend=backend)
     inner, outer = values[:, k - 1], values[:, k]
-    if "select" in choose(x, backend).operators:
+    # over several ranks a backward sweep may have other blocks than the selection
+    if shards.alone and "select" in choose(x, backend).operators:
         return outer if largest else inner
-    return cutoff_between(inner, outer, x, x if y is None else y)
+    return cutoff_between(inner, outer, x, x if y is None else y, shards)
 
 
-def cutoff_between(inner: Tensor, outer: Tensor, x: Tensor, y: Tensor) -> Tensor:
+def cutoff_between(inner: Tensor, outer: Tensor, x: Tensor, y: Tensor, shards: Shards = ALONE) -> Tensor:
     """Return a cutoff between two similarities of each row of x to rows of y, which no sweep's rounding crosses.
 
     Where the two are equal up to rounding, a little above both: equals are kept.
@@ -113,5 +129,6 @@ def cutoff_between(inner: Tensor, outer: Tensor, x: Tensor, y: Tensor) -> Tensor
     lower, upper = torch.minimum(inner, outer), torch.maximum(inner, outer)
     sizes = [torch.linalg.vector_norm(z.detach(), dim=1, dtype=lower.dtype) for z in (x, y)]
     # The zero in front serves a y without rows.
-    slack = 8 * torch.finfo(lower.dtype).eps * sizes[0] * F.pad(sizes[1], (1, 0)).amax()
+    longest = shards.each(F.pad(sizes[1], (1, 0)).amax()).amax()
+    slack = 8 * torch.finfo(lower.dtype).eps * sizes[0] * longest
     return torch.where(upper - lower <= slack, upper + slack, lower / 2 + upper / 2)

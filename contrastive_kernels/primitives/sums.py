@@ -11,11 +11,13 @@ from contrastive_kernels.engine.spec import compute_dtype
 from contrastive_kernels.engine.terms import Count, Identity, Term
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.rows import gather_rows, row_dot, wide_sums
+from contrastive_kernels.primitives.shards import ALONE, Group, Shards, over_ranks, shards_of
 from contrastive_kernels.primitives.sweep import Pairs, sweep, weighted_total
 
 __all__ = ["kept_counts", "kept_sums", "similarity_sum"]
 
 
+@over_ranks
 def similarity_sum(
     x: Tensor,
     y: Tensor | None = None,
@@ -26,17 +28,18 @@ def similarity_sum(
     cutoff: float | Tensor | None = None,
     reduction: Literal["none", "sum"] = "none",
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return the sum of an elementwise function over every row of the similarity matrix, which is never stored.
 
     .. math:: r_i = \sum_{j \in A(i)} \phi(\langle x_i, y_j \rangle)
 
     Args:
-        x, y, x_ids, y_ids, cutoff, backend: as in `similarity_logsumexp`; the same pairs are left out.
+        x, y, x_ids, y_ids, cutoff, backend, group: as in `similarity_logsumexp`; the same pairs are left out.
         term: the function: `Band`, `Softplus`, `Square`, `Hinge`, `DistanceHinge`, `Student`, `Gaussian`, `Identity` or
             `Count`.
         reduction: ``"none"``, or ``"sum"`` over the rows too: then one sweep computes the value and the gradients,
-            three matrix products instead of four.
+            three matrix products instead of four. Over a group the sum is this rank's.
 
     Returns:
         ``(N,)``, or 0-dim for ``"sum"``; float32 (float64 for float64 inputs), differentiable in x, y and the term's
@@ -57,20 +60,24 @@ def similarity_sum(
     checks.choice("reduction", reduction, ("none", "sum"))
     pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
     if reduction == "sum":
-        return weighted_total(x, y, pairs, term=term, backend=backend)
-    return sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
+        return weighted_total(x, y, pairs, term=term, backend=backend, shards=shards_of(group))
+    return sweep(x, y, pairs, term=term, exponents=(), backend=backend, shards=shards_of(group)).row_sum
 
 
-def kept_counts(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = None) -> Tensor:
+def kept_counts(
+    x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = None, shards: Shards = ALONE
+) -> Tensor:
     """Return the number of kept columns of each row of x: O(N log N) from the ids; with a cutoff one more sweep."""
     if pairs.cutoff is not None:
         y = None if y is None else y.detach()
-        return sweep(x.detach(), y, pairs, term=Count(), exponents=(), backend=backend).row_sum
+        return sweep(x.detach(), y, pairs, term=Count(), exponents=(), backend=backend, shards=shards).row_sum
     y, x_ids, y_ids = (x, pairs.x_ids, pairs.x_ids) if y is None else (y, pairs.x_ids, pairs.y_ids)
-    counts = torch.full((x.shape[0],), y.shape[0], dtype=compute_dtype(x), device=x.device)
+    counts = torch.full((x.shape[0],), sum(shards.sizes(y)), dtype=compute_dtype(x), device=x.device)
     if x_ids is not None and y_ids is not None:
-        slot, own, known = _class_slots(x_ids, y_ids)
-        counts = counts - known * counts.new_zeros(y.shape[0]).index_add(0, slot, counts.new_ones(y.shape[0]))[own]
+        all_ids = shards.gather(y_ids)
+        slot, own, known = _class_slots(x_ids, all_ids)
+        ones = counts.new_ones(all_ids.shape[0])
+        counts = counts - known * torch.zeros_like(ones).index_add(0, slot, ones)[own]
     if pairs.diagonals:
         dropped: Tensor | int = pairs.diagonals
         if x_ids is not None and y_ids is not None:
@@ -79,15 +86,17 @@ def kept_counts(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None =
     return counts
 
 
-def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = None) -> Tensor:
+def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = None, shards: Shards = ALONE) -> Tensor:
     """Return the sum of the similarities of each row of x to its kept columns: O(N D); with a cutoff one more sweep."""
     if pairs.cutoff is not None:
-        return sweep(x, y, pairs, term=Identity(), exponents=(), backend=backend).row_sum
+        return sweep(x, y, pairs, term=Identity(), exponents=(), backend=backend, shards=shards).row_sum
     y, x_ids, y_ids = (x, pairs.x_ids, pairs.x_ids) if y is None else (y, pairs.x_ids, pairs.y_ids)
     # Sums of all rows minus those of some: what is left has its digits if they are wide.
     wide = y.to(wide_sums(y))
-    total = wide.sum(0).expand(x.shape)
-    if x_ids is not None and y_ids is not None:
+    total = shards.sum(wide.sum(0)).expand(x.shape)
+    if x_ids is not None and y_ids is not None and not shards.alone:
+        total = total - shards.class_sums(wide, y_ids, x_ids)
+    elif x_ids is not None and y_ids is not None:
         slot, own, known = _class_slots(x_ids, y_ids)
         classes = torch.zeros_like(wide).index_add(0, slot, wide)
         total = total - known[:, None] * gather_rows(classes, own)

@@ -7,13 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels.engine.autograd import sweep_forward, sweep_total
+from contrastive_kernels.engine.autograd import call, sweep_forward, sweep_total
 from contrastive_kernels.engine.backends import Backend, choose
 from contrastive_kernels.engine.limits import saved_scores_limit, workspace_limit
 from contrastive_kernels.engine.spec import Description, Inputs, Statistics, Wanted, compute_dtype
 from contrastive_kernels.engine.terms import Term
 from contrastive_kernels.primitives.devices import known
 from contrastive_kernels.primitives.rows import cast_for_autocast
+from contrastive_kernels.primitives.shards import ALONE, Shards
 
 __all__ = ["ALL_PAIRS", "Pairs", "Statistics", "sweep", "weighted_total"]
 
@@ -43,17 +44,24 @@ def sweep(
     term: Term | None = None,
     maximum: bool = False,
     backend: str | None = None,
+    shards: Shards = ALONE,
 ) -> Statistics:
     """Return the statistics of one pass over the similarities of x (N, D) and y (M, D), or of x with itself.
+
+    With shards, y (or x) is this rank's part of the columns; the statistics are those of its rows and of its columns.
 
     `engine.spec` says what they are. The arguments are not checked. Under autocast the features are cast to its dtype;
     everything else keeps float32.
     """
     inputs, what, chosen = _prepare(x, y, pairs, scale, bias, exponents, column_lse, term, backend)
     x, y = inputs.x, inputs.y
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
-    save_scores = differentiable and _may_be_saved(inputs, chosen)
-    statistics = sweep_forward(inputs, what, maximum, save_scores, chosen.name)
+    if shards.alone:
+        differentiable = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
+        save_scores = differentiable and _may_be_saved(inputs, chosen)
+        statistics = sweep_forward(inputs, what, maximum, save_scores, chosen.name)
+    else:
+        of_group = chosen.name, shards.group, shards.sizes(x if y is None else y), shards.workspace
+        statistics = Statistics(*call("group", "sweep", *inputs, *what, maximum, *of_group))
     dtype = inputs.scale.dtype
     asked_for = (bool(exponents), column_lse, term is not None, maximum, maximum and column_lse, False)
     return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
@@ -67,10 +75,12 @@ def weighted_total(
     term: Term,
     weight: Tensor | None = None,
     backend: str | None = None,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """Return ``sum_i weight_i sum_j phi(s_ij)``, 0-dim, with gradients from the same sweep: three products, not four.
 
-    The weights (N,) default to 1. The arguments are not checked, as those of `sweep`.
+    The weights (N,) default to 1. The arguments are not checked, as those of `sweep`. With shards the sum is over this
+    rank's rows, and takes two sweeps.
     """
     inputs, what, chosen = _prepare(x, y, pairs, 1.0, None, (), False, term, backend)
     x, y = inputs.x, inputs.y
@@ -81,8 +91,10 @@ def weighted_total(
     # scale and bias do not enter a term
     wanted = Wanted(wants(x), wants(y), False, False, wants(inputs.term_scale), wants(inputs.term_offset))
     # float16 takes two sweeps: a gradient stored before the incoming factor leaves its range
-    if x.dtype == torch.float16 or (weight is not None and weight.requires_grad):
-        row_sum = sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
+    two_sweeps = x.dtype == torch.float16 or (weight is not None and weight.requires_grad)
+    # other ranks' gradients wait for the factors of their own losses
+    if two_sweeps or not shards.alone:
+        row_sum = sweep(x, y, pairs, term=term, exponents=(), backend=backend, shards=shards).row_sum
         return (row_sum if weight is None else row_sum * weight).sum()
     # also where no gradient is wanted: the value has the same bits
     weight = inputs.scale.new_ones(x.shape[0]) if weight is None else weight.to(inputs.scale)
