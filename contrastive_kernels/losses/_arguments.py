@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 from typing_extensions import ParamSpec, TypedDict
 
+from contrastive_kernels.primitives import Group
+
 P = ParamSpec("P")
 
 if TYPE_CHECKING:
@@ -55,7 +57,13 @@ class ContrastiveStats(NamedTuple):
     """Per anchor: the largest logit among the positive and the kept negatives."""
 
 
-class BackendArguments(TypedDict, total=False):
+class GroupArguments(TypedDict, total=False):
+    """Of every loss."""
+
+    group: Group | None
+
+
+class BackendArguments(GroupArguments, total=False):
     """Of a loss that takes rows and sweeps them."""
 
     normalize: bool

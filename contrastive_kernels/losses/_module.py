@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contrastive_kernels.primitives import checks, unit_rows
+from contrastive_kernels.primitives import checks, shards_for, unit_rows
 
 
 class LossModule(nn.Module):
@@ -87,7 +87,11 @@ class KeyQueue(LossModule):
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
         """Replace the oldest keys; of more than queue_size keys the last ones stay."""
-        keys = keys[-self.queue.shape[0] :].to(self.queue.dtype)
+        keys = self._of_all_ranks(keys.to(self.queue.dtype))[-self.queue.shape[0] :]
         places = (self.position + torch.arange(keys.shape[0], device=keys.device)) % self.queue.shape[0]
         self.queue[places] = keys
         self.position.copy_((self.position + keys.shape[0]) % self.queue.shape[0])
+
+    def _of_all_ranks(self, keys: Tensor) -> Tensor:
+        """Return the keys of all ranks of the group, in rank order: the queue stays the same everywhere."""
+        return shards_for(getattr(self, "group", None), type(self).__name__, keys).gather(keys)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kernels.losses._polarization import Polarization
-from contrastive_kernels.primitives import checks, compute_dtype
+from contrastive_kernels.primitives import ALONE, Shards, checks, compute_dtype, shards_of
 
 REDUCTIONS = ("mean", "sum", "none")
 # The label of a sample without one.
@@ -41,10 +41,11 @@ def check_reduction(
         checks.vector("weight", weight, x, "the features")
 
 
-def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+def reduce(losses: Tensor, weight: Tensor | None, reduction: str, shards: Shards = ALONE) -> Tensor:
     """Return the weighted mean or sum, or the weighted losses; a weight per sample serves every view or direction.
 
-    "sum_directions" is twice the mean: the sum of the means of the two views' halves.
+    "sum_directions" is twice the mean: the sum of the means of the two views' halves. With shards a mean or sum is W
+    times this rank's part of that over all ranks.
     """
     if weight is not None:
         weight = weight.to(losses.dtype).repeat(losses.numel() // weight.numel()).reshape(losses.shape)
@@ -52,9 +53,11 @@ def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     if reduction == "none":
         return weighted
     if reduction == "sum":
-        return weighted.sum()
+        return weighted.sum() if shards.alone else weighted.sum() * shards.world
     if weight is None:
-        mean = losses.mean()
+        mean = shards.mean(losses)
+    elif not shards.alone:
+        mean = shards.world * weighted.sum() / shards.sum(weight.sum())
     else:
         # From a point near the mean: what the gradient of a weight subtracts is then no larger than what is left.
         total = weight.sum()
@@ -63,20 +66,23 @@ def reduce(losses: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     return 2 * mean if reduction == "sum_directions" else mean
 
 
-def mean_over(losses: Tensor, share: Tensor, weight: Tensor | None) -> Tensor:
+def mean_over(losses: Tensor, share: Tensor, weight: Tensor | None, shards: Shards = ALONE) -> Tensor:
     """Return the mean in which an anchor counts `share` times; 0 where none counts."""
     share = share.to(losses.dtype)
     if weight is not None:
         share = share * weight.to(losses.dtype).repeat(losses.numel() // weight.numel())
-    total = share.sum()
-    return (share * losses).sum() / total.masked_fill(total == 0, 1)
+    total = shards.sum(share.sum())
+    mean = (share * losses).sum() / total.masked_fill(total == 0, 1)
+    return mean if shards.alone else mean * shards.world
 
 
-def row_factors(x: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+def row_factors(x: Tensor, weight: Tensor | None, reduction: str, shards: Shards = ALONE) -> Tensor:
     """Return (N,), the factor of each row's loss in a weighted "mean" or "sum"."""
     dtype = compute_dtype(x)
     factors = torch.ones(x.shape[0], dtype=dtype, device=x.device) if weight is None else weight.to(dtype)
-    return factors if reduction == "sum" else factors / factors.sum()
+    if reduction != "sum":
+        factors = factors / shards.sum(factors.sum())
+    return factors if shards.alone else factors * shards.world
 
 
 def check_cutoff(
@@ -137,6 +143,7 @@ class SoftmaxOptions:
     polarization: Polarization | None = None
     return_stats: bool = False
     backend: str | None = None
+    shards: Shards = ALONE
 
     @classmethod
     def of(
@@ -152,6 +159,7 @@ class SoftmaxOptions:
         polarization: Polarization | None = None,
         return_stats: bool = False,
         backend: str | None = None,
+        group: object = None,
         reductions: tuple[str, ...] = REDUCTIONS,
     ) -> SoftmaxOptions:
         """Check the options of a loss of features x, whose rows are the samples."""
@@ -159,4 +167,4 @@ class SoftmaxOptions:
         checks.label_smoothing(label_smoothing)
         checks.backend(x, backend)
         scale = scale_from(temperature, logit_scale, x, default_temperature)
-        return cls(scale, reduction, weight, label_smoothing, polarization, return_stats, backend)
+        return cls(scale, reduction, weight, label_smoothing, polarization, return_stats, backend, shards_of(group))

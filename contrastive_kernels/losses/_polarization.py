@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from contrastive_kernels.primitives import Band
+from contrastive_kernels.primitives import ALONE, Band, Shards
 
 __all__ = ["Polarization", "add_polarization"]
 
@@ -36,9 +36,15 @@ class Polarization:
 
 
 def add_polarization(
-    loss: Tensor, band_sum: Tensor, pair_count: Tensor, polarization: Polarization, reduction: str
+    loss: Tensor,
+    band_sum: Tensor,
+    pair_count: Tensor,
+    polarization: Polarization,
+    reduction: str,
+    shards: Shards = ALONE,
 ) -> Tensor:
     """Return the reduced loss plus the weighted mean of the band over the kept pairs; for "none" over each row's."""
     if reduction != "none":
-        band_sum, pair_count = band_sum.sum(), pair_count.sum()
+        band_sum, pair_count = band_sum.sum(), shards.sum(pair_count.sum())
+        band_sum = band_sum if shards.alone else band_sum * shards.world
     return loss + polarization.weight * (band_sum / pair_count.clamp(min=1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from contrastive_kernels.losses._arguments import ContrastiveStats
 from contrastive_kernels.losses._options import SoftmaxOptions, reduce, softplus
 from contrastive_kernels.losses._polarization import add_polarization
-from contrastive_kernels.primitives import Pairs, Statistics, kept_counts, kept_sums, sweep
+from contrastive_kernels.primitives import ALONE, Pairs, Shards, Statistics, kept_counts, kept_sums, sweep
 
 
 class Negatives(NamedTuple):
@@ -25,7 +25,10 @@ class Negatives(NamedTuple):
 
 
 def sweep_negatives(x: Tensor, y: Tensor | None, pairs: Pairs, options: SoftmaxOptions) -> Negatives:
-    """Return the negatives of the rows of x among the rows of y, or of x itself, from one sweep."""
+    """Return the negatives of the rows of x among the rows of y, or of x itself, on all ranks, from one sweep.
+
+    A y that is the same on every rank takes options without shards.
+    """
     return _negatives(x, y, pairs, options, _sweep(x, y, pairs, options))
 
 
@@ -54,6 +57,7 @@ def _sweep(x: Tensor, y: Tensor | None, pairs: Pairs, options: SoftmaxOptions, c
         scale=options.scale,
         maximum=options.return_stats,
         backend=options.backend,
+        shards=options.shards,
     )
 
 
@@ -63,8 +67,8 @@ def _negatives(x: Tensor, y: Tensor | None, pairs: Pairs, options: SoftmaxOption
     return Negatives(
         lse=out.row_lse.squeeze(0),
         maximum=out.row_max if options.return_stats else None,
-        similarity_sum=kept_sums(x, y, pairs, options.backend) if smoothing else None,
-        counts=kept_counts(x, y, pairs, options.backend) if smoothing or polarized else None,
+        similarity_sum=kept_sums(x, y, pairs, options.backend, options.shards) if smoothing else None,
+        counts=kept_counts(x, y, pairs, options.backend, options.shards) if smoothing or polarized else None,
         band_sum=out.row_sum if polarized else None,
     )
 
@@ -153,7 +157,7 @@ def softmax_loss(
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     """Return the reduced loss, and its statistics if the options ask for them; (2, N) anchors of two directions."""
     loss = softmax_value(directions, positives, options)
-    return (loss, softmax_stats(directions, positives)) if options.return_stats else loss
+    return (loss, softmax_stats(directions, positives, options.shards)) if options.return_stats else loss
 
 
 def softmax_value(directions: list[Negatives], positives: Positives, options: SoftmaxOptions) -> Tensor:
@@ -178,24 +182,26 @@ def softmax_value(directions: list[Negatives], positives: Positives, options: So
     if nothing is not None:
         # not a constant: a NaN target stays one
         losses = torch.where(nothing, 0 * target, losses)
-    loss = reduce(losses if len(directions) == 2 else losses.squeeze(0), options.weight, options.reduction)
+    losses = losses if len(directions) == 2 else losses.squeeze(0)
+    loss = reduce(losses, options.weight, options.reduction, options.shards)
     if options.polarization is None:
         return loss
     band_sum, counts = _given(directions[0].band_sum), _given(directions[0].counts)
-    return add_polarization(loss, band_sum, counts, options.polarization, options.reduction)
+    return add_polarization(loss, band_sum, counts, options.polarization, options.reduction, options.shards)
 
 
-def softmax_stats(directions: list[Negatives], positives: Positives) -> ContrastiveStats:
+def softmax_stats(directions: list[Negatives], positives: Positives, shards: Shards = ALONE) -> ContrastiveStats:
     """Return the statistics of the loss."""
     negative_lse = _stacked([negatives.lse for negatives in directions])
     lse = negative_lse if positives.lse is None else torch.logaddexp(negative_lse, positives.lse)
     largest = _stacked([_given(negatives.maximum) for negatives in directions])
-    stats = statistics(positives.target.expand_as(lse), lse, largest)
+    stats = statistics(positives.target.expand_as(lse), lse, largest, shards)
     return stats if len(directions) == 2 else ContrastiveStats(stats.accuracy, *(field[0] for field in stats[1:]))
 
 
-def statistics(positive: Tensor, lse: Tensor, negative_max: Tensor) -> ContrastiveStats:
-    """Return the statistics of a loss from the largest logits of its negatives."""
+def statistics(positive: Tensor, lse: Tensor, negative_max: Tensor, shards: Shards = ALONE) -> ContrastiveStats:
+    """Return the statistics of a loss from the largest logits of its negatives; the accuracy is that of all ranks."""
     positive, lse, negative_max = positive.detach(), lse.detach(), negative_max.detach()
-    accuracy = (positive > negative_max).to(positive.dtype).mean()
+    hits = (positive > negative_max).to(positive.dtype)
+    accuracy = shards.sum(hits.sum()) / shards.total(hits.numel()) if not shards.alone else hits.mean()
     return ContrastiveStats(accuracy, positive, lse, torch.maximum(positive, negative_max))

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
 from contrastive_kernels.losses._softmax import Positives
-from contrastive_kernels.primitives import Pairs, checks, compute_dtype, row_dot, unit_rows, wide_products
+from contrastive_kernels.primitives import (
+    ALONE,
+    Pairs,
+    Shards,
+    checks,
+    compute_dtype,
+    row_dot,
+    unit_rows,
+    wide_products,
+)
 
 # Up to this many views are excluded by their diagonals, more by ids: a kernel holds a comparison for every diagonal.
 MOST_DIAGONALS = 8
@@ -41,11 +50,11 @@ def other_views(views: Tensor, backend: str | None = None) -> Tensor:
     return torch.cat([torch.stack(row, 1) for row in others])
 
 
-def other_samples(ids: Tensor | None, n: int, v: int, device: torch.device) -> Pairs:
+def other_samples(ids: Tensor | None, n: int, v: int, device: torch.device, shards: Shards = ALONE) -> Pairs:
     """Return the pairs of different samples, or of different ids, of V views of n samples, view after view."""
     if ids is None and v <= MOST_DIAGONALS:
         return Pairs(diagonals=v)
-    ids = torch.arange(n, device=device) if ids is None else ids
+    ids = shards.positions(n, device) if ids is None else ids
     return Pairs(ids.repeat(v))
 
 
@@ -80,6 +89,7 @@ class Anchors(NamedTuple):
         cutoff: float | Tensor | None,
         cutoff_margin: float | Tensor | None,
         backend: str | None,
+        shards: Shards = ALONE,
     ) -> Anchors:
         """Stack checked views; the cutoff has one entry per sample or per anchor."""
         n, v = z0.shape[0], 2 if z1 is not None else z0.shape[1]
@@ -95,7 +105,7 @@ class Anchors(NamedTuple):
             views, similarities = wide.to(views.dtype), other_views(wide, backend)
         own = similarities.squeeze(1) if v == 2 else similarities.mean(1)
         limit = cutoff_from(cutoff, cutoff_margin, own, views=v)
-        pairs = other_samples(ids, n, v, z0.device)._replace(cutoff=limit)
+        pairs = other_samples(ids, n, v, z0.device, shards)._replace(cutoff=limit)
         return cls(views.flatten(0, 1), similarities, pairs)
 
     def positives(self, options: SoftmaxOptions) -> Positives:

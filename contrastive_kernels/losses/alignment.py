@@ -7,23 +7,29 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from contrastive_kernels.losses._arguments import ReductionArguments, loss_function
+from contrastive_kernels.losses._arguments import GroupArguments, ReductionArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import check_reduction, reduce
-from contrastive_kernels.primitives import checks, compute_dtype, unit_rows
+from contrastive_kernels.primitives import Group, checks, compute_dtype, over_ranks, shards_of, unit_rows
 
 __all__ = ["AlignmentLoss", "alignment_loss"]
 
 
-class AlignmentArguments(ReductionArguments, total=False):
+class AlignmentArguments(ReductionArguments, GroupArguments, total=False):
     """Keyword arguments of `alignment_loss`."""
 
     normalize: bool
 
 
 @loss_function
+@over_ranks
 def alignment_loss(
-    views: Tensor, *, normalize: bool = False, reduction: str = "mean", weight: Tensor | None = None
+    views: Tensor,
+    *,
+    normalize: bool = False,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return the mean squared distance between two distinct views of a sample.
 
@@ -35,6 +41,8 @@ def alignment_loss(
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per sample; the mean is then sum(w l) / sum(w).
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs).
@@ -58,7 +66,7 @@ def alignment_loss(
     # which are exact where views are close, has their digits.
     wide = wide - wide[:, :1]
     spread = (wide - wide.mean(1, keepdim=True)).square().sum((1, 2))
-    return reduce(spread * (2 / (wide.shape[1] - 1)), weight, reduction)
+    return reduce(spread * (2 / (wide.shape[1] - 1)), weight, reduction, shards_of(group))
 
 
 class AlignmentLoss(LossModule):

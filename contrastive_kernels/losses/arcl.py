@@ -11,7 +11,15 @@ from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArgume
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
 from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_negatives, union
-from contrastive_kernels.primitives import Pairs, checks, min_view_similarity, row_dot, unit_rows
+from contrastive_kernels.primitives import (
+    Group,
+    Pairs,
+    checks,
+    min_view_similarity,
+    over_ranks,
+    row_dot,
+    unit_rows,
+)
 
 __all__ = ["ArCLLoss", "arcl_loss"]
 
@@ -51,6 +59,7 @@ def arcl_loss(
     return_stats: bool,
     **options: Unpack[ArCLArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def arcl_loss(
     views: Tensor,
     *,
@@ -67,6 +76,7 @@ def arcl_loss(
     cutoff_margin: float | Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return ArCL, which aligns the worst pair of a sample's views, without the N x 2N similarity matrix.
 
@@ -92,6 +102,8 @@ def arcl_loss(
         cutoff_margin: the same, as :math:`s^+` plus a margin.
         return_stats: also return `ContrastiveStats`, the positive being :math:`s^+`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). With ``return_stats`` the pair
@@ -123,6 +135,7 @@ def arcl_loss(
         label_smoothing=label_smoothing,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
 
     views = unit_rows(views, normalize, backend)

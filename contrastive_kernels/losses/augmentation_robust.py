@@ -8,23 +8,29 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from contrastive_kernels.losses._arguments import ReductionArguments, loss_function
+from contrastive_kernels.losses._arguments import GroupArguments, ReductionArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import check_reduction, reduce
-from contrastive_kernels.primitives import checks, compute_dtype, unit_rows
+from contrastive_kernels.primitives import Group, checks, compute_dtype, over_ranks, shards_of, unit_rows
 
 __all__ = ["AugmentationRobustLoss", "augmentation_robust_loss"]
 
 
-class AugmentationRobustArguments(ReductionArguments, total=False):
+class AugmentationRobustArguments(ReductionArguments, GroupArguments, total=False):
     """Keyword arguments of `augmentation_robust_loss`."""
 
     normalize: bool
 
 
 @loss_function
+@over_ranks
 def augmentation_robust_loss(
-    views: Tensor, *, normalize: bool = False, reduction: str = "mean", weight: Tensor | None = None
+    views: Tensor,
+    *,
+    normalize: bool = False,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return the largest squared distance between two views of a sample; of unit rows 2 - 2 times the least cosine.
 
@@ -35,6 +41,8 @@ def augmentation_robust_loss(
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per sample; the mean is then sum(w l) / sum(w).
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). The gradient goes to the farthest
@@ -61,7 +69,7 @@ def augmentation_robust_loss(
         distances = torch.cat([(wide[:, j + 1 :] - wide[:, j : j + 1]).square().sum(2) for j in range(v - 1)], 1)
         pair = torch.triu_indices(v, v, 1, device=wide.device)[:, distances.argmax(1)]
     first, second = wide.gather(1, pair.T[:, :, None].expand(n, 2, d)).unbind(1)
-    return reduce((first - second).square().sum(1), weight, reduction)
+    return reduce((first - second).square().sum(1), weight, reduction, shards_of(group))
 
 
 class AugmentationRobustLoss(LossModule):

@@ -5,16 +5,25 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Unpack
 
-from contrastive_kernels.losses._arguments import loss_function
+from contrastive_kernels.losses._arguments import GroupArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
-from contrastive_kernels.primitives import checks, compute_dtype, cross_moments, unit_rows
+from contrastive_kernels.primitives import (
+    Group,
+    Shards,
+    checks,
+    compute_dtype,
+    cross_moments,
+    over_ranks,
+    shards_of,
+    unit_rows,
+)
 
 __all__ = ["BarlowTwinsLoss", "barlow_twins_loss"]
 
 
-class BarlowTwinsArguments(TypedDict, total=False):
+class BarlowTwinsArguments(GroupArguments, total=False):
     """Keyword arguments of `barlow_twins_loss`."""
 
     std: Literal["biased", "unbiased"]
@@ -22,6 +31,7 @@ class BarlowTwinsArguments(TypedDict, total=False):
 
 
 @loss_function
+@over_ranks
 def barlow_twins_loss(
     z0: Tensor,
     z1: Tensor,
@@ -29,6 +39,7 @@ def barlow_twins_loss(
     lambd: float | Tensor = 0.0051,
     std: Literal["biased", "unbiased"] = "biased",
     normalize: bool = False,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return the loss of Barlow Twins, which takes the cross-correlation of two views' features towards the identity.
 
@@ -45,6 +56,8 @@ def barlow_twins_loss(
         std: ``"biased"``: divide by ``sqrt(var + 1e-5)`` with the variance over N, as batch normalisation does;
             ``"unbiased"``: by the root of the variance over N - 1, without epsilon (a constant column gives NaN).
         normalize: rows to unit norm before.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, float32 (float64 for float64 inputs). The batch enters through its moments: there is no loss per row.
@@ -61,13 +74,14 @@ def barlow_twins_loss(
         >>> barlow_twins_loss(z0, z1).shape
         torch.Size([])
     """
+    shards = shards_of(group)
     checks.paired("z0", z0, "z1", z1)
-    checks.two_rows("z0", z0, "the loss is one of variances")
+    checks.two_rows("z0", z0, "the loss is one of variances", shards.total(z0.shape[0]))
     checks.choice("std", std, ("biased", "unbiased"))
     lambd = checks.scalar("lambd", lambd, z0)
-    first, second = (_standard_columns(unit_rows(z, normalize), std) for z in (z0, z1))
-    diagonal, off_diagonal = cross_moments(first, second)
-    n = first.shape[0]
+    first, second = (_standard_columns(unit_rows(z, normalize), std, shards) for z in (z0, z1))
+    diagonal, off_diagonal = cross_moments(first, second, shards)
+    n = shards.total(first.shape[0])
     loss = (1 - diagonal / n).square().sum() + lambd * (off_diagonal / n**2)
     return loss.to(diagonal.dtype)
 
@@ -102,10 +116,10 @@ class BarlowTwinsLoss(LossModule):
         return self.function(z0, z1, **self.options())
 
 
-def _standard_columns(x: Tensor, std: str) -> Tensor:
+def _standard_columns(x: Tensor, std: str, shards: Shards) -> Tensor:
     """Return the columns of x with mean 0 and variance 1."""
     wide = x.to(compute_dtype(x))
-    centred = wide - wide.mean(0)
+    centred = wide - shards.column_means(wide)
     if std == "biased":
-        return centred * (centred.square().mean(0) + 1e-5).rsqrt()
-    return centred * (centred.square().sum(0) / (x.shape[0] - 1)).rsqrt()
+        return centred * (shards.column_means(centred.square()) + 1e-5).rsqrt()
+    return centred * (shards.sum(centred.square().sum(0)) / (shards.total(x.shape[0]) - 1)).rsqrt()

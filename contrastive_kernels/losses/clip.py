@@ -11,7 +11,7 @@ from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArgume
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from, detached
 from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_both_directions
-from contrastive_kernels.primitives import Pairs, checks, row_dot, unit_rows
+from contrastive_kernels.primitives import Group, Pairs, checks, over_ranks, row_dot, unit_rows
 
 __all__ = ["ClipLoss", "clip_loss"]
 
@@ -53,6 +53,7 @@ def clip_loss(
     return_stats: bool,
     **options: Unpack[ClipArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def clip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -69,6 +70,7 @@ def clip_loss(
     cutoff_margin: float | Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return the symmetric cross-entropy of CLIP, both directions from one sweep, without the N x N logits.
 
@@ -91,6 +93,8 @@ def clip_loss(
         cutoff_margin: the same, as the positive's similarity plus a margin. Cutoffs take a second sweep.
         return_stats: also return `ContrastiveStats`, its fields (2, N).
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(2, N)`` for ``"none"``, images first; float32 (float64 for float64 inputs). With ``return_stats``
@@ -122,6 +126,7 @@ def clip_loss(
         label_smoothing=label_smoothing,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
 
     x, y = unit_rows(image_features, normalize, backend), unit_rows(text_features, normalize, backend)

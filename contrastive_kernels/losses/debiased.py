@@ -17,6 +17,7 @@ from contrastive_kernels.losses._arguments import (
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._polarization import Polarization
 from contrastive_kernels.losses.hard_negative import hard_negative_loss
+from contrastive_kernels.primitives import Group, over_ranks
 
 __all__ = ["DebiasedLoss", "debiased_loss"]
 
@@ -59,6 +60,7 @@ def debiased_loss(
     return_stats: bool,
     **options: Unpack[DebiasedArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def debiased_loss(
     z0: Tensor,
     z1: Tensor,
@@ -75,6 +77,7 @@ def debiased_loss(
     polarization: Polarization | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return the debiased loss: NT-Xent whose negatives are corrected for the positives hidden among them.
 
@@ -99,6 +102,8 @@ def debiased_loss(
         polarization: adds `Polarization` over the negatives, from the same sweep.
         return_stats: also return `ContrastiveStats`; its lse is :math:`\log(e^{u_i^+} + N_i)`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(2N,)`` for ``"none"``, first view first; float32 (float64 for float64 inputs). With
@@ -132,6 +137,7 @@ def debiased_loss(
         polarization=polarization,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
 
 

@@ -13,7 +13,7 @@ from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions
 from contrastive_kernels.losses._softmax import Positives, softmax_stats, softmax_value, sweep_negatives
 from contrastive_kernels.losses._views import Anchors
-from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives import Group, checks, over_ranks
 
 __all__ = ["DecoupledLoss", "decoupled_loss"]
 
@@ -53,6 +53,7 @@ def decoupled_loss(
     return_stats: bool,
     **options: Unpack[DecoupledArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def decoupled_loss(
     z0: Tensor,
     z1: Tensor,
@@ -69,6 +70,7 @@ def decoupled_loss(
     cutoff_margin: float | Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return the decoupled contrastive loss: NT-Xent without the positive in the denominator.
 
@@ -95,6 +97,8 @@ def decoupled_loss(
         cutoff_margin: the same, as the positive's similarity plus a margin.
         return_stats: also return `ContrastiveStats`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(2N,)`` for ``"none"``, first view first; float32 (float64 for float64 inputs). With
@@ -125,21 +129,29 @@ def decoupled_loss(
         label_smoothing=label_smoothing,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
     anchors = Anchors.of(
-        z0, z1, normalize=normalize, ids=ids, cutoff=cutoff, cutoff_margin=cutoff_margin, backend=backend
+        z0,
+        z1,
+        normalize=normalize,
+        ids=ids,
+        cutoff=cutoff,
+        cutoff_margin=cutoff_margin,
+        backend=backend,
+        shards=options.shards,
     )
     positive = options.scale * anchors.similarities.squeeze(1)
     target = positive
     if positive_weight is not None:
         if callable(positive_weight):
-            rows = anchors.z.detach()
-            positive_weight = positive_weight(rows[: z0.shape[0]], rows[z0.shape[0] :])
+            shards, views = options.shards, anchors.z.detach().chunk(2)
+            positive_weight = shards.own(positive_weight(*(shards.gather(view) for view in views)), z0)
             checks.vector("positive_weight", positive_weight, z0, "z0")
         target = positive_weight.detach().to(positive.dtype).repeat(2) * positive
     negatives = [sweep_negatives(anchors.z, None, anchors.pairs, options)]
     loss = softmax_value(negatives, Positives.outside(target), options)
-    return (loss, softmax_stats(negatives, Positives.outside(positive))) if return_stats else loss
+    return (loss, softmax_stats(negatives, Positives.outside(positive), options.shards)) if return_stats else loss
 
 
 class DecoupledLoss(LossModule):

@@ -10,10 +10,13 @@ from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import row_factors
 from contrastive_kernels.primitives import (
     Band,
+    Group,
     Pairs,
     checks,
     kept_counts,
     nan_unless_finite,
+    over_ranks,
+    shards_of,
     sweep,
     unit_rows,
     weighted_total,
@@ -29,6 +32,7 @@ class DistancePolarizationArguments(BackendArguments, total=False):
 
 
 @loss_function
+@over_ranks
 def distance_polarization(
     z: Tensor,
     ids: Tensor | None = None,
@@ -38,6 +42,7 @@ def distance_polarization(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return a regulariser that pushes pairwise distances out of an ambiguous band, without the N x N distances.
 
@@ -53,6 +58,8 @@ def distance_polarization(
             ``"none"`` (row sums).
         normalize: rows to unit norm first.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). 0 when no pair is left.
@@ -67,6 +74,7 @@ def distance_polarization(
         >>> distance_polarization(torch.randn(16, 8), lower=0.2, upper=0.6).shape
         torch.Size([])
     """
+    shards = shards_of(group)
     checks.features("z", z)
     checks.not_empty("z", z)
     checks.choice("reduction", reduction, ("mean", "sum", "row", "none"))
@@ -75,13 +83,13 @@ def distance_polarization(
     pairs = Pairs(checks.optional_ids("ids", ids, z.shape[0], z), diagonals=1)
     z = unit_rows(z, normalize, backend)
     # an infinite similarity is outside the band
-    infinite = 0.0 if normalize else nan_unless_finite(z)
+    infinite = 0.0 if normalize else shards.sum(nan_unless_finite(z))
     if reduction == "none":
-        return sweep(z, None, pairs, term=band, exponents=(), backend=backend).row_sum + infinite
-    factors = row_factors(z, None, "mean" if reduction == "row" else "sum")
+        return sweep(z, None, pairs, term=band, exponents=(), backend=backend, shards=shards).row_sum + infinite
+    factors = row_factors(z, None, "mean" if reduction == "row" else "sum", shards)
     if reduction == "mean":
-        factors = factors / kept_counts(z, None, pairs).sum().clamp(min=1)
-    return weighted_total(z, None, pairs, term=band, weight=factors, backend=backend) + infinite
+        factors = factors / shards.sum(kept_counts(z, None, pairs, shards=shards).sum()).clamp(min=1)
+    return weighted_total(z, None, pairs, term=band, weight=factors, backend=backend, shards=shards) + infinite
 
 
 class DistancePolarization(LossModule):

@@ -12,7 +12,15 @@ from contrastive_kernels.losses._arguments import ContrastiveStats, Loss, Softma
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions
 from contrastive_kernels.losses.info_nce import info_nce_loss
-from contrastive_kernels.primitives import checks, nan_unless_finite, selecting_cutoff, unit_rows
+from contrastive_kernels.primitives import (
+    Group,
+    checks,
+    nan_unless_finite,
+    over_ranks,
+    selecting_cutoff,
+    shards_of,
+    unit_rows,
+)
 
 __all__ = ["EasyNegativeLoss", "easy_negative_loss"]
 
@@ -58,6 +66,7 @@ def easy_negative_loss(
     return_stats: bool,
     **options: Unpack[EasyNegativeArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def easy_negative_loss(
     query: Tensor,
     positive_key: Tensor,
@@ -76,6 +85,7 @@ def easy_negative_loss(
     key_ids: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return InfoNCE against the least similar candidates only: the ones most likely to be true negatives.
 
@@ -103,6 +113,8 @@ def easy_negative_loss(
             query_ids needs.
         return_stats: also return `ContrastiveStats`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). With ``return_stats`` the pair
@@ -137,6 +149,7 @@ def easy_negative_loss(
         key_ids=key_ids,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
     checks.paired("query", query, "positive_key", positive_key)
     if k is None:
@@ -146,7 +159,7 @@ def easy_negative_loss(
     if negative_keys is not None:
         checks.features("negative_keys", negative_keys)
         checks.alike("query", query, "negative_keys", negative_keys, rows=False)
-    in_batch = negative_keys is None
+    shards, in_batch = shards_of(group), negative_keys is None
     candidates = positive_key if negative_keys is None else negative_keys
     row_ids, column_ids = _candidate_ids(query, candidates, query_ids, key_ids, in_batch)
     SoftmaxOptions.of(
@@ -172,10 +185,11 @@ def easy_negative_loss(
         y_ids=column_ids,
         exclude_diagonal=in_batch,
         backend=backend,
+        shards=shards if in_batch else shards.of(candidates),
     )
     if not normalize:
         # An infinite similarity is not among the smallest; without a cutoff it is not hidden.
-        limit = limit + nan_unless_finite(candidates)
+        limit = limit + shards.sum(nan_unless_finite(candidates))
     return info_nce(query, positive_key, negative_keys, cutoff=limit, normalize=False)
 
 

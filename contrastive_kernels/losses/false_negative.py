@@ -14,14 +14,17 @@ from contrastive_kernels.losses._options import SoftmaxOptions
 from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_negatives
 from contrastive_kernels.losses._views import check_views, other_views, stack_views
 from contrastive_kernels.primitives import (
+    Group,
     Identity,
     Pairs,
+    Shards,
     checks,
     compute_dtype,
     gather_rows,
     kept_counts,
+    over_ranks,
     row_dot,
-    row_select,
+    select_over,
     selecting_cutoff,
     sweep,
     unit_rows,
@@ -68,6 +71,7 @@ def false_negative_loss(
     return_stats: bool,
     **options: Unpack[FalseNegativeArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def false_negative_loss(
     z0: Tensor,
     z1: Tensor | None = None,
@@ -85,6 +89,7 @@ def false_negative_loss(
     ids: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return NT-Xent without its likely false negatives, or with them as positives; no similarity matrix is stored.
 
@@ -119,6 +124,8 @@ def false_negative_loss(
         ids: ``(N,)`` integers; other samples with the same id are neither negatives nor flagged.
         return_stats: also return `ContrastiveStats`, the positive being what is subtracted.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(VN,)`` for ``"none"``, first view first; float32 (float64 for float64 inputs). With
@@ -155,8 +162,10 @@ def false_negative_loss(
         label_smoothing=label_smoothing,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
-    ids = (torch.arange(n, device=z0.device) if ids is None else ids).repeat(v)
+    shards = options.shards
+    ids = (shards.positions(n, z0.device) if ids is None else ids).repeat(v)
     limit = None if limit is None else limit.detach()
 
     views = unit_rows(stack_views(z0, z1), normalize, backend)
@@ -164,11 +173,13 @@ def false_negative_loss(
     positives = Positives.several(options.scale * similarities)
     if mode == "eliminate":
         if top_k is not None:
-            boundary = selecting_cutoff(z.detach(), None, top_k, largest=True, x_ids=ids, backend=backend)
+            boundary = selecting_cutoff(
+                z.detach(), None, top_k, largest=True, x_ids=ids, backend=backend, shards=shards
+            )
             limit = boundary if limit is None else torch.maximum(limit, boundary)
         pairs = Pairs(ids, cutoff=limit)
     else:
-        flagged, counts = _flagged(z, ids, limit, top_k, backend)
+        flagged, counts = _flagged(z, v, ids, limit, top_k, backend, shards)
         target = options.scale * ((similarities.sum(1) + flagged) / (v - 1 + counts))
         positives = positives._replace(target=target)
         pairs = Pairs(ids)
@@ -210,7 +221,13 @@ class FalseNegativeLoss(LossModule):
 
 
 def _flagged(
-    z: Tensor, ids: Tensor, limit: Tensor | None, top_k: int | None, backend: str | None
+    z: Tensor,
+    v: int,
+    ids: Tensor,
+    limit: Tensor | None,
+    top_k: int | None,
+    backend: str | None,
+    shards: Shards,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the similarities of each row of z to its flagged rows, and their number."""
     if top_k is None:
@@ -218,12 +235,13 @@ def _flagged(
         assert limit is not None
         kept = Pairs(ids, ids, -limit.nextafter(torch.full_like(limit, torch.inf)))
         turned = -z
-        sums = sweep(turned, z, kept, term=Identity(), exponents=(), backend=backend).row_sum
-        return -sums, kept_counts(turned, z, kept, backend)
-    values, columns = row_select(z, k=top_k, x_ids=ids)
+        sums = sweep(turned, z, kept, term=Identity(), exponents=(), backend=backend, shards=shards).row_sum
+        return -sums, kept_counts(turned, z, kept, backend, shards)
+    values, columns = select_over(shards, z, None, top_k, x_ids=ids, views=v)
     flags = columns >= 0 if limit is None else values > limit[:, None]
     total = torch.zeros(z.shape, dtype=compute_dtype(z), device=z.device)
     # Rows are added up before the product, one rank at a time: nothing of size N * top_k * D is stored.
     for column, flag in zip(columns.clamp(min=0).unbind(1), flags.unbind(1), strict=True):
-        total = total + gather_rows(z, column).to(total.dtype).masked_fill(~flag[:, None], 0)
+        rows = gather_rows(z, column) if shards.alone else shards.rows_at(z, column, v)
+        total = total + rows.to(total.dtype).masked_fill(~flag[:, None], 0)
     return row_dot(z, total), flags.sum(1).to(total.dtype)

@@ -21,7 +21,7 @@ from contrastive_kernels.losses._options import SoftmaxOptions
 from contrastive_kernels.losses._polarization import Polarization
 from contrastive_kernels.losses._softmax import Negatives, softmax_loss, sweep_negatives
 from contrastive_kernels.losses._views import Anchors
-from contrastive_kernels.primitives import Count, Pairs, checks, kept_counts, sweep
+from contrastive_kernels.primitives import Count, Group, Pairs, checks, kept_counts, over_ranks, sweep
 
 __all__ = ["HardNegativeLoss", "hard_negative_loss"]
 
@@ -69,6 +69,7 @@ def hard_negative_loss(
     return_stats: bool,
     **options: Unpack[HardNegativeArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def hard_negative_loss(
     z0: Tensor,
     z1: Tensor,
@@ -88,6 +89,7 @@ def hard_negative_loss(
     polarization: Polarization | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return the hard-negative loss: the debiased loss with negatives weighted by their hardness, in one sweep.
 
@@ -117,6 +119,8 @@ def hard_negative_loss(
         polarization: adds `Polarization` over the negatives, from the same sweep.
         return_stats: also return `ContrastiveStats`; its lse is :math:`\log(e^{u_i^+} + N_i)`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(2N,)`` for ``"none"``, first view first; float32 (float64 for float64 inputs). With
@@ -152,9 +156,17 @@ def hard_negative_loss(
         polarization=polarization,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
     anchors = Anchors.of(
-        z0, z1, normalize=normalize, ids=ids, cutoff=cutoff, cutoff_margin=cutoff_margin, backend=backend
+        z0,
+        z1,
+        normalize=normalize,
+        ids=ids,
+        cutoff=cutoff,
+        cutoff_margin=cutoff_margin,
+        backend=backend,
+        shards=options.shards,
     )
     positives = anchors.positives(options)
     if estimator == "easy":
@@ -225,8 +237,9 @@ def _weighted(z: Tensor, pairs: Pairs, options: SoftmaxOptions, beta: float, det
         term=Count() if counted else band,
         maximum=options.return_stats,
         backend=options.backend,
+        shards=options.shards,
     )
-    number = out.row_sum.detach() if counted else kept_counts(z, None, pairs, options.backend)
+    number = out.row_sum.detach() if counted else kept_counts(z, None, pairs, options.backend, options.shards)
     # A row of no negatives has the log-sum-exps -inf, whose difference is NaN.
     empty = (number == 0) | (out.row_lse[0] == -torch.inf)
     lse = out.row_lse.masked_fill(empty, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 from torch import Tensor
@@ -20,7 +21,7 @@ from contrastive_kernels.losses._softmax import (
     sweep_negatives,
     union,
 )
-from contrastive_kernels.primitives import Pairs, checks, row_dot, unit_rows
+from contrastive_kernels.primitives import Group, Pairs, checks, over_ranks, row_dot, unit_rows
 
 __all__ = ["InfoNCELoss", "info_nce_loss"]
 
@@ -67,6 +68,7 @@ def info_nce_loss(
     return_stats: bool,
     **options: Unpack[InfoNCEArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def info_nce_loss(
     query: Tensor,
     positive_key: Tensor,
@@ -88,6 +90,7 @@ def info_nce_loss(
     polarization: Polarization | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return the InfoNCE loss: each query picks its positive key among all candidates. No N x M similarity matrix.
 
@@ -119,6 +122,8 @@ def info_nce_loss(
         polarization: adds `Polarization` over the negatives, from the same sweep.
         return_stats: also return `ContrastiveStats`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``, ``(2, N)`` when symmetric; float32 (float64 for float64 inputs). With
@@ -148,7 +153,7 @@ def info_nce_loss(
     if symmetric and not in_batch:
         raise ValueError("symmetric=True exchanges queries and in-batch keys; it needs in_batch_negatives=True")
     check_cutoff(query, cutoff, cutoff_margin)
-    query_ids, batch_ids, negative_ids = _split_ids(query, query_ids, key_ids, negative_keys, in_batch)
+    query_ids, batch_ids, negative_ids = split_ids(query, query_ids, key_ids, negative_keys, in_batch)
     options = SoftmaxOptions.of(
         query,
         temperature=temperature,
@@ -160,6 +165,7 @@ def info_nce_loss(
         polarization=polarization,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
 
     query, positive_key = unit_rows(query, normalize, backend), unit_rows(positive_key, normalize, backend)
@@ -179,7 +185,8 @@ def info_nce_loss(
             further = list_negatives(similarity, _dropped(similarity, query_ids, negative_ids, limit), options)
         else:
             pairs = Pairs(None if negative_ids is None else query_ids, negative_ids, limit)
-            further = sweep_negatives(query, negative_keys, pairs, options)
+            keys = replace(options, shards=options.shards.of(negative_keys))
+            further = sweep_negatives(query, negative_keys, pairs, keys)
         directions[:1] = [union(directions[0], further) if directions else further]
     return softmax_loss(directions, Positives.single(options.scale * positive_similarity), options)
 
@@ -223,7 +230,7 @@ def _check_negatives(query: Tensor, negative_keys: Tensor, paired: bool) -> None
     checks.alike("query", query, "negative_keys", negative_keys)
 
 
-def _split_ids(
+def split_ids(
     query: Tensor, query_ids: Tensor | None, key_ids: Tensor | None, negative_keys: Tensor | None, in_batch: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the ids of the queries, of the in-batch keys and of the negative keys; None where there are none."""

@@ -13,7 +13,7 @@ from contrastive_kernels.losses._arguments import BackendArguments, ReductionArg
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import UNLABELLED, SoftmaxOptions, mean_over, reduce
 from contrastive_kernels.losses._softmax import Positives, softmax_value, sweep_negatives
-from contrastive_kernels.primitives import Pairs, checks, gather_rows, row_dot, unit_rows
+from contrastive_kernels.primitives import ALONE, Group, Pairs, checks, gather_rows, over_ranks, row_dot, unit_rows
 
 __all__ = ["LabelPullLoss", "label_pull_loss"]
 
@@ -26,6 +26,7 @@ class LabelPullArguments(BackendArguments, ReductionArguments, total=False):
 
 
 @loss_function
+@over_ranks
 def label_pull_loss(
     z: Tensor,
     labels: Tensor,
@@ -38,6 +39,7 @@ def label_pull_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return the loss that pulls labelled rows to the embeddings of their labels, such as word vectors of class names.
 
@@ -60,6 +62,8 @@ def label_pull_loss(
         reduction: ``"mean"`` over the labelled rows, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per row; the mean is then sum(w l) / sum(w) over the labelled rows.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). 0 when no row is labelled.
@@ -92,6 +96,7 @@ def label_pull_loss(
         reduction=reduction,
         weight=weight,
         backend=backend,
+        group=group,
     )
     if form == "pull":
         checks.no_effect("form='pull'", temperature=(temperature, None), logit_scale=(logit_scale, None))
@@ -103,14 +108,18 @@ def label_pull_loss(
         losses = 1 - similarity
     else:
         pairs = Pairs(labels, torch.arange(classes, device=z.device))
-        negatives = sweep_negatives(z, embeddings, pairs, options)
+        negatives = sweep_negatives(z, embeddings, pairs, replace(options, shards=ALONE))
         each = replace(options, reduction="none", weight=None)
         losses = softmax_value([negatives], Positives.single(options.scale * similarity), each)
     labelled = labels != UNLABELLED
     # A product, so that a NaN in a row without label is not lost.
     losses = losses * labelled.to(losses.dtype)
     losses = losses.masked_fill(labelled & ((labels < 0) | (labels >= classes)), torch.nan)
-    return mean_over(losses, labelled, weight) if reduction == "mean" else reduce(losses, weight, reduction)
+    return (
+        mean_over(losses, labelled, weight, options.shards)
+        if reduction == "mean"
+        else reduce(losses, weight, reduction, options.shards)
+    )
 
 
 class LabelPullLoss(LossModule):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from contrastive_kernels.losses._arguments import Loss, ReductionArguments
+from contrastive_kernels.losses._arguments import GroupArguments, Loss, ReductionArguments
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import check_reduction, reduce
 from contrastive_kernels.losses._svm import (
@@ -22,7 +22,16 @@ from contrastive_kernels.losses._svm import (
     kernel_matrix,
     solve,
 )
-from contrastive_kernels.primitives import available_bytes, checks, compute_dtype, reading_is_possible, unit_rows
+from contrastive_kernels.primitives import (
+    Group,
+    available_bytes,
+    checks,
+    compute_dtype,
+    one_process_only,
+    over_ranks,
+    reading_is_possible,
+    unit_rows,
+)
 
 __all__ = ["MMCLLoss", "MMCLStats", "mmcl_loss"]
 
@@ -31,7 +40,7 @@ MATRICES = {"inverse": 14, "pgd": 19}
 UNCHECKED_BYTES = 256 << 20
 
 
-class MMCLArguments(ReductionArguments, total=False):
+class MMCLArguments(ReductionArguments, GroupArguments, total=False):
     """Keyword arguments of `mmcl_loss`."""
 
     gamma: Literal["auto"] | None
@@ -83,6 +92,7 @@ def mmcl_loss(
     return_stats: bool,
     **options: Unpack[MMCLArguments],
 ) -> Loss | tuple[Loss, MMCLStats]: ...
+@over_ranks
 def mmcl_loss(
     z0: Tensor,
     z1: Tensor,
@@ -107,6 +117,7 @@ def mmcl_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
     return_stats: bool = False,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, MMCLStats]:
     r"""Return MMCL, the decision value of a support vector machine of each anchor against its negatives.
 
@@ -160,6 +171,8 @@ def mmcl_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per anchor; the mean is then sum(w l) / sum(w).
         return_stats: also return `MMCLStats`.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). With ``return_stats`` the pair
@@ -181,6 +194,7 @@ def mmcl_loss(
         >>> mmcl_loss(torch.randn(16, 8), torch.randn(16, 8), sigma=5.0, solver="pgd").shape
         torch.Size([])
     """
+    one_process_only("mmcl_loss", group)
     checks.paired("z0", z0, "z1", z1)
     check_reduction(z0, reduction, weight)
     if gamma is not None:

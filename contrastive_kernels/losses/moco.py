@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 from torch import Tensor
@@ -9,8 +10,10 @@ from typing_extensions import Unpack
 
 from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArguments, Loss, SoftmaxArguments
 from contrastive_kernels.losses._module import KeyQueue
-from contrastive_kernels.losses.info_nce import info_nce_loss
-from contrastive_kernels.primitives import checks
+from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
+from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_negatives
+from contrastive_kernels.losses.info_nce import split_ids
+from contrastive_kernels.primitives import ALONE, Group, Pairs, checks, over_ranks, row_dot, unit_rows
 
 __all__ = ["MoCoLoss", "moco_loss"]
 
@@ -53,6 +56,7 @@ def moco_loss(
     return_stats: bool,
     **options: Unpack[MoCoArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def moco_loss(
     query: Tensor,
     key: Tensor,
@@ -70,6 +74,7 @@ def moco_loss(
     cutoff_margin: float | Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return InfoNCE against a queue of past keys, as in MoCo, without the N x K similarity matrix.
 
@@ -92,6 +97,8 @@ def moco_loss(
         cutoff_margin: the same, as the positive's similarity plus a margin.
         return_stats: also return `ContrastiveStats`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). With ``return_stats`` the pair
@@ -112,23 +119,28 @@ def moco_loss(
     checks.paired("query", query, "key", key)
     checks.features("queue", queue)
     checks.alike("query", query, "queue", queue, rows=False)
-    return info_nce_loss(
+    checks.not_empty("query", query)
+    check_cutoff(query, cutoff, cutoff_margin)
+    query_ids, _, key_ids = split_ids(query, query_ids, key_ids, queue, in_batch=False)
+    options = SoftmaxOptions.of(
         query,
-        key.detach(),
-        queue.detach(),
         temperature=temperature,
         logit_scale=logit_scale,
-        normalize=normalize,
+        default_temperature=0.07,
         reduction=reduction,
         weight=weight,
         label_smoothing=label_smoothing,
-        query_ids=query_ids,
-        key_ids=key_ids,
-        cutoff=cutoff,
-        cutoff_margin=cutoff_margin,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
+
+    query, key, queue = (unit_rows(x, normalize, backend) for x in (query, key.detach(), queue.detach()))
+    positive_similarity = row_dot(query, key, backend)
+    pairs = Pairs(query_ids, key_ids, cutoff_from(cutoff, cutoff_margin, positive_similarity))
+    # every rank has the same queue
+    negatives = sweep_negatives(query, queue, pairs, replace(options, shards=ALONE))
+    return softmax_loss([negatives], Positives.single(options.scale * positive_similarity), options)
 
 
 class MoCoLoss(KeyQueue):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any, Literal, overload
 
@@ -13,7 +14,7 @@ from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArgume
 from contrastive_kernels.losses._module import KeyQueue
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
 from contrastive_kernels.losses._softmax import Positives, softmax_loss, softmax_stats, softmax_value, sweep_negatives
-from contrastive_kernels.primitives import Pairs, checks, row_dot, unit_rows
+from contrastive_kernels.primitives import ALONE, Group, Pairs, checks, over_ranks, row_dot, unit_rows
 
 __all__ = ["MoCoArCLLoss", "moco_arcl_loss"]
 
@@ -58,6 +59,7 @@ def moco_arcl_loss(
     return_stats: bool,
     **options: Unpack[MoCoArCLArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def moco_arcl_loss(
     query: Tensor,
     keys: Tensor,
@@ -77,6 +79,7 @@ def moco_arcl_loss(
     cutoff_margin: float | Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return ArCL against a queue, the least similar key view being the positive, without the N x K similarity matrix.
 
@@ -101,6 +104,8 @@ def moco_arcl_loss(
         cutoff_margin: the same, as :math:`s^+` (the mean for ``"mean_loss"``) plus a margin.
         return_stats: also return `ContrastiveStats`, the positive being :math:`s^+` (the mean for ``"mean_loss"``).
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). With ``return_stats`` the pair
@@ -140,6 +145,7 @@ def moco_arcl_loss(
         label_smoothing=label_smoothing,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
 
     query, keys, queue = (unit_rows(x, normalize, backend) for x in (query, keys.detach(), queue.detach()))
@@ -154,12 +160,16 @@ def moco_arcl_loss(
     else:
         aligned = similarities.mean(1)
     kept = Pairs(query_ids, key_ids, cutoff_from(cutoff, cutoff_margin, aligned))
-    negatives = sweep_negatives(query, queue, kept, options)
+    negatives = sweep_negatives(query, queue, kept, replace(options, shards=ALONE))
     if positive != "mean_loss":
         return softmax_loss([negatives], Positives.single(options.scale * aligned), options)
     losses = [softmax_value([negatives], Positives.single(options.scale * s), options) for s in similarities.unbind(1)]
     loss = torch.stack(losses).mean(0)
-    return (loss, softmax_stats([negatives], Positives.single(options.scale * aligned))) if return_stats else loss
+    return (
+        (loss, softmax_stats([negatives], Positives.single(options.scale * aligned), options.shards))
+        if return_stats
+        else loss
+    )
 
 
 class MoCoArCLLoss(KeyQueue):

@@ -12,7 +12,16 @@ from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArgume
 from contrastive_kernels.losses._module import KeyQueue
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
 from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_negatives
-from contrastive_kernels.primitives import Pairs, checks, nan_unless_finite, row_dot, row_select, unit_rows
+from contrastive_kernels.primitives import (
+    Group,
+    Pairs,
+    checks,
+    nan_unless_finite,
+    over_ranks,
+    row_dot,
+    row_select,
+    unit_rows,
+)
 
 __all__ = ["NNCLRLoss", "nnclr_loss"]
 
@@ -54,6 +63,7 @@ def nnclr_loss(
     return_stats: bool,
     **options: Unpack[NNCLRArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def nnclr_loss(
     z: Tensor,
     predictions: Tensor,
@@ -70,6 +80,7 @@ def nnclr_loss(
     cutoff_margin: float | Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return NNCLR, in which a view's nearest neighbour in a support set picks the other view's prediction.
 
@@ -95,6 +106,8 @@ def nnclr_loss(
         cutoff_margin: the same, as the positive's similarity plus a margin.
         return_stats: also return `ContrastiveStats`; its fields are (2, N) for both directions.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``, ``(2, N)`` for both directions; float32 (float64 for float64 inputs). With
@@ -125,6 +138,7 @@ def nnclr_loss(
         label_smoothing=label_smoothing,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
 
     z, predictions, support = (unit_rows(x, normalize, backend) for x in (z.detach(), predictions, support.detach()))

@@ -16,7 +16,7 @@ from contrastive_kernels.losses._options import REDUCTIONS, SoftmaxOptions
 from contrastive_kernels.losses._polarization import Polarization
 from contrastive_kernels.losses._softmax import Negatives, Positives, softmax_loss, softmax_value, sweep_negatives
 from contrastive_kernels.losses._views import Anchors, check_views, stack_views
-from contrastive_kernels.primitives import checks
+from contrastive_kernels.primitives import Group, checks, over_ranks
 
 __all__ = ["NTXentLoss", "nt_xent_loss"]
 
@@ -57,6 +57,7 @@ def nt_xent_loss(
     return_stats: bool,
     **options: Unpack[NTXentArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def nt_xent_loss(
     z0: Tensor,
     z1: Tensor | None = None,
@@ -74,6 +75,7 @@ def nt_xent_loss(
     polarization: Polarization | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return NT-Xent, the loss of SimCLR, without the 2N x 2N similarity matrix.
 
@@ -100,6 +102,8 @@ def nt_xent_loss(
         polarization: adds `Polarization` over the negatives, from the same sweep.
         return_stats: also return `ContrastiveStats`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(2N,)`` for ``"none"``, first view first; float32 (float64 for float64 inputs). With
@@ -134,10 +138,17 @@ def nt_xent_loss(
         polarization=polarization,
         return_stats=return_stats,
         backend=backend,
+        group=group,
         reductions=(*REDUCTIONS, "sum_directions"),
     )
     gather = partial(
-        Anchors.of, normalize=normalize, ids=ids, cutoff=cutoff, cutoff_margin=cutoff_margin, backend=backend
+        Anchors.of,
+        normalize=normalize,
+        ids=ids,
+        cutoff=cutoff,
+        cutoff_margin=cutoff_margin,
+        backend=backend,
+        shards=options.shards,
     )
     if averaged:
         pairs_of_views = combinations(stack_views(z0, z1), 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -21,7 +22,19 @@ from contrastive_kernels.losses._softmax import (
     sweep_negatives,
     union,
 )
-from contrastive_kernels.primitives import Pairs, checks, row_dot, unit_rows
+from contrastive_kernels.primitives import (
+    ALONE,
+    Group,
+    Pairs,
+    Shards,
+    checks,
+    compute_dtype,
+    gather_rows,
+    over_ranks,
+    row_dot,
+    shards_of,
+    unit_rows,
+)
 
 __all__ = ["QuickThoughtsLoss", "quick_thoughts_loss"]
 
@@ -37,6 +50,7 @@ class QuickThoughtsArguments(SoftmaxArguments, total=False):
 
 
 @loss_function
+@over_ranks
 def quick_thoughts_loss(
     first: Tensor,
     second: Tensor,
@@ -52,6 +66,7 @@ def quick_thoughts_loss(
     ids: Tensor | None = None,
     polarization: Polarization | None = None,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return the Quick-Thoughts loss, which picks the neighbouring sentences among all of a batch in corpus order.
 
@@ -76,6 +91,8 @@ def quick_thoughts_loss(
         polarization: adds `Polarization` over the cosines to the sentences that are neither the same nor neighbours;
             from the same sweep with ``normalize``, else a sweep of its own.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs).
@@ -92,8 +109,9 @@ def quick_thoughts_loss(
         >>> quick_thoughts_loss(first, second, context_size=2).shape
         torch.Size([])
     """
+    shards = shards_of(group)
     checks.paired("first", first, "second", second)
-    checks.two_rows("first", first, "a sentence needs a neighbour")
+    checks.two_rows("first", first, "a sentence needs a neighbour", shards.total(first.shape[0]))
     checks.count("context_size", context_size)
     checks.choice("diagonal", diagonal, ("zero", "exclude"))
     n = first.shape[0]
@@ -107,12 +125,13 @@ def quick_thoughts_loss(
         weight=weight,
         label_smoothing=label_smoothing,
         backend=backend,
+        group=group,
     )
-    context = _Context.of(n, context_size, ids, first.device)
+    context = _Context.of(n, context_size, ids, first.device, shards)
     pairs = Pairs(ids, ids, diagonals=int(ids is None))
     fused = replace(options, polarization=polarization if normalize else None)
     x, y = unit_rows(first, normalize, backend), unit_rows(second, normalize, backend)
-    similarity = _neighbours(x, y, context_size)
+    similarity = _neighbours(x, y, context_size, context, shards)
     target = options.scale * (similarity.sum(1) / context.valid.sum(1))
     swept = sweep_negatives(x, y, pairs, fused)
     negatives = swept
@@ -127,9 +146,9 @@ def quick_thoughts_loss(
     if not normalize:
         x, y = unit_rows(first, True, backend), unit_rows(second, True, backend)
         fused = replace(options, label_smoothing=0.0, polarization=polarization)
-        swept, similarity = sweep_negatives(x, y, pairs, fused), _neighbours(x, y, context_size)
+        swept, similarity = sweep_negatives(x, y, pairs, fused), _neighbours(x, y, context_size, context, shards)
     band_sum, counts = _without(swept, list_negatives(similarity, ~context.kept, fused))
-    return add_polarization(loss, band_sum, counts, polarization, reduction)
+    return add_polarization(loss, band_sum, counts, polarization, reduction, shards)
 
 
 class QuickThoughtsLoss(LossModule):
@@ -171,14 +190,17 @@ class _Context(NamedTuple):
     dropped: Tensor  # those that it drops for their id
 
     @classmethod
-    def of(cls, n: int, context_size: int, ids: Tensor | None, device: torch.device) -> _Context:
+    def of(
+        cls, n: int, context_size: int, ids: Tensor | None, device: torch.device, shards: Shards = ALONE
+    ) -> _Context:
         """Return the neighbours of n rows."""
-        distances = torch.arange(1, len(_distances(n, context_size)) + 1, device=device)
-        index = torch.arange(n, device=device)[:, None] + torch.stack([distances, -distances], 1).flatten()
-        valid = (index >= 0) & (index < n)
+        total = shards.total(n)
+        distances = torch.arange(1, len(_distances(total, context_size)) + 1, device=device)
+        index = shards.positions(n, device)[:, None] + torch.stack([distances, -distances], 1).flatten()
+        valid = (index >= 0) & (index < total)
         if ids is None:
             return cls(valid, valid, torch.zeros_like(valid))
-        equal = ids[index.clamp(0, n - 1)] == ids[:, None]
+        equal = shards.gather(ids)[index.clamp(0, total - 1)] == ids[:, None]
         return cls(valid, valid & ~equal, valid & equal)
 
 
@@ -186,13 +208,39 @@ def _distances(n: int, context_size: int) -> range:
     return range(1, min(context_size, n - 1) + 1)
 
 
-def _neighbours(x: Tensor, y: Tensor, context_size: int) -> Tensor:
+def _neighbours(x: Tensor, y: Tensor, context_size: int, context: _Context, shards: Shards) -> Tensor:
     """Return the similarities of the rows of x to their neighbours in y, (N, 2 C); 0 where there is none."""
     columns = []
+    if not shards.alone:
+        n, distances = x.shape[0], _distances(shards.total(x.shape[0]), context_size)
+        around, c = _with_borders(y.to(compute_dtype(y)), len(distances), shards), len(distances)
+        columns = [row_dot(x, around[c + k : c + k + n]) for distance in distances for k in (distance, -distance)]
+        return torch.stack(columns, 1).masked_fill(~context.valid, 0)
     for k in _distances(x.shape[0], context_size):
         after, before = row_dot(x[:-k], y[k:]), row_dot(x[k:], y[:-k])
         columns += [torch.nn.functional.pad(after, (0, k)), torch.nn.functional.pad(before, (k, 0))]
     return torch.stack(columns, 1)
+
+
+def _with_borders(y: Tensor, c: int, shards: Shards) -> Tensor:
+    """Return y with the c rows before and after it, which lie on other ranks; zeros where there are none.
+
+    What travels are the first and the last c rows of every shard, each row once.
+    """
+    ends = list(accumulate(shards.rows))
+    borders = [
+        [i for i in range(end - n, end) if i < end - n + c or i >= end - c]
+        for n, end in zip(shards.rows, ends, strict=True)
+    ]
+    first, last = ends[shards.rank] - y.shape[0], ends[shards.rank]
+    own = torch.tensor(borders[shards.rank], device=y.device) - first
+    rows = replace(shards, rows=tuple(map(len, borders))).gather(gather_rows(y, own))
+    place = {row: k for k, row in enumerate(chain.from_iterable(borders))}
+    around = [*range(first - c, first), *range(last, last + c)]
+    # the row after the last one is that of zeros
+    index = torch.tensor([place.get(row, len(place)) for row in around], device=y.device)
+    halo = gather_rows(torch.nn.functional.pad(rows, (0, 0, 0, 1)), index)
+    return torch.cat([halo[:c], y, halo[c:]])
 
 
 def _without(all_negatives: Negatives, some: Negatives) -> tuple[Tensor, Tensor]:

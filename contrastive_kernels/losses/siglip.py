@@ -27,7 +27,18 @@ from contrastive_kernels.losses._options import (
     softplus,
 )
 from contrastive_kernels.losses._softmax import statistics
-from contrastive_kernels.primitives import Pairs, Softplus, checks, row_dot, sweep, unit_rows, weighted_total
+from contrastive_kernels.primitives import (
+    Group,
+    Pairs,
+    Softplus,
+    checks,
+    over_ranks,
+    row_dot,
+    shards_of,
+    sweep,
+    unit_rows,
+    weighted_total,
+)
 
 __all__ = ["SigLipLoss", "siglip_loss"]
 
@@ -70,6 +81,7 @@ def siglip_loss(
     return_stats: bool,
     **options: Unpack[SigLipArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -86,6 +98,7 @@ def siglip_loss(
     cutoff_margin: float | Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return the pairwise sigmoid loss of SigLIP from one sweep, without the N x N logits.
 
@@ -109,6 +122,8 @@ def siglip_loss(
         cutoff_margin: the same, as the positive's similarity plus a margin.
         return_stats: also return `ContrastiveStats` of the rows of logits; ``lse`` is over all kept texts.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). With ``return_stats`` the pair
@@ -128,6 +143,7 @@ def siglip_loss(
         >>> siglip_loss(image, text, log_scale.exp(), bias).shape
         torch.Size([])
     """
+    shards = shards_of(group)
     checks.paired("image_features", image_features, "text_features", text_features)
     check_reduction(image_features, reduction, weight)
     check_cutoff(image_features, cutoff, cutoff_margin)
@@ -145,15 +161,15 @@ def siglip_loss(
     term, positive = Softplus(scale, bias), scale * similarity + bias
     attraction = 0.0 if negative_only else softplus(-positive)
     if return_stats:
-        out = sweep(x, y, pairs, scale=detached(scale), term=term, maximum=True, backend=backend)
+        out = sweep(x, y, pairs, scale=detached(scale), term=term, maximum=True, backend=backend, shards=shards)
         negative_lse, negative_max = (v + detached(bias) for v in (out.row_lse.squeeze(0), out.row_max))
-        loss = reduce(out.row_sum + attraction, weight, reduction)
-        return loss, statistics(positive, torch.logaddexp(negative_lse, positive), negative_max)
+        loss = reduce(out.row_sum + attraction, weight, reduction, shards)
+        return loss, statistics(positive, torch.logaddexp(negative_lse, positive), negative_max, shards)
     if reduction == "none":
-        row_sum = sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum
-        return reduce(row_sum + attraction, weight, reduction)
-    factors = row_factors(x, weight, reduction)
-    repulsion = weighted_total(x, y, pairs, term=term, weight=factors, backend=backend)
+        row_sum = sweep(x, y, pairs, term=term, exponents=(), backend=backend, shards=shards).row_sum
+        return reduce(row_sum + attraction, weight, reduction, shards)
+    factors = row_factors(x, weight, reduction, shards)
+    repulsion = weighted_total(x, y, pairs, term=term, weight=factors, backend=backend, shards=shards)
     return repulsion if negative_only else repulsion + (factors * attraction).sum()
 
 

@@ -14,13 +14,16 @@ from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import check_reduction, reduce, row_factors
 from contrastive_kernels.primitives import (
     ALL_PAIRS,
+    Group,
     Pairs,
     Square,
     checks,
     compute_dtype,
     moments_pay,
+    over_ranks,
     row_dot,
     row_squares,
+    shards_of,
     sweep,
     unit_rows,
     weighted_total,
@@ -39,6 +42,7 @@ class SpectralContrastiveArguments(BackendArguments, ReductionArguments, total=F
 
 
 @loss_function
+@over_ranks
 def spectral_contrastive_loss(
     z0: Tensor,
     z1: Tensor,
@@ -51,6 +55,7 @@ def spectral_contrastive_loss(
     reduction: str = "mean",
     weight: Tensor | None = None,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return the spectral contrastive loss, which factorises the augmentation graph. No N x N similarity matrix.
 
@@ -69,6 +74,8 @@ def spectral_contrastive_loss(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per row of z0; the mean is then sum(w l) / sum(w).
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device; serves ``"tile"``.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``: row i with its own squares, so that the mean is L; float32 (float64 for
@@ -86,6 +93,7 @@ def spectral_contrastive_loss(
         >>> spectral_contrastive_loss(z0, z1, project=True).shape
         torch.Size([])
     """
+    shards = shards_of(group)
     checks.paired("z0", z0, "z1", z1)
     check_reduction(z0, reduction, weight)
     checks.choice("method", method, ("auto", "gram", "tile"))
@@ -96,23 +104,23 @@ def spectral_contrastive_loss(
     x, y = unit_rows(z0, normalize, backend), unit_rows(z1, normalize, backend)
     if project:
         x, y = _in_ball(x, math.sqrt(mu)), _in_ball(y, math.sqrt(mu))
-    n, d = x.shape
+    n, d = shards.total(x.shape[0]), x.shape[1]
     columns = n if include_diagonal else max(n - 1, 1)
     # Of one row no pair is left, which the moments know up to rounding only.
     if (method == "gram" and n > 1) or (method == "auto" and moments_pay(n, d)):
         x, y = x.to(compute_dtype(x)), y.to(compute_dtype(y))
         # A long row's similarity and its squares nearly cancel.
         own = (x * y).sum(1, dtype=wide_sums(x))
-        squares = row_squares(x, y, None if include_diagonal else own)
-        return reduce((squares / columns - 2 * own) / mu, weight, reduction).to(x.dtype)
+        squares = row_squares(x, y, None if include_diagonal else own, shards)
+        return reduce((squares / columns - 2 * own) / mu, weight, reduction, shards).to(x.dtype)
     own = row_dot(x, y, backend)
     pairs = ALL_PAIRS if include_diagonal else Pairs(diagonals=1)
     if reduction != "none":
-        factors = row_factors(x, weight, reduction) / mu
-        total = weighted_total(x, y, pairs, term=Square(), weight=factors / columns, backend=backend)
+        factors = row_factors(x, weight, reduction, shards) / mu
+        total = weighted_total(x, y, pairs, term=Square(), weight=factors / columns, backend=backend, shards=shards)
         return total - 2 * (factors * own).sum()
-    squares = sweep(x, y, pairs, term=Square(), exponents=(), backend=backend).row_sum
-    return reduce((squares / columns - 2 * own) / mu, weight, reduction)
+    squares = sweep(x, y, pairs, term=Square(), exponents=(), backend=backend, shards=shards).row_sum
+    return reduce((squares / columns - 2 * own) / mu, weight, reduction, shards)
 
 
 class SpectralContrastiveLoss(LossModule):

@@ -16,11 +16,14 @@ from contrastive_kernels.losses._options import UNLABELLED, SoftmaxOptions, mean
 from contrastive_kernels.losses._softmax import Negatives, statistics, sweep_negatives
 from contrastive_kernels.losses._views import other_views
 from contrastive_kernels.primitives import (
+    Group,
     Pairs,
+    Shards,
     Softplus,
     checks,
     compute_dtype,
     gather_rows,
+    over_ranks,
     row_dot,
     sweep,
     unit_rows,
@@ -68,6 +71,7 @@ def sup_con_loss(
     return_stats: bool,
     **options: Unpack[SupConArguments],
 ) -> Loss | tuple[Loss, ContrastiveStats]: ...
+@over_ranks
 def sup_con_loss(
     features: Tensor,
     labels: Tensor | None = None,
@@ -84,6 +88,7 @@ def sup_con_loss(
     weight: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
     r"""Return the supervised contrastive loss: every row of an anchor's class is its positive. No N x N matrix.
 
@@ -118,6 +123,8 @@ def sup_con_loss(
         return_stats: also return `ContrastiveStats`, the positive being the mean logit of P(i), ``-inf`` (and never
             accurate) where there is none. Takes one more sweep for ``"out"`` with labels.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or for ``"none"`` ``(V * N,)``, first view first (``(N,)`` with ``contrast_mode="one"``); float32
@@ -160,13 +167,19 @@ def sup_con_loss(
         weight=weight,
         return_stats=return_stats,
         backend=backend,
+        group=group,
     )
     base_temperature = _base_temperature(base_temperature, options.scale, features)
 
     views = unit_rows(features.transpose(0, 1), normalize, backend)
-    instances = torch.arange(n, device=views.device)
-    ids = instances if labels is None or same_label == "negative" else _class_ids(labels)
-    batch = _Batch(views, views[:1] if contrast_mode == "one" else views, ids)
+    shards = options.shards
+    instances = shards.positions(n, views.device)
+    ids = (
+        instances
+        if labels is None or same_label == "negative"
+        else shards.own(_class_ids(shards.gather(labels)), labels)
+    )
+    batch = _Batch(views, views[:1] if contrast_mode == "one" else views, ids, shards)
     if labels is None or same_label != "positive":
         anchors = _towards_own_views(batch, positives, options)
     else:
@@ -177,7 +190,7 @@ def sup_con_loss(
     share = None
     if reduction == "mean" and anchors.number is not None:
         share = _share(anchors.number, positives, average)
-    loss = reduce(losses, weight, reduction) if share is None else mean_over(losses, share, weight)
+    loss = reduce(losses, weight, reduction, shards) if share is None else mean_over(losses, share, weight, shards)
     return loss if anchors.stats is None else (loss, anchors.stats)
 
 
@@ -220,6 +233,7 @@ class _Batch(NamedTuple):
     views: Tensor  # (V, N, D)
     heads: Tensor  # (V, N, D) or (1, N, D): the views whose rows are anchors
     ids: Tensor  # (N,): rows with equal ids are no negatives of each other
+    shards: Shards
 
     @property
     def all_are_anchors(self) -> bool:
@@ -245,7 +259,7 @@ class _Batch(NamedTuple):
     def positive_counts(self) -> Tensor:
         """Return (A,), the number of other rows with the anchor's id."""
         ones = torch.ones_like(self.ids, dtype=compute_dtype(self.views))
-        samples = torch.zeros_like(ones).index_add(0, self.ids, ones)[self.ids]
+        samples = self._of_class(ones[:, None]).squeeze(1)
         return (samples * len(self.views) - 1).repeat(len(self.heads))
 
     def positive_sums(self) -> Tensor:
@@ -253,8 +267,13 @@ class _Batch(NamedTuple):
         dtype = compute_dtype(self.views)
         # A long row's own share of the sum leaves no digits of the others' in float32.
         samples = self.views.sum(0, dtype=wide_sums(self.views))
-        classes = gather_rows(torch.zeros_like(samples).index_add(0, self.ids, samples), self.ids)
-        return row_dot(self.heads, (classes - self.heads).to(dtype)).flatten()
+        return row_dot(self.heads, (self._of_class(samples) - self.heads).to(dtype)).flatten()
+
+    def _of_class(self, values: Tensor) -> Tensor:
+        """Return the sums of the values of every sample's class."""
+        if not self.shards.alone:
+            return self.shards.class_sums(values, self.ids, self.ids)
+        return gather_rows(torch.zeros_like(values).index_add(0, self.ids, values), self.ids)
 
 
 class _Anchors(NamedTuple):
@@ -288,7 +307,7 @@ def _towards_own_views(batch: _Batch, meaning: str, options: SoftmaxOptions) -> 
     if negatives.maximum is None:
         return _Anchors(losses)
     lse = torch.logaddexp(negatives.lse, mean if meaning == "pairwise" else own_lse)
-    return _Anchors(losses, stats=statistics(mean, lse, negatives.maximum))
+    return _Anchors(losses, stats=statistics(mean, lse, negatives.maximum, options.shards))
 
 
 def _towards_class(batch: _Batch, meaning: str, options: SoftmaxOptions) -> _Anchors:
@@ -318,7 +337,9 @@ def _towards_class(batch: _Batch, meaning: str, options: SoftmaxOptions) -> _Anc
             losses = softplus(negatives.lse - own_lse.masked_fill(alone, 0)) + divisor.log()
         else:
             term = Softplus(-options.scale, negatives.lse.masked_fill(nothing, 0))
-            sums = sweep(anchors, columns, batch.equal(), term=term, exponents=(), backend=options.backend).row_sum
+            sums = sweep(
+                anchors, columns, batch.equal(), term=term, exponents=(), backend=options.backend, shards=options.shards
+            ).row_sum
             losses = (sums / divisor).masked_fill(nothing, 0)
         losses = losses.masked_fill(alone, 0)
         if not options.return_stats:
@@ -327,11 +348,11 @@ def _towards_class(batch: _Batch, meaning: str, options: SoftmaxOptions) -> _Anc
         own = own_lse if meaning == "in" else mean
         lse = torch.logaddexp(negatives.lse, own.masked_fill(alone, -torch.inf))
     assert maximum is not None
-    return _Anchors(losses, number, statistics(mean.masked_fill(alone, -torch.inf), lse, maximum))
+    return _Anchors(losses, number, statistics(mean.masked_fill(alone, -torch.inf), lse, maximum, options.shards))
 
 
 def _row_lse(x: Tensor, y: Tensor | None, options: SoftmaxOptions, pairs: Pairs) -> Tensor:
-    return sweep(x, y, pairs, scale=options.scale, backend=options.backend).row_lse.squeeze(0)
+    return sweep(x, y, pairs, scale=options.scale, backend=options.backend, shards=options.shards).row_lse.squeeze(0)
 
 
 def _detached_negatives(batch: _Batch, options: SoftmaxOptions) -> Negatives:
@@ -348,7 +369,7 @@ def _share(number: Tensor, meaning: str, average: str) -> Tensor | None:
 
 
 def _class_ids(labels: Tensor) -> Tensor:
-    """Return ids in [0, N): one for every label, and one of its own for every sample without.
+    """Return ids in [0, N) of all ranks' labels: one for every label, and one of its own for every sample without.
 
     A label's id is its first place among the sorted labels; the samples without label share out the places of theirs.
     Static shapes, nothing read back.

@@ -9,12 +9,15 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import BackendArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.primitives import (
+    Group,
     Pairs,
     Student,
     checks,
     compute_dtype,
+    over_ranks,
     row_dot,
     rows_for_distances,
+    shards_of,
     unit_rows,
     weighted_total,
     wide_products,
@@ -24,6 +27,7 @@ __all__ = ["TSimCLRLoss", "t_simclr_loss"]
 
 
 @loss_function
+@over_ranks
 def t_simclr_loss(
     z0: Tensor,
     z1: Tensor,
@@ -32,6 +36,7 @@ def t_simclr_loss(
     df: float = 5.0,
     normalize: bool = False,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return t-SimCLR: a sample's views attract, all rows repel, under Student's kernel; no N x N distances.
 
@@ -49,6 +54,8 @@ def t_simclr_loss(
         df: :math:`\nu`, the degrees of freedom, positive.
         normalize: rows to unit norm first.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim; float32 (float64 for float64 inputs).
@@ -64,8 +71,9 @@ def t_simclr_loss(
         >>> t_simclr_loss(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """
+    shards = shards_of(group)
     checks.paired("z0", z0, "z1", z1)
-    checks.two_rows("z0", z0, "a distance takes two")
+    checks.two_rows("z0", z0, "a distance takes two", shards.total(z0.shape[0]))
     checks.backend(z0, backend)
     temperature = checks.temperature(temperature, z0)
     checks.positive("df", df)
@@ -73,16 +81,16 @@ def t_simclr_loss(
         checks.positive("temperature", temperature)
     kappa, exponent, n = temperature * df, (df + 1) / 2, z0.shape[0]
     dtype, z = compute_dtype(z0), torch.cat([unit_rows(z0, normalize, backend), unit_rows(z1, normalize, backend)])
-    z = rows_for_distances(z, 1 / kappa, backend)
-    attraction = torch.log1p((z[:n] - z[n:]).square().sum(1) / kappa).mean()
+    z = rows_for_distances(z, 1 / kappa, backend, shards)
+    attraction = shards.mean(torch.log1p((z[:n] - z[n:]).square().sum(1) / kappa))
 
     # |a|^2 + |b|^2 - 2 <a, b> is linear in the product of (a, 1) and (b, -|b|^2 / 2), with an offset per row.
     squares = row_dot(z, z, backend)
     x, y = torch.cat([z, torch.ones_like(z[:, :1])], 1), torch.cat([z, -squares[:, None] / 2], 1)
     kernel = Student(exponent, -2 / kappa, squares / kappa)
     with wide_products(x):
-        repulsion = weighted_total(x, y, Pairs(diagonals=1), term=kernel, backend=backend)
-    return (exponent * attraction + repulsion.log()).to(dtype)
+        repulsion = weighted_total(x, y, Pairs(diagonals=1), term=kernel, backend=backend, shards=shards)
+    return (exponent * attraction + shards.sum(repulsion).log()).to(dtype)
 
 
 class TSimCLRLoss(LossModule):

@@ -13,14 +13,18 @@ from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import check_reduction, reduce, row_factors
 from contrastive_kernels.primitives import (
     DistanceHinge,
+    Group,
     Hinge,
     Pairs,
+    Shards,
     checks,
     compute_dtype,
     gather_rows,
     kept_counts,
+    over_ranks,
     row_dot,
-    row_select,
+    select_over,
+    shards_of,
     sweep,
     takes_double,
     unit_rows,
@@ -42,6 +46,7 @@ class TripletMarginArguments(BackendArguments, ReductionArguments, total=False):
 
 
 @loss_function
+@over_ranks
 def triplet_margin_loss(
     anchor: Tensor,
     positive: Tensor,
@@ -54,6 +59,7 @@ def triplet_margin_loss(
     weight: Tensor | None = None,
     ids: Tensor | None = None,
     backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return the triplet hinge against in-batch negatives, without the N x N similarities.
 
@@ -78,6 +84,8 @@ def triplet_margin_loss(
         weight: ``(N,)`` per anchor, of the numerator and of the number that a mean divides by.
         ids: ``(N,)`` integers; other rows with the same id are no negatives.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). 0 where there is no negative.
@@ -94,6 +102,7 @@ def triplet_margin_loss(
         >>> triplet_margin_loss(anchor, positive, mining="hardest").shape
         torch.Size([])
     """
+    shards = shards_of(group)
     checks.paired("anchor", anchor, "positive", positive)
     check_reduction(anchor, reduction, weight, reductions=("mean", "nonzero_mean", "sum", "none"))
     checks.choice("mining", mining, ("all", "hardest"))
@@ -107,15 +116,15 @@ def triplet_margin_loss(
         anchor, positive = anchor.double(), positive.double()
     x, y = unit_rows(anchor, normalize, backend), unit_rows(positive, normalize, backend)
     if mining == "all":
-        losses, counts = _all_hinges(x, y, margin, euclidean, ids, weight, reduction, backend)
+        losses, counts = _all_hinges(x, y, margin, euclidean, ids, weight, reduction, backend, shards)
         if counts is None:
             return losses.to(dtype)
     else:
-        losses, counts = _hardest_hinges(x, y, margin, euclidean, ids, reduction, backend)
+        losses, counts = _hardest_hinges(x, y, margin, euclidean, ids, reduction, backend, shards)
         if counts is None:
-            return reduce(losses, weight, reduction).to(dtype)
-        losses = reduce(losses, weight, "sum")
-    number = reduce(counts, weight, "sum")
+            return reduce(losses, weight, reduction, shards).to(dtype)
+        losses = reduce(losses, weight, "sum", shards)
+    number = shards.sum(reduce(counts, weight, "sum"))
     return (losses / number.masked_fill(number == 0, 1)).to(dtype)
 
 
@@ -159,22 +168,26 @@ def _all_hinges(
     weight: Tensor | None,
     reduction: str,
     backend: str | None,
+    shards: Shards,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the weighted sum over all negatives ("none": each anchor's), and how many hinges a mean has to count."""
     similarity, pairs = row_dot(x, y, backend), Pairs(ids, ids, diagonals=1)
     margins = margin + _distance(similarity) if euclidean else margin - similarity
     term = DistanceHinge(margins) if euclidean else Hinge(margins)
     if reduction == "none":
-        return reduce(sweep(x, y, pairs, term=term, exponents=(), backend=backend).row_sum, weight, reduction), None
-    total = weighted_total(x, y, pairs, term=term, weight=row_factors(x, weight, "sum"), backend=backend)
+        sums = sweep(x, y, pairs, term=term, exponents=(), backend=backend, shards=shards).row_sum
+        return reduce(sums, weight, reduction), None
+    total = weighted_total(
+        x, y, pairs, term=term, weight=row_factors(x, weight, "sum", shards), backend=backend, shards=shards
+    )
     if reduction == "sum":
         return total, None
-    counts = kept_counts(x, y, pairs)
+    counts = kept_counts(x, y, pairs, shards=shards)
     if reduction == "nonzero_mean":
         # The hinges that are 0 are those of the pairs that a cutoff keeps.
         limit = margins.detach()
         limit = (1 - limit.square() / 2).masked_fill(limit <= LEAST_DISTANCE, torch.inf) if euclidean else -limit
-        counts = counts - kept_counts(x, y, pairs._replace(cutoff=limit), backend)
+        counts = counts - kept_counts(x, y, pairs._replace(cutoff=limit), backend, shards)
     return total, counts
 
 
@@ -186,14 +199,16 @@ def _hardest_hinges(
     ids: Tensor | None,
     reduction: str,
     backend: str | None,
+    shards: Shards,
 ) -> tuple[Tensor, Tensor | None]:
     """Return every anchor's two hinges added, and the number of those that are not 0 if a mean has to count them."""
     similarity = row_dot(x, y, backend)
     hinges = []
     for own, other in ((x, y), (y, x)):
-        _, columns = row_select(own.detach(), other.detach(), x_ids=ids, y_ids=ids, exclude_diagonal=True)
+        _, columns = select_over(shards, own.detach(), other.detach(), 1, x_ids=ids, y_ids=ids, exclude_diagonal=True)
         columns = columns[:, 0]
-        hardest = row_dot(own, gather_rows(other, columns.clamp(min=0)), backend)
+        rows = gather_rows(other, columns.clamp(min=0)) if shards.alone else shards.rows_at(other, columns)
+        hardest = row_dot(own, rows, backend)
         gap = _distance(similarity) - _distance(hardest) if euclidean else hardest - similarity
         hinges.append(torch.relu(margin + gap).masked_fill(columns < 0, 0))
     losses = hinges[0] + hinges[1]

@@ -8,11 +8,14 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import BackendArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.primitives import (
+    Group,
     Pairs,
     checks,
     compute_dtype,
+    over_ranks,
     row_dot,
     rows_for_distances,
+    shards_of,
     sweep,
     unit_rows,
     wide_products,
@@ -23,8 +26,14 @@ __all__ = ["UniformityLoss", "uniformity_loss"]
 
 
 @loss_function
+@over_ranks
 def uniformity_loss(
-    z: Tensor, *, t: float | Tensor = 2.0, normalize: bool = False, backend: str | None = None
+    z: Tensor,
+    *,
+    t: float | Tensor = 2.0,
+    normalize: bool = False,
+    backend: str | None = None,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return how far from uniform the rows are spread, without the N x N distances.
 
@@ -37,6 +46,8 @@ def uniformity_loss(
         t: float or tensor with one element (differentiable).
         normalize: rows to unit norm first.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim; float32 (float64 for float64 inputs). 0 where all rows are equal, negative elsewhere.
@@ -51,19 +62,20 @@ def uniformity_loss(
         >>> uniformity_loss(torch.randn(16, 8), normalize=True).shape
         torch.Size([])
     """
+    shards = shards_of(group)
     checks.features("z", z)
-    checks.two_rows("z", z, "a distance takes two")
+    checks.two_rows("z", z, "a distance takes two", shards.total(z.shape[0]))
     checks.backend(z, backend)
     t = checks.scalar("t", t, z)
-    n, dtype = z.shape[0], compute_dtype(z)
-    z = rows_for_distances(unit_rows(z, normalize, backend), t, backend)
+    n, dtype = shards.total(z.shape[0]), compute_dtype(z)
+    z = rows_for_distances(unit_rows(z, normalize, backend), t, backend, shards)
     squares = row_dot(z, z, backend)
     with wide_products(z):
-        out = sweep(z, None, Pairs(diagonals=1), scale=2 * t, bias=-t * squares, backend=backend)
+        out = sweep(z, None, Pairs(diagonals=1), scale=2 * t, bias=-t * squares, backend=backend, shards=shards)
     # A value near 0 is the difference of two logarithms of N^2.
     rows_of_all = (out.row_lse.squeeze(0) - t * squares).to(wide_sums(z))
     pairs = rows_of_all.new_full((), n * (n - 1))  # a tensor: in a graph for every batch size n is a symbol
-    return (rows_of_all.logsumexp(0) - pairs.log()).to(dtype)
+    return (shards.logsumexp(rows_of_all) - pairs.log()).to(dtype)
 
 
 class UniformityLoss(LossModule):

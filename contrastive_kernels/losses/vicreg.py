@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from torch import Tensor
-from typing_extensions import TypedDict, Unpack
+from typing_extensions import Unpack
 
-from contrastive_kernels.losses._arguments import loss_function
+from contrastive_kernels.losses._arguments import GroupArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
-from contrastive_kernels.primitives import checks, compute_dtype, cross_moments, unit_rows
+from contrastive_kernels.primitives import Group, checks, compute_dtype, cross_moments, over_ranks, shards_of, unit_rows
 
 __all__ = ["VICRegLoss", "vicreg_loss"]
 
 
-class VICRegArguments(TypedDict, total=False):
+class VICRegArguments(GroupArguments, total=False):
     """Keyword arguments of `vicreg_loss`."""
 
     eps: float
@@ -20,6 +20,7 @@ class VICRegArguments(TypedDict, total=False):
 
 
 @loss_function
+@over_ranks
 def vicreg_loss(
     z0: Tensor,
     z1: Tensor,
@@ -29,6 +30,7 @@ def vicreg_loss(
     cov_weight: float | Tensor = 1.0,
     eps: float = 1e-4,
     normalize: bool = False,
+    group: Group | None = None,
 ) -> Tensor:
     r"""Return VICReg: invariance between the views, variance and decorrelation of the features within each.
 
@@ -47,6 +49,8 @@ def vicreg_loss(
         cov_weight: :math:`\gamma`.
         eps: added to the variance under the root.
         normalize: rows to unit norm before.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
+            process alone.
 
     Returns:
         0-dim, float32 (float64 for float64 inputs). The batch enters through its moments: there is no loss per row.
@@ -63,8 +67,9 @@ def vicreg_loss(
         >>> vicreg_loss(z0, z1).shape
         torch.Size([])
     """
+    shards = shards_of(group)
     checks.paired("z0", z0, "z1", z1)
-    checks.two_rows("z0", z0, "the loss is one of variances")
+    checks.two_rows("z0", z0, "the loss is one of variances", shards.total(z0.shape[0]))
     checks.number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps {eps} must not be negative: it is added to a variance under a root")
@@ -72,14 +77,14 @@ def vicreg_loss(
     alpha, beta, gamma = (checks.scalar(name, value, z0) for name, value in weights.items())
     rows = (unit_rows(z, normalize) for z in (z0, z1))
     views = [z.to(compute_dtype(z)) for z in rows]
-    n, d = views[0].shape
+    n, d = shards.total(views[0].shape[0]), views[0].shape[1]
     hinge, covariance = [], []
     for view in views:
-        centred = view - view.mean(0)
-        diagonal, off_diagonal = cross_moments(centred, centred)
+        centred = view - shards.column_means(view)
+        diagonal, off_diagonal = cross_moments(centred, centred, shards)
         hinge.append((1 - (diagonal / (n - 1) + eps).sqrt()).relu().mean())
         covariance.append(off_diagonal / ((n - 1) ** 2 * d))
-    similarity = (views[0] - views[1]).square().mean()
+    similarity = shards.mean((views[0] - views[1]).square())
     loss = alpha * similarity + beta * (hinge[0] + hinge[1]) / 2 + gamma * (covariance[0] + covariance[1])
     return loss.to(similarity.dtype)
 

@@ -47,6 +47,7 @@ def integers(n):
 BAD = {
     "reduction": ["average"],
     "backend": ["cuda"],
+    "group": ["everyone", 7],
     "temperature": [0.0, vector(2)],
     "logit_scale": [vector(2), "hot"],
     "logit_bias": [vector(2)],
@@ -307,7 +308,7 @@ NEUTRAL = {
     ("spectral_contrastive_loss", "reduction"): "the case has it",
 }
 # The same numbers from elsewhere, or more than the loss.
-ELSEWHERE = ("backend", "return_stats", "negative_keys", "z1", "labels")
+ELSEWHERE = ("backend", "group", "return_stats", "negative_keys", "z1", "labels")
 
 
 def others(case: Case, argument: str, n: int) -> list:
