@@ -7,6 +7,7 @@ import torch
 
 import contrastive_kernels as ck
 from contrastive_kernels.distributed import set_shards
+from contrastive_kernels.engine import groups
 from contrastive_kernels.engine.spec import Description, Inputs, Upstream
 from tests.support.ranks import Raised
 
@@ -200,3 +201,24 @@ def opcheck_on_a_rank(group, itself):
 @pytest.mark.parametrize("itself", [False, True])
 def test_opcheck(ranks, itself):
     assert ranks.run(1, opcheck_on_a_rank, itself) == [True]
+
+
+# Memory
+
+
+def slices_on_a_rank(group, limit):
+    y = own(torch.randn(11, 8, dtype=torch.float64), group)
+    peers = groups.Peers(group.group_name, tuple(SIZES), limit)
+    row_bytes = 3 * 8 * 8
+    return [(start, stop, rows.shape) for start, stop, rows in groups._slices(y, peers, row_bytes)][1:]
+
+
+@pytest.mark.parametrize("limit", [1, 3 * 3 * 8 * 8 * 2, 1 << 20])
+def test_slices_take_what_the_limit_allows(ranks, limit):
+    """Every rank has the same slices, which cover the longest shard; one row of every rank is always taken."""
+    found = ranks.run(3, slices_on_a_rank, limit)
+    assert found[0] == found[1] == found[2]
+    starts, stops, shapes = zip(*found[0], strict=True)
+    assert (starts[0], stops[-1]) == (0, max(SIZES))
+    assert starts[1:] == stops[:-1]
+    assert max(shape[1] for shape in shapes) == min(max(SIZES), max(1, limit // (3 * 3 * 8 * 8)))

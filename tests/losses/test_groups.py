@@ -9,7 +9,7 @@ import torch
 
 import contrastive_kernels as ck
 import python_ref
-from tests.support.testing import CASES, FAMILY, OPTIONS
+from tests.support.testing import CASES, FAMILY, OPTIONS, dtype_id, errors
 from tests.support.variants import EVERY
 
 # Rows of every rank: equal, and one of them with a single row.
@@ -345,3 +345,61 @@ def test_compiles(ranks, name):
         torch.testing.assert_close(value, expected, **EXACT)
         for key, grad in grads.items():
             torch.testing.assert_close(grad, of_eager[key], **EXACT)
+
+
+# Rounding, NaN
+
+
+def half_rows(dtype, n=192, d=32):
+    torch.manual_seed(3)
+    return [torch.nn.functional.normalize(torch.randn(n, d, dtype=torch.float64), dim=1).to(dtype) for _ in range(2)]
+
+
+HALVED = {
+    "clip": lambda x, y, **o: ck.clip_loss(x, y, 14.3, **o),
+    "nt_xent": lambda x, y, **o: ck.nt_xent_loss(x, y, temperature=0.1, normalize=False, **o),
+    "siglip": lambda x, y, **o: ck.siglip_loss(x, y, 10.0, -5.0, **o),
+}
+
+
+def halved_on_a_rank(group, name, dtype, limit):
+    x, y = (own(v, group, [64, 64, 64]) for v in half_rows(dtype))
+    ck.set_workspace_limit(limit)
+    loss = HALVED[name](x, y, group=group)
+    loss.backward()
+    ck.set_workspace_limit(None)
+    return loss.detach(), x.grad, y.grad
+
+
+@pytest.mark.parametrize("limit", [None, 1 << 13], ids=["whole", "slices"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("name", HALVED)
+def test_half_precision(ranks, name, dtype, limit):
+    """Gradients are hardly less exact than those of one process, which are rounded once."""
+    exact, rounded = ([v.to(t).requires_grad_() for v in half_rows(dtype)] for t in (torch.float64, dtype))
+    for tensors in (exact, rounded):
+        HALVED[name](*tensors).backward()
+    losses, *grads = zip(*ranks.run(3, halved_on_a_rank, name, dtype, limit), strict=True)
+    value = HALVED[name](*(v.double() for v in half_rows(dtype)))
+    torch.testing.assert_close(torch.stack(losses).mean().double(), value, rtol=1e-5, atol=0)
+    for wide, once, parts_of_ranks in zip(exact, rounded, grads, strict=True):
+        (ours, _), (alone, _) = errors(torch.cat(parts_of_ranks).double() / 3, wide.grad), errors(once.grad, wide.grad)
+        assert ours <= 1.25 * alone
+
+
+def nan_on_a_rank(group):
+    x, y = (own(v, group) for v in batch())
+    if group.rank() == 1:
+        x = x.detach().fill_(torch.nan).requires_grad_()
+    losses = [ck.clip_loss(x, y, 5.0, group=group), ck.nt_xent_loss(x, y, group=group)]
+    losses += [ck.siglip_loss(x, y, 5.0, group=group), ck.vicreg_loss(x, y, group=group)]
+    losses += [ck.uniformity_loss(x, group=group), ck.distance_polarization(x, group=group)]
+    return torch.stack(losses).isnan()
+
+
+def test_nan_of_one_rank_is_everywhere(ranks):
+    """Where the rows are candidates; a row of SigLIP belongs to its rank."""
+    found = torch.stack(ranks.run(3, nan_on_a_rank))
+    assert found[1].all()
+    assert found[:, [0, 1, 3, 4, 5]].all()
+    assert found.float().mean(0)[2] > 0
