@@ -15,6 +15,7 @@ import torch
 pytest.register_assert_rewrite("tests.support")
 
 from tests.support import testing  # noqa: E402, after its assertions got their messages
+from tests.support.ranks import Ranks  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +51,6 @@ def poison():
 @pytest.fixture(scope="session")
 def ranks():
     """Processes that form groups, started once."""
-    from tests.support.ranks import Ranks
-
     pool = Ranks()
     yield pool
     pool.close()
@@ -61,6 +60,8 @@ def ranks():
 LONG = (
     "triton/test_processes.py",
     "losses/test_every_loss.py",
+    "losses/test_groups.py",
+    "engine/test_groups.py",
     "engine/test_memory.py",
     "triton/test_aot.py",
     "engine/test_compile.py",
@@ -76,12 +77,14 @@ SLOW = (
     "engine/test_autograd.py",
     "engine/test_compile.py",
     "engine/test_first_use_interpreted.py",
+    "engine/test_groups.py",
     "engine/test_memory.py",
     "engine/test_operators.py",
     "engine/test_transforms.py",
     "losses/test_accuracy.py",
     "losses/test_every_loss.py::test_derivatives",
     "losses/test_every_loss.py::test_statistics",
+    "losses/test_groups.py",
     "losses/test_invariants.py",
     "losses/test_mmcl.py::test_compile",
     "losses/test_programs.py::test_compiles_for_every_batch_size",

@@ -4,6 +4,8 @@ import time
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 import contrastive_kernels as ck
 from contrastive_kernels.distributed import set_shards
@@ -137,6 +139,9 @@ def test_ranks_that_differ_raise_the_same_error(ranks, name):
 
 def refused_on_a_rank(group, what):
     x, y = (own(v, group).requires_grad_() for v in batch())
+    if what == "dtensor":
+        mesh = init_device_mesh("cpu", (3,))
+        return ck.nt_xent_loss(DTensor.from_local(x.detach()[:1], mesh), y, group=group)
     if what == "mmcl":
         return ck.mmcl_loss(x, y, group=group)
     (grad,) = torch.autograd.grad(ck.nt_xent_loss(x, y, group=group), x, create_graph=True)
@@ -149,6 +154,12 @@ def test_what_is_not_there_is_refused(ranks, what, message):
         assert isinstance(raised, Raised)
         assert raised.kind == "NotImplementedError"
         assert message in raised.text
+
+
+def test_distributed_tensors_are_refused(ranks):
+    for raised in ranks.outcomes(3, refused_on_a_rank, "dtensor"):
+        assert raised.kind == "TypeError"
+        assert "to_local()" in raised.text
 
 
 def test_a_group_that_is_none_is_refused():

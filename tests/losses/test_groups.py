@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import contrastive_kernels as ck
 import python_ref
@@ -403,3 +404,44 @@ def test_nan_of_one_rank_is_everywhere(ranks):
     assert found[1].all()
     assert found[:, [0, 1, 3, 4, 5]].all()
     assert found.float().mean(0)[2] > 0
+
+
+# Autocast and checkpoints
+
+
+def autocast_on_a_rank(group, name):
+    tensors, others = inputs(EVERY[name], "mean", 9)
+    mine = parts({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}, [4, 1, 4])[group.rank()]
+    with torch.autocast("cpu", torch.bfloat16):
+        return differentiated(lambda **t: EVERY[name](ck, t, **others, group=group), mine)
+
+
+@pytest.mark.parametrize("name", ["clip", "sup_con", "quick_thoughts", "false_negative-attract"])
+def test_autocast(ranks, name):
+    """The rows travel in autocast's dtype; gradients have that of the features."""
+    tensors, others = inputs(EVERY[name], "mean", 9)
+    wide = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        value, grads = differentiated(lambda **t: EVERY[name](ck, t, **others), wide)
+    values, of_ranks = zip(*ranks.run(3, autocast_on_a_rank, name), strict=True)
+    torch.testing.assert_close(torch.stack(values).mean(), value, rtol=1e-3, atol=1e-3)
+    for key, expected in grads.items():
+        whole = torch.cat([g[key] for g in of_ranks]) / 3
+        assert whole.dtype == torch.float32
+        torch.testing.assert_close(whole, expected, rtol=2e-2, atol=2e-3)
+
+
+def checkpoint_on_a_rank(group):
+    x, y = (own(v, group) for v in batch())
+
+    def loss(x, y):
+        return ck.nt_xent_loss(x, y, group=group) + ck.clip_loss(x, y, 5.0, group=group)
+
+    plain = torch.autograd.grad(loss(x, y), (x, y))
+    again = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, x, y, use_reentrant=False), (x, y))
+    return all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_checkpoint(ranks):
+    """A loss that is recomputed in the backward, on all ranks."""
+    assert ranks.run(3, checkpoint_on_a_rank) == [True] * 3

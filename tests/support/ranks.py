@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 WORLD = 3
-# Seconds that one function may take on all ranks together.
-PATIENCE = 30
+# Seconds that one function may take on all ranks together, and that the processes may take to start.
+PATIENCE, START = 60, 300
 
 
 class Raised(Exception):
@@ -37,6 +37,7 @@ def _serve(connection: Any, rank: int, store: str) -> None:
     for process in range(WORLD):
         alone = dist.new_group([process])
         groups[1] = alone if process == rank else groups[1]
+    connection.send_bytes(b"ready")
     while True:
         message = connection.recv_bytes()
         if not message:
@@ -62,6 +63,8 @@ class Ranks:
         context = multiprocessing.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.connections, self.processes = [], []
+        threads = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # a process takes it from its parent
         for rank in range(WORLD):
             here, there = context.Pipe()
             arguments = there, rank, os.path.join(self.folder.name, "store")
@@ -69,6 +72,14 @@ class Ranks:
             process.start()
             self.connections.append(here)
             self.processes.append(process)
+        for here in self.connections:
+            if not here.poll(START):
+                raise TimeoutError("a process did not start")
+            here.recv_bytes()
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = threads
 
     def outcomes(self, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Return what ``function(group, *arguments)`` returns on every rank of a group, or a `Raised`."""
