@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import contrastive_kernels as ck
 import python_ref
@@ -243,8 +245,6 @@ def test_the_same_input_has_the_same_bits(ranks):
 
 
 def world_on_a_rank(group):
-    from torch.distributed.device_mesh import init_device_mesh
-
     mesh = init_device_mesh("cpu", (3,))
     x, y = (own(v, group) for v in batch())
     module = ck.InfoNCELoss(0.1, group="world")
@@ -323,6 +323,28 @@ def test_distributed_data_parallel(ranks, static_graph):
     for grads in ranks.run(3, ddp_on_a_rank, static_graph):
         for parameter, grad in zip(towers.parameters(), grads, strict=True):
             torch.testing.assert_close(grad, parameter.grad, **EXACT)
+
+
+def fsdp_on_a_rank(group):
+    mesh = init_device_mesh("cpu", (3,))
+    towers = Towers()
+    for part in (towers.image, towers.text):
+        fully_shard(part, mesh=mesh)
+    x, y = (own(v, group).detach() for v in batch())
+    image, text, _ = towers(x, y)
+    ck.clip_loss(image, text, 5.0, normalize=True, group=mesh).backward()
+    return [p.grad.full_tensor() for part in (towers.image, towers.text) for p in part.parameters()]
+
+
+def test_fully_sharded(ranks):
+    """FSDP2 averages as DistributedDataParallel does."""
+    towers, (x, y) = Towers(), batch()
+    image, text, _ = towers(x, y)
+    ck.clip_loss(image, text, 5.0, normalize=True).backward()
+    expected = [p.grad for part in (towers.image, towers.text) for p in part.parameters()]
+    for grads in ranks.run(3, fsdp_on_a_rank):
+        for grad, whole in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, whole, **EXACT)
 
 
 # Compiled
