@@ -95,7 +95,7 @@ COMPILED = {
 @pytest.mark.parametrize("backend", [PREFERRED])
 @pytest.mark.parametrize(("compiler", "fullgraph"), [("eager", True), ("aot_eager", False)])
 @pytest.mark.parametrize("way", COMPILED)
-@pytest.mark.parametrize("name", ["clip", "siglip", "easy_negative", "spectral_contrastive"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "spectral_contrastive"])
 def test_compiled_transforms_are_right_or_refused(name, way, compiler, fullgraph, backend):
     case = Transformed(name, backend)
     torch.compiler.reset()
@@ -110,7 +110,7 @@ def test_compiled_transforms_are_right_or_refused(name, way, compiler, fullgraph
 
 
 @pytest.mark.parametrize("backend", [PREFERRED])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["clip", "siglip", "spectral_contrastive"])
 def test_second_derivatives_of_a_compiled_loss_are_right_or_refused(name, backend):
     case = Transformed(name, backend)
     torch.compiler.reset()
