@@ -273,7 +273,9 @@ def mmcl(z0: Tensor, z1: Tensor) -> Tensor:
         own = kernel.gather(1, others)
         systems = kernel[others[:, :, None], others[:, None]] + 1 - own[:, :, None] - own[:, None]
         systems.diagonal(dim1=1, dim2=2).add_(MMCL["reg"])
-        coefficients = torch.linalg.solve(systems, torch.full_like(own, 2.0)).clamp(0, MMCL["C"])
+        # Positive definite; the LU factorisation of a large batch never ends in torch 2.13 on several threads.
+        factors = torch.linalg.cholesky(systems)
+        coefficients = torch.cholesky_solve(torch.full_like(own, 2.0)[:, :, None], factors)[:, :, 0].clamp(0, MMCL["C"])
     across = ((z @ x.T - 1) * (2 / MMCL["sigma"])).exp()
     return (coefficients * (across.gather(1, others) - across.diagonal()[:, None])).sum(1).mean()
 

@@ -92,7 +92,9 @@ def mmcl_loss(
         n, keep = len(x), others(len(x))
         with torch.no_grad():
             delta = mmcl_matrices(mmcl_kernel(x, x, kernel, sigma), kxx, reg)
-            inverse = box(torch.linalg.solve(delta, torch.full((n, n - 1), 2.0).to(x)), C)
+            # one at a time: the LU factorisation of a large batch never ends in torch 2.13 on several threads
+            twos = torch.full((n - 1,), 2.0).to(x)
+            inverse = box(torch.stack([torch.linalg.solve(matrix, twos) for matrix in delta]), C)
             alpha, iterations = inverse, 0
             if solver == "pgd" and n > 1:
                 start = inverse if alpha0 is None else box(alpha0.to(x).gather(1, keep), C)

@@ -398,8 +398,10 @@ def mmcl(z0: Tensor, z1: Tensor, *, sigma: Tensor, C: float, reg: float) -> Tens
         others = (~torch.eye(n, dtype=torch.bool)).nonzero()[:, 1].view(n, n - 1)
         row = kernel.gather(1, others)
         programs = kernel[others[:, :, None], others[:, None]] + 1 - row[:, None] - row[:, :, None]
-        twos = torch.full((n, n - 1), 2.0, dtype=x.dtype)
-        alpha = torch.linalg.solve(programs + reg * torch.eye(n - 1, dtype=x.dtype), twos).clamp(0, C)
+        twos = torch.full((n, n - 1, 1), 2.0, dtype=x.dtype)
+        # positive definite; the LU factorisation of a large batch never ends in torch 2.13 on several threads
+        factors = torch.linalg.cholesky(programs + reg * torch.eye(n - 1, dtype=x.dtype))
+        alpha = torch.cholesky_solve(twos, factors)[:, :, 0].clamp(0, C)
     s = ((2 * z @ x.mT - 2) / sigma).exp()
     losses: Tensor = (alpha * (s.gather(1, others) - s.diagonal()[:, None])).sum(1)
     return losses

@@ -1,5 +1,7 @@
 """The benchmarked losses: their eager forms, the check before the timing, and the providers."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -9,6 +11,7 @@ import torch
 import contrastive_kernels as ck
 from benchmarks import cases, eager, run
 from tests.support.benchmarks import CPU
+from tests.support.testing import ROOT
 
 pytestmark = pytest.mark.usefixtures("short_queue")
 
@@ -37,6 +40,27 @@ def test_lmcl_is_its_module():
 @pytest.mark.parametrize("loss", cases.LOSSES)
 def test_ours_is_the_eager_form(loss):
     cases.check("ours", cases.Case(loss, 192, 64, torch.float64), CPU)
+
+
+MMCL_FORMS = {
+    "eager": "from benchmarks.eager import mmcl as loss",
+    "reference": "from python_ref import mmcl_loss as loss",
+    "check": "from contrastive_kernels.check.dense import mmcl\n"
+    "loss = lambda x, z: mmcl(x, z, sigma=torch.tensor(50.0), C=100.0, reg=0.1)",
+}
+
+
+@pytest.mark.parametrize("form", MMCL_FORMS)
+def test_dense_mmcl_ends_on_several_threads(form):
+    """A batched LU factorisation of this size does not, in torch 2.13."""
+    code = f"""
+import torch
+torch.set_num_threads(2)
+{MMCL_FORMS[form]}
+rows = torch.nn.functional.normalize(torch.randn(2, 192, 64, dtype=torch.float64), dim=-1)
+assert loss(*rows).isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
 @pytest.mark.parametrize("loss", cases.LOSSES)
