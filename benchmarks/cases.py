@@ -38,7 +38,7 @@ class Loss:
         others: further functions that compute this loss, by provider.
         detached: inputs without gradient.
         sizes: the N measured by default.
-        elements: how many elements the largest tensor of the eager form has.
+        elements: how many elements the largest tensor of the eager form has, 0 if there is none beyond the inputs.
     """
 
     inputs: Callable[[int, int], Inputs]
@@ -72,9 +72,22 @@ class Case:
         return self.n * self.m
 
     @property
+    def elements(self) -> int:
+        """Number of elements of the largest tensor of the eager form."""
+        return LOSSES[self.loss].elements(self.n, self.m)
+
+    @property
     def dense_gib(self) -> float:
         """Estimated memory of a provider that holds the N × M matrices."""
-        return DENSE_COPIES * LOSSES[self.loss].elements(self.n, self.m) * self.dtype.itemsize / 2**30
+        return DENSE_COPIES * self.elements * self.dtype.itemsize / 2**30
+
+    def refusal(self) -> str:
+        """Return why the loss has no such case; empty if it has."""
+        if self.n < 2 or self.d < 1:
+            return f"N = {self.n:,}, D = {self.d:,}: a loss needs two rows of a feature"
+        if self.n % 2 and LOSSES[self.loss].inputs in (_two_views, _labelled):
+            return f"N = {self.n:,} is odd, and counts the rows of two views"
+        return ""
 
     def flop(self, mode: str) -> float:
         """Return the FLOP of the products that the loss needs in mode ``"fwd"``, ``"bwd"`` or ``"both"``."""
@@ -249,8 +262,8 @@ LOSSES: dict[str, Loss] = {
     ),
     "lmcl": Loss(_two_views, eager.lmcl, _at_temperature(partial(ck.nt_xent_loss, polarization=BAND)), _SYMMETRIC),
     "spectral_contrastive": Loss(_two_towers, eager.spectral_contrastive, ck.spectral_contrastive_loss, _NONE),
-    "barlow_twins": Loss(_two_towers, eager.barlow_twins, ck.barlow_twins_loss, _NONE),
-    "vicreg": Loss(_two_towers, eager.vicreg, ck.vicreg_loss, _NONE),
+    "barlow_twins": Loss(_two_towers, eager.barlow_twins, ck.barlow_twins_loss, _NONE, elements=lambda n, m: 0),
+    "vicreg": Loss(_two_towers, eager.vicreg, ck.vicreg_loss, _NONE, elements=lambda n, m: 0),
     # Distances of the V views of each sample: no matrix product.
     "alignment": Loss(_multi_view, eager.alignment, ck.alignment_loss, _NONE, columns=lambda n: VIEWS),
     "augmentation_robust": Loss(

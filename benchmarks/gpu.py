@@ -30,7 +30,7 @@ from typing import TextIO
 import torch
 from rich.console import Console
 
-from . import aims, peers, plot, report, smoke
+from . import aims, peers, report, smoke
 from .aims import AIM_N, BASELINES, DIMS, LARGE_N, MILLION, PAIR, SMALL_PROVIDERS, SMALL_SIZES
 from .cases import SAVED, Case, Unavailable, dtype_name, gradients, provider_function
 from .measure import kernel_launches
@@ -242,7 +242,7 @@ def measure_part(part: str, run: Run) -> Ended | None:
         cases = cases[1:]
         if cases and run.seconds_left() <= 0:
             return None
-    plot.draw([row for row in rows if row.device == where["device"]], run.folder)
+    report.draw([row for row in rows if row.device == where["device"]], run.folder, run.console)
     wanted = {_identity(case) for case, _ in run.cases(part)}
     own = [row for row in rows if row.device == where["device"] and row.case in wanted and row.mode == "both"]
     failed = [f"{row.loss} D = {row.d}: {row.note}" for row in own if row.provider == "ours" and row.note]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
+import os
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -68,22 +67,30 @@ def _time_cuda(step: Step, queue: int) -> list[tuple[float, float]]:
 
 def time_interleaved(
     steps: Mapping[str, Step], device: torch.device, *, seconds: float, min_rounds: int, max_rounds: int = 100
-) -> dict[str, dict[str, Spread]]:
+) -> tuple[dict[str, dict[str, Spread]], dict[str, Exception]]:
     """Time all steps in turn, round after round, so that noise and clock changes affect them alike.
 
     The rounds last about ``seconds``; there are at least ``min_rounds``, at most ``max_rounds``. The steps should have
-    run before. Return the spread of ``"fwd"``, ``"bwd"`` and ``"both"`` by step.
+    run before. Return the spread of ``"fwd"``, ``"bwd"`` and ``"both"`` by step, and the error of each step that
+    raised on a CPU, which is not run again.
     """
     time_once = _time_cuda if device.type == "cuda" else _time_cpu
     queues = _warm_up(steps) if device.type == "cuda" else dict.fromkeys(steps, 1)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    errors: dict[str, Exception] = {}
     start = time.perf_counter()
     for finished in range(max_rounds):
         if finished >= min_rounds and time.perf_counter() - start > seconds:
             break
-        for name, step in steps.items():
-            samples[name] += time_once(step, queues[name])
-    return {name: _spreads(times) for name, times in samples.items()}
+        for name in list(samples):
+            try:
+                samples[name] += time_once(steps[name], queues[name])
+            except Exception as error:
+                if device.type == "cuda":  # nothing runs on a GPU after an illegal access
+                    raise
+                errors[name] = error
+                del samples[name]
+    return {name: _spreads(times) for name, times in samples.items()}, errors
 
 
 def _warm_up(steps: Mapping[str, Step]) -> dict[str, int]:
@@ -125,31 +132,43 @@ def kernel_launches(step: Step) -> int:
     return sum(not name.startswith(("Memcpy", "Memset")) for name in on_device)
 
 
-def peak_extra_mib(step: Step, device: torch.device) -> float | None:
-    """Return the MiB that one iteration takes at its peak beyond its inputs and gradients; None if they are unknown.
+def peak_extra_mib(step: Step, device: torch.device) -> float:
+    """Return the MiB that one iteration takes at its peak beyond its inputs and gradients.
 
-    On CUDA they are measured in PyTorch's allocator, on Linux in the resident memory of the process, whose high-water
-    mark the kernel resets on request.
+    They are those of PyTorch's allocator, to the byte. On a CPU the resident memory of the process also has what the C
+    library keeps for reuse, which is more than a small step takes. Buffers that the allocator does not see, of the BLAS
+    and of the threads, do not grow with the rows.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        return _extra_mib(step, torch.cuda.memory_allocated, torch.cuda.max_memory_allocated)
-    if not Path("/proc/self/clear_refs").exists():
-        return None
-    # The C library could serve the step from memory that it keeps for reuse.
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return _extra_mib(step, lambda: _status_bytes("VmRSS"), lambda: _status_bytes("VmHWM"))
-
-
-def _extra_mib(step: Step, current: Callable[[], int], peak: Callable[[], int]) -> float:
-    before = current()
-    gradients = step.run()
+        before = torch.cuda.memory_allocated()
+        gradients = step.run()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        with _silent():
+            profile.start()
+        try:
+            gradients = step.run()
+        finally:
+            with _silent():
+                profile.stop()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        peak = max(accumulate((event.nbytes() for event in events), initial=0))
     gradient_bytes = sum(gradient.nbytes for gradient in gradients.values())
-    return round(max(0.0, (peak() - before - gradient_bytes) / MIB), 2)
+    return round(max(0.0, (peak - gradient_bytes) / MIB), 2)
 
 
-def _status_bytes(key: str) -> int:
-    return int(re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) * 1024
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what the profiler writes to the standard error at its start and its end."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

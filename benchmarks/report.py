@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Table
 
-from .cases import LOSSES, Case
+from .cases import DENSE, LOSSES, Case
 from .measure import MIB
 from .run import COLUMNS, Row
 
+# Up to 4 MiB of similarities are saved for the backward, and chunks have a least size: below these rows the memory of a
+# provider says nothing about larger batches.
+LEAST_ROWS = 2048
+
 
 def write(rows: Sequence[Row], folder: Path) -> None:
-    """Write ``results.csv`` and ``results.json`` into ``folder``."""
+    """Write ``results.csv`` and ``results.json`` into ``folder``; an interrupt leaves the files that were there."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "results.csv").open("w", newline="") as file:
+    with (folder / "results.csv.new").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)
-    (folder / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    (folder / "results.json.new").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    for name in ("results.csv", "results.json"):
+        os.replace(folder / f"{name}.new", folder / name)
 
 
 def read(folder: Path) -> list[Row]:
@@ -36,9 +43,23 @@ def read(folder: Path) -> list[Row]:
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Return ``old`` and ``new`` without the old rows that have a case, provider and device of ``new``."""
-    again = {(row.case, row.provider, row.device) for row in new}
-    return [*(row for row in old if (row.case, row.provider, row.device) not in again), *new]
+    """Return ``old`` and ``new`` without the old rows of a case, provider, device and threads of ``new``."""
+
+    def key(row: Row) -> tuple[object, ...]:
+        return row.case, row.provider, row.device, row.threads
+
+    again = {key(row) for row in new}
+    return [*(row for row in old if key(row) not in again), *new]
+
+
+def draw(rows: Sequence[Row], folder: Path, console: Console) -> list[Path]:
+    """Write the pictures and return their files; say so and return none where matplotlib is missing."""
+    try:
+        from . import plot
+    except ImportError as error:
+        console.print(f"No picture: {error}", highlight=False)
+        return []
+    return plot.draw(rows, folder)
 
 
 def speed_up(row: Row, rows: Sequence[Row]) -> float | None:
@@ -69,7 +90,15 @@ def main_table(rows: Sequence[Row]) -> Table:
         padding=(0, 1, 0, 0),
     )
     table.add_column("loss\n  provider")
-    for header in ("N × M\nforward ms", "D, dtype\nforward + backward ms", "\n× eager", "peak\nMiB", "% of\nmatmul"):
+    headers = (
+        "N × M\nforward ms",
+        "D, dtype\nforward + backward ms",
+        "ns a\npair",
+        "\n× eager",
+        "peak\nMiB",
+        "% of\nmatmul",
+    )
+    for header in headers:
         table.add_column(header, justify="right")
     for (loss, n, d, dtype), group in groupby(timed(rows), key=lambda row: row.case):
         both = list(group)
@@ -82,6 +111,7 @@ def main_table(rows: Sequence[Row]) -> Table:
                 f"  {row.provider}",
                 _ms(forward[row.provider].ms_50),
                 f"{_ms(row.ms_50)} ({_ms(row.ms_20)}–{_ms(row.ms_80)})",
+                f"{1e6 * row.ms_50 / (row.n * row.m):.2f}",
                 f"{gain:.1f}" if gain else "",
                 f"{row.peak_mib:,.0f}" if row.peak_mib is not None else "",
                 f"{row.matmul_fraction:.0%}" if row.matmul_fraction else "",
@@ -103,28 +133,45 @@ def not_timed(rows: Sequence[Row]) -> list[str]:
     return [f"not timed: {provider} ({', '.join(names)}): {note}" for (provider, note), names in losses.items()]
 
 
-def largest_batch(rows: Sequence[Row], limit_gib: float) -> float:
-    """Return the N that fits into ``limit_gib`` by the measured peaks of one provider, inputs and gradients included.
+def largest_batch(rows: Sequence[Row], limit_gib: float) -> float | None:
+    """Return the N that fits into ``limit_gib`` with inputs and gradients, from the peaks of one provider, else None.
 
-    The fit is the slowest growth in N, with no negative coefficient, that meets all peaks within a third, else c·N².
-    Two sizes distinguish N from N².
+    The peak of a dense provider is a multiple of its largest tensor. That of the others is a constant and a multiple of
+    N, the line through the two largest sizes; a constant below zero means that it grows faster, which has no figure.
     """
-    sizes, peaks = (
-        np.array(values, dtype=float) for values in zip(*((row.n, row.peak_mib) for row in rows), strict=True)
-    )
-    weights = 1 / np.maximum(peaks, 4.0)  # MiB; smaller peaks are noise of the heap
-    powers = sizes[:, None] ** np.arange(3)
-    coefficients = np.zeros(3)
-    for chosen in ([0, 1], [1], [1, 2], [2]):
-        fitted, *_ = np.linalg.lstsq(powers[:, chosen] * weights[:, None], peaks * weights, rcond=None)
-        if (fitted >= 0).all() and (abs(powers[:, chosen] @ fitted - peaks) * weights < 1 / 3).all():
-            break
-    coefficients[chosen] = fitted
-    largest = rows[-1]
-    held = [held_mib(largest.loss, n, largest.d, largest.dtype) for n in (256, 512)]
-    per_row = (held[1] - held[0]) / 256
-    coefficients += (held[0] - 256 * per_row - limit_gib * 1024, per_row, 0)
-    return max(np.polynomial.Polynomial(coefficients).trim().roots().real)
+    *before, last = sorted(rows, key=lambda row: row.n)
+    case = Case(last.loss, last.n, last.d, getattr(torch, last.dtype))
+    elements = LOSSES[case.loss].elements
+    if last.provider in DENSE and case.elements:
+
+        def peak(n: float) -> float:
+            return last.peak_mib * elements(n, LOSSES[case.loss].columns(n)) / case.elements
+
+    else:
+        if not before:
+            return None
+        step = (last.peak_mib - before[-1].peak_mib) / (last.n - before[-1].n)
+        per_row = step if step >= 0 else last.peak_mib / last.n
+        constant = last.peak_mib - per_row * last.n
+        if constant < -0.05 * last.peak_mib:
+            return None
+
+        def peak(n: float) -> float:
+            return constant + per_row * n
+
+    held = [held_mib(case.loss, n, case.d, last.dtype) for n in (256, 512)]
+    held_per_row = (held[1] - held[0]) / 256
+
+    def total(n: float) -> float:
+        return held[0] + held_per_row * (n - 256) + peak(n)
+
+    fits, beyond = 0.0, 1.0
+    while total(beyond) <= 1024 * limit_gib:
+        fits, beyond = beyond, 2 * beyond
+    while beyond - fits > 1e-6 * beyond:
+        middle = (fits + beyond) / 2
+        fits, beyond = (middle, beyond) if total(middle) <= 1024 * limit_gib else (fits, middle)
+    return fits
 
 
 def held_mib(loss: str, n: int, d: int, dtype: str) -> float:
@@ -134,10 +181,11 @@ def held_mib(loss: str, n: int, d: int, dtype: str) -> float:
 
 
 def batch_table(rows: Sequence[Row], limit_gib: float) -> Table | None:
-    """Return the largest batch in ``limit_gib`` of each provider measured at two sizes or more; None without any."""
+    """Return the largest batch in ``limit_gib`` of each provider with two sizes that tell it; None without any."""
     table = Table(
         title=f"Largest batch in {limit_gib:g} GiB",
-        caption="Rows N whose inputs, gradients and peak fit; ≈ extrapolated from the measured peaks.",
+        caption=f"Rows N whose inputs, gradients and peak fit, from peaks at {LEAST_ROWS:,} rows or more; "
+        "≈ extrapolated, ? where the memory grows faster than the rows.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
@@ -147,11 +195,12 @@ def batch_table(rows: Sequence[Row], limit_gib: float) -> Table | None:
         table.add_column(header, justify="right")
     series: dict[tuple[str, int, str, str], list[Row]] = {}
     for row in sorted(timed(rows), key=lambda row: list(LOSSES).index(row.loss)):
-        if row.peak_mib is not None:
+        if row.peak_mib is not None and row.n >= LEAST_ROWS:
             series.setdefault((row.loss, row.d, row.dtype, row.provider), []).append(row)
     for (loss, d, dtype, provider), group in series.items():
-        if len(group) > 1:
-            last = group[-1]
-            largest = f"≈ {int(float(f'{largest_batch(group, limit_gib):.2g}')):,}"
-            table.add_row(loss, str(d), dtype, provider, largest, f"{last.n:,}", f"{last.peak_mib:,.0f}")
+        if len({row.n for row in group}) > 1:
+            last = max(group, key=lambda row: row.n)
+            largest = largest_batch(group, limit_gib)
+            shown = "?" if largest is None else f"≈ {int(float(f'{largest:.2g}')):,}"
+            table.add_row(loss, str(d), dtype, provider, shown, f"{last.n:,}", f"{last.peak_mib:,.0f}")
     return table if table.row_count else None

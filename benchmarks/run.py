@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import platform
 import subprocess
@@ -138,7 +139,12 @@ def measure(cases: Iterable[tuple[Case, Sequence[str]]], settings: Settings, con
             progress.update(task, description=doing)
 
         for case, providers in cases:
-            found = measure_case(case, providers, settings, where, report)
+            try:
+                found = measure_case(case, providers, settings, where, report)
+            except Exception as error:
+                if settings.device.type == "cuda":  # nothing runs on a GPU after an illegal access
+                    raise
+                found = [_row(case, provider, "both", where, note=_first_line(error)) for provider in providers]
             progress.advance(task)
             times = [f"{row.provider} {row.ms_50:,.1f} ms" for row in found if row.mode == "both" and row.ms_50]
             console.print(f"{case}: {', '.join(times)}", highlight=False, soft_wrap=True)
@@ -153,6 +159,8 @@ def measure_case(
     report: Callable[[str], None],
 ) -> list[Row]:
     """Check, warm up and time all providers of one case; pass each stage to ``report``. Return the rows."""
+    if reason := case.refusal():
+        return [_row(case, provider, "both", where, note=reason) for provider in providers]
     inputs = case.inputs(settings.device)
     steps, peaks, notes = {}, {}, {}
     for provider in providers:
@@ -164,32 +172,51 @@ def measure_case(
     report(f"{case}: timing")
     yardstick, yardstick_flop = matmul_step(case.n, case.m, case.d, case.dtype, settings.device)
     yardstick.run()
-    spreads = time_interleaved(
+    spreads, errors = time_interleaved(
         steps | {"matmul": yardstick}, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds
     )
+    notes |= {provider: _first_line(error) for provider, error in errors.items()}
     matmul = spreads.pop("matmul")
     matmul_tflops = yardstick_flop / min(matmul["fwd"].ms_50, matmul["bwd"].ms_50) / 1e9
 
-    def row(provider: str, mode: str, spread: Spread | None = None) -> Row:
-        tflops = case.flop(mode) / spread.ms_50 / 1e9 if spread else None
-        return Row(
-            loss=case.loss,
-            provider=provider,
-            mode=mode,
-            n=case.n,
-            m=case.m,
-            d=case.d,
-            dtype=dtype_name(case.dtype),
-            **(spread or Spread(None, None, None))._asdict(),
-            peak_mib=peaks.get(provider) if mode == "both" else None,
-            tflops=tflops and round(tflops, 4),
-            matmul_fraction=tflops and round(tflops / matmul_tflops, 4),
-            note=notes.get(provider, ""),
-            **where,
-        )
+    rows = [
+        _row(case, provider, mode, where, spread, peaks[provider], matmul_tflops)
+        for provider, modes in spreads.items()
+        for mode, spread in modes.items()
+    ]
+    return rows + [_row(case, provider, "both", where, note=note) for provider, note in notes.items()]
 
-    rows = [row(provider, mode, spread) for provider, modes in spreads.items() for mode, spread in modes.items()]
-    return rows + [row(provider, "both") for provider in notes]
+
+def _row(
+    case: Case,
+    provider: str,
+    mode: str,
+    where: Mapping[str, str | int],
+    spread: Spread | None = None,
+    peak_mib: float | None = None,
+    matmul_tflops: float = math.nan,
+    note: str = "",
+) -> Row:
+    tflops = case.flop(mode) / spread.ms_50 / 1e9 if spread else None
+    return Row(
+        loss=case.loss,
+        provider=provider,
+        mode=mode,
+        n=case.n,
+        m=case.m,
+        d=case.d,
+        dtype=dtype_name(case.dtype),
+        **(spread or Spread(None, None, None))._asdict(),
+        peak_mib=peak_mib if mode == "both" else None,
+        tflops=tflops and round(tflops, 4),
+        matmul_fraction=tflops and round(tflops / matmul_tflops, 4),
+        note=note,
+        **where,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _prepare(provider: str, case: Case, inputs: Inputs, settings: Settings) -> tuple[Step, float | None]:
@@ -206,8 +233,7 @@ def _prepare(provider: str, case: Case, inputs: Inputs, settings: Settings) -> t
     except Unavailable:
         raise
     except Exception as error:  # out of memory, no compiler, no kernel for this device, ...
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        raise Unavailable(f"{type(error).__name__}: {first_line}") from error
+        raise Unavailable(_first_line(error)) from error
 
 
 def make_step(provider: str, case: Case, inputs: Inputs, device: torch.device) -> Step:

@@ -17,9 +17,12 @@ def test_queue_is_short_for_long_iterations(monkeypatch):
 
     monkeypatch.setattr(measure, "_time_cuda", time_once)
     monkeypatch.setattr(measure, "_WARM_UP_SECONDS", 0.0)
-    spreads = measure.time_interleaved({"short": 1.0, "long": 900.0}, torch.device("cuda"), seconds=0, min_rounds=2)
+    spreads, errors = measure.time_interleaved(
+        {"short": 1.0, "long": 900.0}, torch.device("cuda"), seconds=0, min_rounds=2
+    )
     assert queues == [(1.0, 1), (900.0, 1), *[(1.0, measure._CUDA_QUEUE), (900.0, 1)] * 2]
     assert spreads["long"]["both"].ms_50 == 900
+    assert not errors
 
 
 def test_kernels_are_what_runs_on_the_device(monkeypatch):

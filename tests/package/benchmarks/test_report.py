@@ -1,6 +1,7 @@
 """Rows of results: merging, files, and the report made from them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from tests.support.testing import ROOT
 
 def test_merge_replaces_the_provider_of_a_case_on_its_device():
     old = [row(mode=mode) for mode in measure.MODES] + [row(provider="eager"), row(device="GPU B"), row(d=256)]
+    old.append(replace(row(), threads=2))
     merged = report.merge(old, [row(note="out of memory")])
     assert merged == [*old[3:], row(note="out of memory")]
 
