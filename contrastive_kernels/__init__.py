@@ -1,5 +1,6 @@
 """Contrastive losses for PyTorch that never build the N x N similarity matrix."""
 
+from contrastive_kernels.chunked_encoder import ChunkedEncoder, encode_in_chunks
 from contrastive_kernels.engine.limits import (
     saved_scores_limit,
     set_saved_scores_limit,
@@ -88,6 +89,7 @@ __all__ = [
     "AugmentationRobustLoss",
     "Band",
     "BarlowTwinsLoss",
+    "ChunkedEncoder",
     "ClipLoss",
     "ContrastiveStats",
     "Count",
@@ -131,6 +133,7 @@ __all__ = [
     "decoupled_loss",
     "distance_polarization",
     "easy_negative_loss",
+    "encode_in_chunks",
     "false_negative_loss",
     "hard_negative_loss",
     "info_nce_loss",
