@@ -93,6 +93,7 @@ SLOW = (
     "package/benchmarks/",
     "package/diagnostics/test_plots.py",
     "package/test_check.py::test_every_loss_is_right",
+    "package/test_chunked_encoder.py::test_two_ranks",
     "package/test_examples.py",
     "package/test_sdist.py",
     "package/test_types.py::test_mypy",

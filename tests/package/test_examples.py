@@ -7,7 +7,7 @@ import torch
 for package in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(package)
 
-from examples import digits, own_loss, papers  # noqa: E402, only once its packages are known to be there
+from examples import digits, large_batch, own_loss, papers  # noqa: E402, only once its packages are known to be there
 
 STEPS, BATCH_SIZE = 10, 128
 
@@ -75,11 +75,51 @@ def test_own_loss_is_the_dense_formula(capsys):
     differences, peaks = own_loss.main(["--size", "4096"])
     assert set(differences) == {"loss", *(f"gradient of {name}" for name in ("users", "items", "log_q", "temperature"))}
     assert max(differences.values()) < 1e-12
-    if None not in peaks.values():
-        matrix = 4096**2 * 4 / 2**20
-        assert peaks["ours"] < matrix / 4
-        assert peaks["dense"] > matrix
+    matrix = 4096**2 * 4 / 2**20
+    assert peaks["ours"] < matrix / 4
+    assert peaks["dense"] > matrix
     assert "N = 4,096" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory):
+    """Return the runs of a short training, and the path of its picture."""
+    folder = tmp_path_factory.mktemp("large_batch")
+    options = ["--batch-sizes", 256, 768, "--chunk-size", 64, "--steps", 20, "--output", folder]
+    return large_batch.main([str(option) for option in options]), folder / "large_batch.png"
+
+
+def test_large_batch_chunks_give_one_curve(batches):
+    runs, picture = batches
+    assert set(runs) == {(n, chunks) for n in (256, 768) for chunks in (False, True)}
+    for n in (256, 768):
+        whole, chunked = (np.array(runs[n, chunks].losses) for chunks in (False, True))
+        assert len(whole) == 20
+        assert (np.abs(chunked - whole) / whole).max() < 1e-4
+        assert min(whole[-3:]) < whole[0] - 0.2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_large_batch_memory_is_that_of_a_chunk(batches):
+    runs, _ = batches
+    assert runs[768, False].peak_mib > 2.5 * runs[256, False].peak_mib
+    assert runs[768, True].peak_mib < 2 * runs[256, True].peak_mib
+    assert runs[768, True].peak_mib < runs[768, False].peak_mib / 4
+
+
+def test_large_batch_learns(batches):
+    """Chance is one in 450; what was learned in chunks is what was learned without."""
+    runs, _ = batches
+    for run in runs.values():
+        assert 0.02 < run.accuracy < 1
+    assert runs[768, True].accuracy == pytest.approx(runs[768, False].accuracy, abs=0.02)
+
+
+def test_large_batch_leaves_out_what_does_not_fit(tmp_path):
+    options = ["--batch-sizes", "256", "--chunk-size", "32", "--steps", "1", "--memory-limit", "2"]
+    runs = large_batch.main([*options, "--output", str(tmp_path)])
+    assert runs[256, False] is None
+    assert runs[256, True].peak_mib < 2
 
 
 @pytest.fixture(scope="module")
