@@ -12,7 +12,6 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, cat, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ["ChunkedEncoder", "encode_in_chunks"]
@@ -39,8 +38,8 @@ def encode_in_chunks(
     update the running ones in both forwards. Freeze them by ``eval()``, or use layers that normalise a row.
 
     Args:
-        encoder: a module or a function from rows to embeddings. A ``DistributedDataParallel`` must be around a
-            `ChunkedEncoder`, not inside: ``DistributedDataParallel(ChunkedEncoder(module, chunk_size))``.
+        encoder: a module or a function from rows to embeddings. A ``DistributedDataParallel`` may be the encoder, if
+            every rank has as many chunks, or be around a `ChunkedEncoder`, which then synchronises once.
         inputs: a tensor ``[N, ...]`` for ``encoder(inputs)``, a tuple or list for ``encoder(*inputs)``, a mapping (also
             the batches of Hugging Face tokenizers) for ``encoder(**inputs)``. Tensors in it, at any depth, have N rows
             each, or no dimension; None, numbers and strings are the same for every chunk.
@@ -52,8 +51,8 @@ def encode_in_chunks(
         what ``encoder`` returns for all rows: a tensor with N rows, or a tuple, list or mapping of such tensors.
 
     Raises:
-        TypeError: ``chunk_size`` or ``keep_last`` is not an integer, the encoder is a ``DistributedDataParallel``, or
-            the inputs or what the encoder returns hold no tensor, or something else than the above.
+        TypeError: ``chunk_size`` or ``keep_last`` is not an integer, or the inputs or what the encoder returns hold no
+            tensor, or something else than the above.
         ValueError: ``chunk_size`` is not positive, ``keep_last`` is negative, inputs have different numbers of rows,
             the encoder returns another number of rows than it was given, or a BatchNorm in training would get a single
             row.
@@ -99,7 +98,7 @@ class ChunkedEncoder(nn.Module):
 
     def __init__(self, encoder: nn.Module, chunk_size: int, keep_last: int = 0) -> None:
         super().__init__()
-        _check_options(encoder, chunk_size, keep_last)
+        _check_options(chunk_size, keep_last)
         self.encoder, self.chunk_size, self.keep_last = encoder, chunk_size, keep_last
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
@@ -114,7 +113,7 @@ class ChunkedEncoder(nn.Module):
 def _encode(
     encoder: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any], chunk_size: int, keep_last: int
 ) -> Any:
-    _check_options(encoder, chunk_size, keep_last)
+    _check_options(chunk_size, keep_last)
     n = _rows((args, named), "inputs", scalars=True)
     # An empty batch is one empty chunk.
     sizes = [min(chunk_size, n - start) for start in range(0, n, chunk_size)] or [0]
@@ -145,17 +144,12 @@ def _autocast_without_cache() -> Iterator[None]:
         torch.set_autocast_cache_enabled(enabled)
 
 
-def _check_options(encoder: object, chunk_size: int, keep_last: int) -> None:
+def _check_options(chunk_size: int, keep_last: int) -> None:
     for name, value, least in (("chunk_size", chunk_size, 1), ("keep_last", keep_last, 0)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name} {value} must be at least {least}")
-    if any(isinstance(module, DistributedDataParallel) for _, module in _modules(encoder)):
-        # Its forward prepares the reduction, and would do so again for every chunk in the middle of the backward.
-        raise TypeError(
-            "encoder holds a DistributedDataParallel; write DistributedDataParallel(ChunkedEncoder(module, chunk_size))"
-        )
 
 
 def _modules(encoder: object) -> list[tuple[str, nn.Module]]:

@@ -224,9 +224,10 @@ def test_compiled_encoder():
     assert difference(gradients(ck.encode_in_chunks(compiled, x, CHUNK), of), gradients(encoder(x), of)) < 1e-12
 
 
-def test_two_ranks(tmp_path):
-    """DistributedDataParallel around the chunks averages the gradients, step after step, with frozen parameters."""
-    command = [sys.executable, "-m", "tests.support.chunked_ddp", str(tmp_path)]
+@pytest.mark.parametrize("form", ["around", "inside"])
+def test_two_ranks(form, tmp_path):
+    """DistributedDataParallel averages the gradients, step after step, with frozen parameters and several buckets."""
+    command = [sys.executable, "-m", "tests.support.chunked_ddp", form, str(tmp_path)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -234,17 +235,6 @@ def test_two_ranks(tmp_path):
     for rank in range(2):
         errors = json.loads((tmp_path / f"{rank}.json").read_text())
         assert len(errors) == 3 and max(errors) < 1e-12
-
-
-def test_distributed_data_parallel_inside_is_refused(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(mlp())
-        for encoder in (wrapped, nn.Sequential(wrapped, nn.Linear(DIM, DIM))):
-            with pytest.raises(TypeError, match=r"DistributedDataParallel\(ChunkedEncoder\(module, chunk_size\)\)"):
-                ck.encode_in_chunks(encoder, torch.randn(N, 8), CHUNK)
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_without_gradients():
@@ -297,8 +287,10 @@ BATCH_NORMS = {
 def test_batch_norm_is_named(make):
     encoder, x = make(), torch.randn(N, 8)
     with pytest.warns(UserWarning, match=r"'1\.0'") as caught:
-        ck.encode_in_chunks(encoder, x, CHUNK)
+        z = ck.encode_in_chunks(encoder, x, CHUNK)
     assert caught[0].filename == __file__
+    z.sum().backward()
+    assert module_of(encoder)[1][0].num_batches_tracked == 2 * 5
     with pytest.raises(ValueError, match=r"single row.*'1\.0'.*another chunk_size for 22 rows"):
         ck.encode_in_chunks(encoder, x, N - 1)
     module_of(encoder).eval()

@@ -1,6 +1,6 @@
 """Two ranks train one tower in chunks: a program that writes the errors of the gradients.
 
-Usage: python -m tests.support.chunked_ddp FOLDER
+Usage: python -m tests.support.chunked_ddp around|inside FOLDER, where DistributedDataParallel goes
 """
 
 import copy
@@ -31,11 +31,15 @@ def gradients(model, rows):
     return [p.grad.clone() for p in model.parameters() if p.requires_grad]
 
 
-def work(rank, folder):
+def work(rank, form, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS)
     plain = tower()
-    model = DistributedDataParallel(ck.ChunkedEncoder(copy.deepcopy(plain), chunk_size=5))
+    encoder, small = copy.deepcopy(plain), 1e-4  # MiB of a bucket
+    if form == "around":
+        model = DistributedDataParallel(ck.ChunkedEncoder(encoder, chunk_size=5), bucket_cap_mb=small)
+    else:
+        model = ck.ChunkedEncoder(DistributedDataParallel(encoder, bucket_cap_mb=small), chunk_size=5)
     errors = []
     for _ in range(STEPS):
         batches = [torch.randn(2 * ROWS, 8, dtype=torch.float64) for _ in range(RANKS)]
@@ -47,4 +51,4 @@ def work(rank, folder):
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.spawn(work, (sys.argv[1],), RANKS)
+    torch.multiprocessing.spawn(work, tuple(sys.argv[1:]), RANKS)
