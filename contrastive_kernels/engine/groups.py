@@ -240,7 +240,7 @@ def sweep_backward(
     upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, peers: Peers, backward: Operator
 ) -> Gradients:
     """Return the gradients of what all ranks compute from this rank's rows; scalars' parts of this rank's sweeps."""
-    only_rows = what.exponents == (1.0,) and not what.column_lse and not what.term
+    only_rows = list(what.exponents) == [1.0] and not what.column_lse and not what.term
     symmetric = inputs.y is None and inputs.bias is None and inputs.cutoff is None
     gradients = _pull if only_rows and symmetric else _push
     return gradients(upstream, inputs, what, wanted, peers, backward)

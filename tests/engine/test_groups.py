@@ -233,3 +233,20 @@ def test_slices_take_what_the_limit_allows(ranks, limit):
     assert (starts[0], stops[-1]) == (0, max(SIZES))
     assert starts[1:] == stops[:-1]
     assert max(shape[1] for shape in shapes) == min(max(SIZES), max(1, limit // (3 * 3 * 8 * 8)))
+
+
+def transfers_on_a_rank(group):
+    """Return how often gradients of other ranks' rows go home: of x with itself, and of x with y."""
+    x, y = (own(v, group).requires_grad_() for v in batch())
+    home, counts = groups._sum_at_owners, []
+    for loss in (ck.nt_xent_loss, ck.info_nce_loss):
+        calls = []
+        groups._sum_at_owners = lambda *a, calls=calls: calls.append(a) or home(*a)
+        loss(x, y, group=group).backward()
+        counts.append(len(calls))
+    groups._sum_at_owners = home
+    return counts
+
+
+def test_no_gradient_travels_of_rows_with_themselves(ranks):
+    assert ranks.run(3, transfers_on_a_rank) == [[0, 1]] * 3
