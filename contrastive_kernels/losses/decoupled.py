@@ -145,7 +145,8 @@ def decoupled_loss(
     target = positive
     if positive_weight is not None:
         if callable(positive_weight):
-            shards, views = options.shards, anchors.z.detach().chunk(2)
+            shards, rows = options.shards, anchors.z.detach()
+            views = rows[: z0.shape[0]], rows[z0.shape[0] :]
             positive_weight = shards.own(positive_weight(*(shards.gather(view) for view in views)), z0)
             checks.vector("positive_weight", positive_weight, z0, "z0")
         target = positive_weight.detach().to(positive.dtype).repeat(2) * positive
