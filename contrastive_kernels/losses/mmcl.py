@@ -328,5 +328,5 @@ def _warn_unless_converged(measures: list[Tensor], options: Solver) -> None:
             f"mmcl_loss: solver='pgd' did not converge in {options.max_iterations} iterations: the {what} is "
             f"{worst:.0e}, tolerance {options.tolerance:.0e}; the loss is that of the last iterate",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -6,6 +6,7 @@ features, and `F.cross_entropy` in float32, as autocast does (a loss rounded to 
 
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -28,6 +29,7 @@ from tests.support.testing import (
     errors,
     sizes,
     supports,
+    thread_count,
     within,
 )
 from tests.support.variants import EVERY
@@ -384,7 +386,10 @@ def test_error_is_within_the_contract(name, regime, dtype, backend):
     if not supports(backend, dtype):
         pytest.skip(f"{backend} does not take {dtype}")
     failures = []
-    for what, by in outcomes(ALL[name], EAGER[name], regime, dtype, backend).items():
+    # The sums of several threads are shorter and round less, some of them to within the bound.
+    with thread_count(1) if (name, regime, dtype) in KNOWN else nullcontext():
+        found = outcomes(ALL[name], EAGER[name], regime, dtype, backend)
+    for what, by in found.items():
         if what == "scale" and regime in COINCIDING:
             continue  # 1e-7 of the terms that it is a sum of, which cancel
         if regime in CANCELLING and errors(by["eager"], by["reference"])[0] >= sizes(by["reference"])[0]:
