@@ -105,6 +105,7 @@ def test_compiled_transforms_are_right_or_refused(name, way, compiler, fullgraph
     try:
         found = compiled(case.x, case.v)
     except Exception:  # the compiler wraps the refusal in errors of its own
+        assert fullgraph or way not in ("grad", "vmap")  # these run uncompiled where the graph may break
         return
     torch.testing.assert_close(found, expected)
 
