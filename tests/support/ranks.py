@@ -12,6 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 WORLD = 3
+# What the processes import is imported once, by the server that they are forked from.
+PRELOAD = [
+    "torch._dynamo",
+    "contrastive_kernels",
+    "tests.support.testing",
+    "examples.distributed",
+    "benchmarks.distributed",
+]
 # Seconds that one function may take on all ranks together, and that the processes may take to start.
 PATIENCE, START = 60, 300
 
@@ -60,7 +68,8 @@ class Ranks:
 
     def start(self) -> None:
         """Start the processes."""
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
         self.folder = tempfile.TemporaryDirectory()
         self.connections, self.processes = [], []
         threads = os.environ.get("OMP_NUM_THREADS")
