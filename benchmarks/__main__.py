@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from rich.console import Console
 
 from . import report
 from .cases import ALL_PROVIDERS, CORE, LOSSES, PROVIDERS
+from .options import at_least
 from .run import Grid, Row, Settings, measure
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
@@ -43,16 +43,6 @@ CASES = {
 }
 
 
-def _at_least(least: float, kind: type) -> Callable[[str], float]:
-    def number(text: str) -> float:
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number of {least:g} or more")
-        return value
-
-    return number
-
-
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
@@ -76,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--sizes", nargs="+", type=int, metavar="N", help="rows N (default: 1024 to 8192, for mmcl 128 to 512)"
     )
-    parser.add_argument("--dims", nargs="+", type=_at_least(1, int), metavar="D", help="features D (default: 128)")
+    parser.add_argument("--dims", nargs="+", type=at_least(1, int), metavar="D", help="features D (default: 128)")
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)"
     )
@@ -88,14 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help=f"{', '.join(ALL_PROVIDERS)} (default: the first {len(PROVIDERS)})",
     )
     parser.add_argument("--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=_at_least(1, int), help="CPU threads (default: torch's own choice)")
+    parser.add_argument("--threads", type=at_least(1, int), help="CPU threads (default: torch's own choice)")
     parser.add_argument(
-        "--seconds", type=_at_least(0, float), default=1.5, help="timing budget of a case, shared by its providers"
+        "--seconds", type=at_least(0, float), default=1.5, help="timing budget of a case, shared by its providers"
     )
     parser.add_argument(
-        "--min-rounds", type=_at_least(1, int), default=3, help="least runs of each provider, whatever the budget"
+        "--min-rounds", type=at_least(1, int), default=3, help="least runs of each provider, whatever the budget"
     )
-    parser.add_argument("--memory-limit", type=_at_least(0, float), default=8.0, help="GiB that a provider may take")
+    parser.add_argument("--memory-limit", type=at_least(0, float), default=8.0, help="GiB that a provider may take")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the CSV, JSON and PNG files")
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 100)

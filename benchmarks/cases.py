@@ -363,38 +363,47 @@ def memory_of(provider: str) -> Iterator[None]:
 # A provider may have three times the error of eager in the same dtype, plus this floor. The check tells a wrong formula
 # from rounding; the tests bound the error itself.
 _FLOOR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-_CHECK_ROWS = 192
+CHECK_ROWS = 192
 
 
 def check(provider: str, case: Case, device: torch.device) -> None:
     """Raise `Unavailable` unless value and gradients agree with plain PyTorch in float64 at a small size."""
-    if found := objections(provider, replace(case, n=_CHECK_ROWS), device):
+    if found := objections(provider, replace(case, n=CHECK_ROWS), device):
         raise Unavailable(f"differs from float64: {found}")
 
 
 @cache
 def objections(provider: str, case: Case, device: torch.device) -> str:
     """Return as text the errors against plain PyTorch in float64 that rounding does not explain; empty without any."""
-    allowed = _errors("eager", case, device)
-    errors = _errors(provider, case, device).items()
-    wrong = [(name, error) for name, error in errors if not error <= 3 * allowed[name] + _FLOOR[case.dtype]]
-    return ", ".join(f"{name} by {error:.0e}" for name, error in wrong)
-
-
-def _errors(provider: str, case: Case, device: torch.device) -> dict[str, float]:
-    """Return the relative error of the value and of each gradient (in the 2-norm)."""
-    inputs = case.inputs(device)
-    exact_inputs = {
-        name: value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-    exact = _value_and_gradients(LOSSES[case.loss].eager, exact_inputs)
+    inputs, exact = case.inputs(device), exact_results(case, device)
+    allowed = value_and_gradients(provider_function("eager", case, device), inputs)
     with memory_of(provider):
-        found = _value_and_gradients(provider_function(provider, case, device), inputs)
-    return {name: ((found[name].double() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+        found = value_and_gradients(provider_function(provider, case, device), inputs)
+    return unexplained(found, allowed, exact, case.dtype)
 
 
-def _value_and_gradients(function: LossFunction, inputs: Inputs) -> Inputs:
+def exact_results(case: Case, device: torch.device) -> Inputs:
+    """Return value and gradients of plain PyTorch in float64."""
+    inputs = {
+        name: value.detach().double().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+        for name, value in case.inputs(device).items()
+    }
+    return value_and_gradients(LOSSES[case.loss].eager, inputs)
+
+
+def unexplained(found: Inputs, allowed: Inputs, exact: Inputs, dtype: torch.dtype) -> str:
+    """Return as text the relative errors (in the 2-norm) of results that are too large beside those of `allowed`."""
+
+    def error(results: Inputs, name: str) -> float:
+        return ((results[name].double() - exact[name]).norm() / exact[name].norm()).item()
+
+    errors = {name: error(found, name) for name in exact}
+    wrong = [name for name in exact if not errors[name] <= 3 * error(allowed, name) + _FLOOR[dtype]]
+    return ", ".join(f"{name} by {errors[name]:.0e}" for name in wrong)
+
+
+def value_and_gradients(function: LossFunction, inputs: Inputs) -> Inputs:
+    """Return the value of a loss and its gradients, by name."""
     value = function(**inputs)
     return {"value": value.detach()} | {f"gradient of {name}": g for name, g in gradients(value, inputs).items()}
 

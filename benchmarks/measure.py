@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import NamedTuple
@@ -65,6 +65,11 @@ def _time_cuda(step: Step, queue: int) -> list[tuple[float, float]]:
     return [(start.elapsed_time(middle), middle.elapsed_time(end)) for start, middle, end in events]
 
 
+def time_once(step: Step, device: torch.device, queue: int = 1) -> list[tuple[float, float]]:
+    """Return the milliseconds of forward and backward, on a GPU of so many iterations that are queued together."""
+    return _time_cuda(step, queue) if device.type == "cuda" else _time_cpu(step, queue)
+
+
 def time_interleaved(
     steps: Mapping[str, Step], device: torch.device, *, seconds: float, min_rounds: int, max_rounds: int = 100
 ) -> tuple[dict[str, dict[str, Spread]], dict[str, Exception]]:
@@ -74,7 +79,6 @@ def time_interleaved(
     run before. Return the spread of ``"fwd"``, ``"bwd"`` and ``"both"`` by step, and the error of each step that
     raised on a CPU, which is not run again.
     """
-    time_once = _time_cuda if device.type == "cuda" else _time_cpu
     queues = _warm_up(steps) if device.type == "cuda" else dict.fromkeys(steps, 1)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     errors: dict[str, Exception] = {}
@@ -84,13 +88,13 @@ def time_interleaved(
             break
         for name in list(samples):
             try:
-                samples[name] += time_once(steps[name], queues[name])
+                samples[name] += time_once(steps[name], device, queues[name])
             except Exception as error:
                 if device.type == "cuda":  # nothing runs on a GPU after an illegal access
                     raise
                 errors[name] = error
                 del samples[name]
-    return {name: _spreads(times) for name, times in samples.items()}, errors
+    return {name: spreads_of(times) for name, times in samples.items()}, errors
 
 
 def _warm_up(steps: Mapping[str, Step]) -> dict[str, int]:
@@ -102,7 +106,8 @@ def _warm_up(steps: Mapping[str, Step]) -> dict[str, int]:
             return {name: _CUDA_QUEUE if ms < _SHORT_MS else 1 for name, ms in times.items()}
 
 
-def _spreads(times: list[tuple[float, float]]) -> dict[str, Spread]:
+def spreads_of(times: Sequence[tuple[float, float]]) -> dict[str, Spread]:
+    """Return the spread of each mode of some times of forward and backward, in milliseconds."""
     halves = torch.tensor(times, dtype=torch.float64).T
     levels = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     series = zip(MODES, (*halves, halves.sum(0)), strict=True)

@@ -84,16 +84,16 @@ PEERS = {
 }
 
 
-def importable() -> list[str]:
+def importable(peers: Mapping[str, Peer] = PEERS) -> list[str]:
     """Return the names of the installed peers."""
-    return [name for name, peer in PEERS.items() if importlib.util.find_spec(peer.package) is not None]
+    return [name for name, peer in peers.items() if importlib.util.find_spec(peer.package) is not None]
 
 
-def loss_function(name: str, loss: str) -> Callable[..., Tensor]:
+def loss_function(name: str, loss: str, peers: Mapping[str, Peer] = PEERS) -> Callable[..., Tensor]:
     """Return a peer's function for a loss; raise `Unavailable` if there is none or the peer is not installed."""
-    peer = PEERS[name]
+    peer = peers[name]
     if loss not in peer.losses:
         raise Unavailable("does not compute this loss")
-    if name not in importable():
+    if name not in importable(peers):
         raise Unavailable(f"{peer.package} is not installed")
     return peer.losses[loss]

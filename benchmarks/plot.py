@@ -27,7 +27,13 @@ STYLES = {
     "compile": ("#CC79A7", "^", "torch.compile"),
     "linear_cross_entropy": ("#009E73", "P", "linear_cross_entropy"),
     "graph": ("#000000", "x", "ours, CUDA graph"),
+    "one process": ("#56B4E9", "v", "ours, one process"),
+    "open_clip": ("#D55E00", "s", "open_clip"),
+    "lightly": ("#D55E00", "s", "lightly"),
+    "sentence-transformers": ("#D55E00", "s", "sentence-transformers"),
 }
+# The first of these that was measured is what ours is compared with in words.
+RIVALS = ("eager", "open_clip", "lightly", "sentence-transformers")
 INK, GREY, PALE = "#222222", "#777777", "#e2e2e2"
 PANEL_INCHES, PANELS_ABREAST = (4.6, 2.9), 3
 TIME_UNITS = (1000, "s"), (1, "ms"), (1e-3, "µs")
@@ -52,8 +58,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def _draw_figure(series: dict[str, list[Row]], file: Path) -> None:
     first = next(iter(series.values()))[0]
-    abreast = min(len(series), PANELS_ABREAST)
-    bands = -(-len(series) // abreast)
+    bands = -(-len(series) // PANELS_ABREAST)
+    abreast = -(-len(series) // bands)
     width, height = PANEL_INCHES[0] * abreast, PANEL_INCHES[1] * 2 * bands + 0.8
     figure, grid = plt.subplots(2 * bands, abreast, figsize=(width, height), squeeze=False)
     for axes in grid.flat:
@@ -65,10 +71,13 @@ def _draw_figure(series: dict[str, list[Row]], file: Path) -> None:
         if gauged:
             _draw_panel(grid[2 * band + 1, column], gauged, "peak_mib", f"{loss}: peak extra memory", MEMORY_UNITS)
     inch = 1 / height
-    title = f"Contrastive losses over the batch, D = {first.d}, {first.dtype}"
+    ranks = max(row.ranks for rows in series.values() for row in rows)
+    together = f" of {ranks} processes" if ranks > 1 else ""
+    title = f"Contrastive losses over the batch{together}, D = {first.d}, {first.dtype}"
     figure.text(0.1 / width, 1 - 0.1 * inch, title, va="top", fontsize=14, fontweight="bold", color=INK)
+    each = " each" if ranks > 1 else ""
     source = (
-        f"{first.device}, {first.threads} threads, torch {first.torch}, {first.date}. "
+        f"{first.device}, {first.threads} thread{'s' * (first.threads > 1)}{each}, torch {first.torch}, {first.date}. "
         "Medians, bands 20–80 %. Memory is beyond inputs and gradients."
     )
     figure.text(0.1 / width, 1 - 0.42 * inch, source, va="top", fontsize=9, color=GREY)
@@ -124,15 +133,18 @@ def _set_axes(axes: Axes, sizes: Sequence[int], units: Sequence[tuple[float, str
 
 
 def _comparison(rows: Sequence[Row], value: str) -> str:
-    """Return a sentence that compares ours with eager at the largest size where both were measured, else ``""``."""
-    ours, eager = ({row.n: getattr(row, value) for row in rows if row.provider == name} for name in ("ours", "eager"))
-    common = ours.keys() & eager.keys()
-    if not common:
+    """Return a sentence that compares ours with a rival at the largest size where both were measured, else ``""``."""
+    ours, *others = ({row.n: getattr(row, value) for row in rows if row.provider == name} for name in ("ours", *RIVALS))
+    found = next(
+        ((name, other) for name, other in zip(RIVALS, others, strict=True) if ours.keys() & other.keys()), None
+    )
+    if found is None:
         return ""
-    n = max(common)
+    name, rival = found
+    n = max(ours.keys() & rival.keys())
     if value == "ms_50":
-        return f"{eager[n] / ours[n]:.1f} × as fast as eager at N = {n:,}"
-    return f"{significant(ours[n], MEMORY_UNITS)} instead of {significant(eager[n], MEMORY_UNITS)} at N = {n:,}"
+        return f"{rival[n] / ours[n]:.1f} × as fast as {name} at N = {n:,}"
+    return f"{significant(ours[n], MEMORY_UNITS)} instead of {significant(rival[n], MEMORY_UNITS)} at N = {n:,}"
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[int, float, str, str, str | None]]) -> None:

@@ -43,10 +43,10 @@ def read(folder: Path) -> list[Row]:
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Return ``old`` and ``new`` without the old rows of a case, provider, device and threads of ``new``."""
+    """Return ``old`` and ``new`` without the old rows of a case, provider, device, ranks and threads of ``new``."""
 
     def key(row: Row) -> tuple[object, ...]:
-        return row.case, row.provider, row.device, row.threads
+        return row.case, row.provider, row.device, row.ranks, row.threads
 
     again = {key(row) for row in new}
     return [*(row for row in old if key(row) not in again), *new]
@@ -109,8 +109,8 @@ def main_table(rows: Sequence[Row]) -> Table:
             gain = speed_up(row, both)
             table.add_row(
                 f"  {row.provider}",
-                _ms(forward[row.provider].ms_50),
-                f"{_ms(row.ms_50)} ({_ms(row.ms_20)}–{_ms(row.ms_80)})",
+                milliseconds(forward[row.provider].ms_50),
+                f"{milliseconds(row.ms_50)} ({milliseconds(row.ms_20)}–{milliseconds(row.ms_80)})",
                 f"{1e6 * row.ms_50 / (row.n * row.m):.2f}",
                 f"{gain:.1f}" if gain else "",
                 f"{row.peak_mib:,.0f}" if row.peak_mib is not None else "",
@@ -120,7 +120,8 @@ def main_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _ms(value: float) -> str:
+def milliseconds(value: float) -> str:
+    """Format a time with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import os
 import platform
 import subprocess
@@ -39,6 +38,7 @@ class Row:
     """A line of the CSV. ``note`` is the reason of a missing time.
 
     ``peak_mib`` and ``launches``, the number of kernels on a GPU, belong to the whole iteration (mode ``both``).
+    ``version`` is that of a provider that is another package.
     """
 
     loss: str
@@ -62,6 +62,8 @@ class Row:
     date: str
     note: str
     launches: int | None = None
+    ranks: int = 1
+    version: str = ""
 
     @property
     def case(self) -> tuple[str, int, int, str]:
@@ -144,7 +146,7 @@ def measure(cases: Iterable[tuple[Case, Sequence[str]]], settings: Settings, con
             except Exception as error:
                 if settings.device.type == "cuda":  # nothing runs on a GPU after an illegal access
                     raise
-                found = [_row(case, provider, "both", where, note=_first_line(error)) for provider in providers]
+                found = [row_of(case, provider, "both", where, note=first_line(error)) for provider in providers]
             progress.advance(task)
             times = [f"{row.provider} {row.ms_50:,.1f} ms" for row in found if row.mode == "both" and row.ms_50]
             console.print(f"{case}: {', '.join(times)}", highlight=False, soft_wrap=True)
@@ -160,7 +162,7 @@ def measure_case(
 ) -> list[Row]:
     """Check, warm up and time all providers of one case; pass each stage to ``report``. Return the rows."""
     if reason := case.refusal():
-        return [_row(case, provider, "both", where, note=reason) for provider in providers]
+        return [row_of(case, provider, "both", where, note=reason) for provider in providers]
     inputs = case.inputs(settings.device)
     steps, peaks, notes = {}, {}, {}
     for provider in providers:
@@ -175,28 +177,29 @@ def measure_case(
     spreads, errors = time_interleaved(
         steps | {"matmul": yardstick}, settings.device, seconds=settings.seconds, min_rounds=settings.min_rounds
     )
-    notes |= {provider: _first_line(error) for provider, error in errors.items()}
+    notes |= {provider: first_line(error) for provider, error in errors.items()}
     matmul = spreads.pop("matmul")
     matmul_tflops = yardstick_flop / min(matmul["fwd"].ms_50, matmul["bwd"].ms_50) / 1e9
 
     rows = [
-        _row(case, provider, mode, where, spread, peaks[provider], matmul_tflops)
+        row_of(case, provider, mode, where, spread, peaks[provider], matmul_tflops)
         for provider, modes in spreads.items()
         for mode, spread in modes.items()
     ]
-    return rows + [_row(case, provider, "both", where, note=note) for provider, note in notes.items()]
+    return rows + [row_of(case, provider, "both", where, note=note) for provider, note in notes.items()]
 
 
-def _row(
+def row_of(
     case: Case,
     provider: str,
     mode: str,
     where: Mapping[str, str | int],
     spread: Spread | None = None,
     peak_mib: float | None = None,
-    matmul_tflops: float = math.nan,
+    matmul_tflops: float | None = None,
     note: str = "",
 ) -> Row:
+    """Return the row of a provider and mode; without a spread it has no time."""
     tflops = case.flop(mode) / spread.ms_50 / 1e9 if spread else None
     return Row(
         loss=case.loss,
@@ -209,13 +212,14 @@ def _row(
         **(spread or Spread(None, None, None))._asdict(),
         peak_mib=peak_mib if mode == "both" else None,
         tflops=tflops and round(tflops, 4),
-        matmul_fraction=tflops and round(tflops / matmul_tflops, 4),
+        matmul_fraction=round(tflops / matmul_tflops, 4) if tflops and matmul_tflops else None,
         note=note,
         **where,
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the type of an error and the first line of its text."""
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
@@ -233,7 +237,7 @@ def _prepare(provider: str, case: Case, inputs: Inputs, settings: Settings) -> t
     except Unavailable:
         raise
     except Exception as error:  # out of memory, no compiler, no kernel for this device, ...
-        raise Unavailable(_first_line(error)) from error
+        raise Unavailable(first_line(error)) from error
 
 
 def make_step(provider: str, case: Case, inputs: Inputs, device: torch.device) -> Step:

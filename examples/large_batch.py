@@ -14,7 +14,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 import contrastive_kernels as ck
 from benchmarks.measure import Step, peak_extra_mib
+from benchmarks.options import at_least
 
 from .digits import GREY, Digits, _style, augment, load
 
@@ -134,8 +135,12 @@ def train(model: nn.ModuleDict, digits: Digits, n: int, chunk_size: int | None, 
 def test(model: nn.ModuleDict, digits: Digits) -> tuple[float, float]:
     """Return how often the test image nearest to a view is the one it shows, and the standard error."""
     batch = make_batch(digits.test, len(digits.test), torch.Generator().manual_seed(0))
-    images, views = embeddings_of(model, batch, None)
-    hits = ((views @ images.T).argmax(1) == torch.arange(len(views))).double()
+    return retrieval(*embeddings_of(model, batch, None))
+
+
+def retrieval(images: Tensor, views: Tensor) -> tuple[float, float]:
+    """Return how often the nearest of the images to a view is its own, and the standard error."""
+    hits = ((views @ images.T).argmax(1) == torch.arange(len(views), device=views.device)).double()
     return hits.mean().item(), (hits.std() / math.sqrt(len(hits))).item()
 
 
@@ -199,20 +204,15 @@ def draw(runs: Runs, chunk_size: int, subtitle: str, file: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> Runs:
     """Parse the command line, train, print the table and draw the picture; return the runs by size and chunks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-
-    def at_least(least: int) -> Callable[[str], int]:
-        def number(text: str) -> int:
-            if int(text) < least:
-                raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-            return int(text)
-
-        return number
-
     parser.add_argument(
-        "--batch-sizes", nargs="+", type=at_least(2), default=[512, 2048, 8192], help="rows (default 512 2048 8192)"
+        "--batch-sizes",
+        nargs="+",
+        type=at_least(2, int),
+        default=[512, 2048, 8192],
+        help="rows (default 512 2048 8192)",
     )
-    parser.add_argument("--chunk-size", type=at_least(1), default=256, help="rows of a chunk (default 256)")
-    parser.add_argument("--steps", type=at_least(1), default=60, help="training steps of every run (default 60)")
+    parser.add_argument("--chunk-size", type=at_least(1, int), default=256, help="rows of a chunk (default 256)")
+    parser.add_argument("--steps", type=at_least(1, int), default=60, help="training steps of every run (default 60)")
     parser.add_argument(
         "--memory-limit", type=float, default=math.inf, metavar="MIB",
         help="train without chunks only where a step takes at most this (default: always)",

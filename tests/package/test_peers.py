@@ -32,11 +32,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -44,6 +41,9 @@ import torch.nn.functional as F
 
 import contrastive_kernels as ck
 import python_ref
+from benchmarks import distributed, published
+from benchmarks.cases import CHECK_ROWS, Case
+from benchmarks.published import PEERS
 from tests.support.testing import assert_matches, differentiate
 
 # lightly copies a tensor in a way that torch warns about
@@ -58,48 +58,14 @@ for package in ("lightly", "open_clip"):
         pytest.skip(f"could not import {package!r}", allow_module_level=True)
 
 
-def load_lightly():
-    """Return lightly.loss, which imports torchvision; the losses compared here do not use it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("torchvision", "torchvision.ops"):
-            patch.setitem(sys.modules, name, MagicMock())
-        importlib.import_module("lightly.loss.hypersphere_loss")
-        return importlib.import_module("lightly.loss")
-
-
-def load_open_clip():
-    """Return the file of open_clip's losses, which only imports torch; the package imports torchvision and timm."""
-    path = Path(importlib.util.find_spec("open_clip").origin).with_name("loss.py")
-    spec = importlib.util.spec_from_file_location("open_clip_loss", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lightly = load_lightly()
-open_clip = load_open_clip()
+lightly = published.lightly()
+open_clip = published.open_clip()
 distances = importlib.import_module("pytorch_metric_learning.distances")
 miners = importlib.import_module("pytorch_metric_learning.miners")
 reducers = importlib.import_module("pytorch_metric_learning.reducers")
-transformers = importlib.import_module("transformers")
 
 
-class Rows(torch.nn.Module):
-    """A sentence encoder whose sentences are their embeddings."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokenizer = MagicMock(spec=transformers.PreTrainedTokenizerBase)
-        self.max_seq_length = 1
-
-    def __getitem__(self, index):
-        return self
-
-    def forward(self, features):
-        return {"sentence_embedding": features["rows"]}
-
-
-SENTENCES = Rows()
+SENTENCES = published.Rows()
 
 
 def encoded(loss, *columns):
@@ -619,3 +585,14 @@ def test_small_losses_keep_their_digits(name):
     assert 1e-8 < reference < 1e-7
     assert abs(comparison.theirs(**tensors) - reference) > 0.5 * reference
     assert_matches(comparison.ours(**tensors).double(), reference, torch.float32, "value")
+
+
+def agree_on_a_rank(group, provider, loss):
+    distributed.check(provider, Case(loss, CHECK_ROWS, 24, torch.float64), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("provider", "loss"), [(name, loss) for name, peer in PEERS.items() for loss in peer.losses])
+def test_over_a_group(provider, loss, ranks):
+    """The mean over three ranks is the value of one process with all rows, and so are the gradients."""
+    for name in (provider, distributed.OURS):
+        ranks.run(3, agree_on_a_rank, name, loss)
