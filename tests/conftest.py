@@ -70,6 +70,7 @@ LONG = (
     "package/test_sdist.py",
     "package/benchmarks/test_gpu.py",
     "package/test_examples.py",
+    "package/test_distributed.py",
     "package/test_types.py",
 )
 # Left out by `make test-fast`: four fifths of the time, and little that the other tests would not notice first.
@@ -94,6 +95,7 @@ SLOW = (
     "package/diagnostics/test_plots.py",
     "package/test_check.py::test_every_loss_is_right",
     "package/test_chunked_encoder.py::test_two_ranks",
+    "package/test_distributed.py",
     "package/test_examples.py",
     "package/test_sdist.py",
     "package/test_types.py::test_mypy",
