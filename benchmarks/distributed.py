@@ -237,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=at_least(0, float), default=5.0, help="timing budget of a case, shared by its providers"
     )
-    parser.add_argument("--min-rounds", type=at_least(1, int), default=5, help="least runs of each provider")
+    parser.add_argument("--min-rounds", type=at_least(1, int), default=3, help="least runs of each provider")
     parser.add_argument(
         "--memory-limit", type=at_least(0, float), default=8.0, help="GiB that all ranks of a peer may take together"
     )
