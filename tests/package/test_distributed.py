@@ -1,7 +1,9 @@
-"""The programs for several processes: the example, the benchmark, and the model of many GPUs."""
+"""The programs for several processes: the example and the benchmark."""
 
 import csv
+import io
 import socket
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -11,8 +13,11 @@ import torch.distributed as dist
 for package in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(package)
 
+from rich.console import Console  # noqa: E402
+
 import contrastive_kernels as ck  # noqa: E402
 from benchmarks import distributed as benchmark  # noqa: E402
+from benchmarks.eager import Unavailable  # noqa: E402
 from benchmarks.peers import Peer  # noqa: E402
 from benchmarks.ranks import joined  # noqa: E402
 from examples import distributed as example  # noqa: E402
@@ -145,9 +150,32 @@ def test_benchmark_refuses_unequal_shares(measured):
     assert notes == {"N = 50 gives 3 ranks no equal shares of pairs"}
 
 
+def raise_on_one_rank(group, raises):
+    def result():
+        return dist.get_rank() // (0 if dist.get_rank() == raises else 1)
+
+    try:
+        return benchmark.on_all_ranks(result)
+    except Unavailable as reason:
+        return str(reason)
+
+
+def test_what_one_rank_raises_all_raise(ranks):
+    assert ranks.run(3, raise_on_one_rank, 1) == ["ZeroDivisionError: integer division or modulo by zero"] * 3
+    assert ranks.run(3, raise_on_one_rank, None) == [[0, 1, 2]] * 3
+
+
 def test_efficiency_is_the_time_of_one_process_over_that_of_all():
     ours, one = row(ms=6.0, ranks=2), row(provider=benchmark.ONE, ms=9.0)
     elsewhere = row(provider=benchmark.ONE, ms=1.0, d=256)
     assert benchmark.efficiency(ours, [elsewhere, one, ours]) == 0.75
     assert benchmark.efficiency(one, [one, ours]) is None
     assert benchmark.efficiency(ours, [elsewhere, ours]) is None
+    peer = row(provider="open_clip", ms=12.0, ranks=2, mib=3000.0, version="3.3.0")
+    forward = [replace(found, mode="fwd") for found in (ours, one, peer)]
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(benchmark.main_table([ours, one, peer, *forward]))
+    cells = [line.split() for line in console.export_text().splitlines()]
+    assert ["ours", "6", "6", "(6–6)", "1.00", "100.0", "75%"] in cells
+    assert ["one", "process", "9", "9", "(9–9)", "1.50", "100.0"] in cells
+    assert ["open_clip", "3.3.0", "12", "12", "(12–12)", "2.00", "3,000.0", "38%"] in cells
