@@ -43,7 +43,7 @@ from .published import DISTRIBUTIONS, PEERS
 from .ranks import joined
 from .run import Grid, Row, Settings, environment, first_line, row_of
 
-OURS, ONE = "ours", "one process"
+OURS, ONE = "ours", "one-process"
 PROVIDERS = (OURS, ONE, *PEERS)
 CORE = ("clip", "nt_xent", "info_nce", "siglip")
 SIZES, DIMS, DTYPES = (1024, 4096, 16384), (128, 512), ("float32", "bfloat16", "float64")
@@ -229,11 +229,11 @@ def main_table(rows: Sequence[Row]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse the command line and measure; rank 0 prints the table and writes the files. Return the exit status."""
     parser = argparse.ArgumentParser(prog="torchrun -m benchmarks.distributed", description=__doc__.splitlines()[0])
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, metavar="LOSS", default=CORE)
+    parser.add_argument("--losses", nargs="+", choices=CORE, metavar="LOSS", default=CORE, help=", ".join(CORE))
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", default=SIZES, help="rows of all ranks together")
     parser.add_argument("--dims", nargs="+", type=at_least(1, int), metavar="D", default=DIMS)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", default=DTYPES[:1])
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, metavar="PROVIDER", default=PROVIDERS)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES[:1])
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=PROVIDERS)
     parser.add_argument(
         "--seconds", type=at_least(0, float), default=5.0, help="timing budget of a case, shared by its providers"
     )

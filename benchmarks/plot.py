@@ -27,7 +27,7 @@ STYLES = {
     "compile": ("#CC79A7", "^", "torch.compile"),
     "linear_cross_entropy": ("#009E73", "P", "linear_cross_entropy"),
     "graph": ("#000000", "x", "ours, CUDA graph"),
-    "one process": ("#56B4E9", "v", "ours, one process"),
+    "one-process": ("#56B4E9", "v", "ours, one process"),
     "open_clip": ("#D55E00", "s", "open_clip"),
     "lightly": ("#D55E00", "s", "lightly"),
     "sentence-transformers": ("#D55E00", "s", "sentence-transformers"),

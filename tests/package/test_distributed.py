@@ -130,7 +130,7 @@ def test_benchmark_times_ranks_and_one_process(measured):
         for n in ("48", "96", "144"):
             mine = [found for found in rows if (found["loss"], found["n"], found["mode"]) == (loss, n, "both")]
             timed = {found["provider"]: found["ranks"] for found in mine if found["ms_50"]}
-            assert timed == {"ours": "3", "one process": "1", **({"right": "3"} if loss == "clip" else {})}
+            assert timed == {"ours": "3", "one-process": "1", **({"right": "3"} if loss == "clip" else {})}
             for found in mine:
                 assert not found["ms_50"] or (0 < float(found["ms_20"]) <= float(found["ms_80"]))
     assert {file.name for file in folder.iterdir()} == {"results.csv", "results.json", "scaling-d8-float32.png"}
@@ -138,7 +138,7 @@ def test_benchmark_times_ranks_and_one_process(measured):
 
 def test_benchmark_peer_costs_its_own_row_only(measured):
     notes = {found["provider"]: found["note"] for found in measured[0] if (found["loss"], found["n"]) == ("clip", "96")}
-    assert notes["ours"] == notes["one process"] == notes["right"] == ""
+    assert notes["ours"] == notes["one-process"] == notes["right"] == ""
     assert "differs from float64" in notes["ungathered"] and "gradient" in notes["ungathered"]
     assert notes["broken"] == "RuntimeError: no such device"
     assert notes["late"] == "RuntimeError: lost its device"
@@ -177,5 +177,5 @@ def test_efficiency_is_the_time_of_one_process_over_that_of_all():
     console.print(benchmark.main_table([ours, one, peer, *forward]))
     cells = [line.split() for line in console.export_text().splitlines()]
     assert ["ours", "6", "6", "(6–6)", "1.00", "100.0", "75%"] in cells
-    assert ["one", "process", "9", "9", "(9–9)", "1.50", "100.0"] in cells
+    assert ["one-process", "9", "9", "(9–9)", "1.50", "100.0"] in cells
     assert ["open_clip", "3.3.0", "12", "12", "(12–12)", "2.00", "3,000.0", "38%"] in cells
