@@ -193,9 +193,10 @@ def efficiency(row: Row, rows: Sequence[Row]) -> float | None:
 def main_table(rows: Sequence[Row]) -> Table:
     """Return time, memory and efficiency of every provider, one section per case."""
     first = rows[0]
+    versions = "".join(dict.fromkeys(f", {row.provider} {row.version}" for row in rows if row.version))
     table = Table(
         title=f"{first.device}, {max(row.ranks for row in rows)} ranks, CPU threads of each: {first.threads}, torch "
-        f"{first.torch}",
+        f"{first.torch}{versions}",
         caption="Medians (20–80 %), the slowest rank. Peak: of a rank, beyond inputs and gradients. Efficiency: the "
         "time of one process over ranks × time.",
         box=box.SIMPLE_HEAD,
@@ -215,7 +216,7 @@ def main_table(rows: Sequence[Row]) -> Table:
             found = efficiency(row, both)
             median, low, high = (report.milliseconds(ms) for ms in (row.ms_50, row.ms_20, row.ms_80))
             table.add_row(
-                f"  {row.provider} {row.version}".rstrip(),
+                f"  {row.provider}",
                 report.milliseconds(forward[row.provider]),
                 f"{median} ({low}–{high})",
                 f"{row.ms_50 / ours:.2f}" if ours else "",

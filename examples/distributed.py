@@ -148,8 +148,8 @@ def draw(runs: Runs, subtitle: str, file: Path) -> None:
     figure.text(0.02, 0.97, "Several processes, one batch", va="top", fontsize=15, fontweight="bold")
     figure.text(0.02, 0.895, subtitle, va="top", fontsize=9.5, color=GREY)
     for name, width, alpha in ((ONE, 5, 0.55), (ALL, 1.3, 1), (OWN, 1.3, 1)):
-        losses = runs[name].losses
-        axes.plot(range(1, len(losses) + 1), losses, color=COLORS[name], linewidth=width, alpha=alpha, label=name)
+        losses, label = runs[name].losses, f"{name}: retrieval {100 * runs[name].accuracy[0]:.1f} %"
+        axes.plot(range(1, len(losses) + 1), losses, color=COLORS[name], linewidth=width, alpha=alpha, label=label)
     _style(axes, f'Loss; group="world" and one process differ by at most {difference(runs):.0e}')
     axes.set_xlabel("step", fontsize=8.5, color=GREY, loc="left")
     axes.legend(frameon=False, fontsize=9)
