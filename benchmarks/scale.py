@@ -2,10 +2,11 @@
 
 Every rank has n rows of N = ranks * n and the sweep takes its products at a fixed rate. In ours, slices of the other
 ranks' rows arrive while the one before is swept, the first one during the sweep of the rank's own rows, in the forward
-and again in the backward; gradients of a slice go home in float32 after its sweep, for x with itself not at all. Who
-gathers waits for all rows, then holds n x N matrices and moves them through memory, and sends gradients home in the
-dtype of the features. A collective takes a latency and its bytes over the bus bandwidth, which falls with the logarithm
-of the number of nodes. The defaults are data sheets and public all-gather benchmarks of H100 nodes.
+and again in the backward; gradients of a slice go home in float32 after its sweep. Of x with itself two ranks sweep
+what they have in common once, but few rows twice in the backward, so that no gradient travels. Who gathers waits for
+all rows, then holds n x N matrices and moves them through memory, and sends gradients home in the dtype of the
+features. A collective takes a latency and its bytes over the bus bandwidth, which falls with the logarithm of the
+number of nodes. The defaults are data sheets and public all-gather benchmarks of H100 nodes.
 """
 
 from __future__ import annotations
@@ -25,31 +26,38 @@ from .options import at_least
 MIB = 2**20
 # Of a slice two live at a time, and a block may be a copy of one; of its gradient one, in float32, and that of a block.
 SLICES, SLICE_GRADIENTS = 3, 2
+# From so many rows of a rank on, the engine sends gradients of x with itself home on a GPU.
+ROWS_TO_PUSH = 8192
 # Nodes at which the bandwidth across nodes was read.
 MANY_NODES = 128
 
 
 @dataclass(frozen=True)
 class Loss:
-    """How a loss is computed: matrix products of n x N x D in forward and backward, by us and by who gathers.
+    """How a loss is computed: of x with itself or not, and by who gathers.
 
-    ``matrices`` are the n x N matrices of who gathers, ``towers`` the features that he gathers, in units of N x D;
-    we gather one. ``push`` says whether gradients of other ranks' rows travel.
+    The latter takes so many products of n x N x D, holds so many n x N matrices and gathers so many features, in units
+    of N x D; we gather one.
     """
 
-    forward: int
-    backward: int
-    push: bool
-    gathered: int
+    symmetric: bool
+    products: int
     matrices: int
     towers: int
+
+    def passes(self, ranks: int, rows: int) -> list[tuple[float, bool]]:
+        """Return our products of n x N x D in forward and backward, and whether gradients of others travel."""
+        if not self.symmetric:
+            return [(1.0, False), (3.0, True)]
+        twice = ranks > 1 and rows < ROWS_TO_PUSH
+        return [(0.5, False), (2.0, False) if twice else (1.5, True)]
 
 
 LOSSES = {
     # one sweep of image x text instead of two matrices, one a direction
-    "clip": Loss(forward=1, backward=3, push=True, gathered=6, matrices=2, towers=2),
+    "clip": Loss(symmetric=False, products=6, matrices=2, towers=2),
     # the rows are those of both views
-    "nt_xent": Loss(forward=1, backward=2, push=False, gathered=3, matrices=1, towers=1),
+    "nt_xent": Loss(symmetric=True, products=3, matrices=1, towers=1),
 }
 
 
@@ -86,9 +94,13 @@ class Cost:
     memory: float
 
 
-def slices(loss: Loss, ranks: int, rows: int, d: int, itemsize: int, workspace: float, backward: bool) -> int:
+def row_bytes(d: int, itemsize: int, push: bool) -> int:
+    """Return what a row of a slice takes."""
+    return SLICES * d * itemsize + (SLICE_GRADIENTS * 4 * d if push else 0)
+
+
+def slices(ranks: int, rows: int, of_row: int, workspace: float) -> int:
     """Return in how many slices the rows of the other ranks arrive in one pass."""
-    of_row = SLICES * d * itemsize + (SLICE_GRADIENTS * 4 * d if backward and loss.push else 0)
     step = min(rows, max(1, int(workspace // (ranks * of_row))))
     return -(-rows // step)
 
@@ -98,26 +110,27 @@ def ours(loss: Loss, ranks: int, rows: int, d: int, itemsize: int, machine: Mach
     n = ranks * rows
     features, gradients = n * d * itemsize, 4 * n * d
     product = 2.0 * rows * n * d / machine.flops
-    traffic = step = 0.0
-    for backward, products in ((False, loss.forward), (True, loss.backward)):
-        count = slices(loss, ranks, rows, d, itemsize, machine.workspace, backward)
-        own = products * product / ranks
-        of_slice = (products * product - own) / count
+    products = traffic = step = received = 0.0
+    for number, push in loss.passes(ranks, rows):
+        of_row = row_bytes(d, itemsize, push)
+        count = slices(ranks, rows, of_row, machine.workspace)
+        own = number * product / ranks
+        of_slice = (number * product - own) / count
         arrives = machine.collective(features, ranks, count) / count
-        home = machine.collective(gradients, ranks, count) if backward and loss.push else 0.0
-        step += max(own, arrives) + (count - 1) * max(of_slice, arrives) + of_slice + home
+        home = machine.collective(gradients, ranks, count) if push else 0.0
+        products += number * product
         traffic += count * arrives + home
-    held = 2.0 * rows * d * (4 + itemsize)  # gradients, summed in float32
-    of_row = SLICES * d * itemsize + SLICE_GRADIENTS * 4 * d * loss.push
-    received = 0.0 if ranks == 1 else min(machine.workspace, float(n * of_row))
-    return Cost((loss.forward + loss.backward) * product, traffic, step, held + received)
+        step += max(own, arrives) + (count - 1) * max(of_slice, arrives) + of_slice + home
+        received = max(received, 0.0 if ranks == 1 else min(machine.workspace, float(n * of_row)))
+    held = (1 if loss.symmetric else 2) * rows * d * (4 + itemsize)  # gradients, summed in float32
+    return Cost(products, traffic, step, held + received)
 
 
 def gathered(loss: Loss, ranks: int, rows: int, d: int, itemsize: int, machine: Machine) -> Cost:
     """Return the cost of gathering all rows and the dense loss of the rank's own."""
     n = ranks * rows
     features = float(loss.towers * n * d * itemsize)
-    products = loss.gathered * 2.0 * rows * n * d / machine.flops
+    products = loss.products * 2.0 * rows * n * d / machine.flops
     matrix = float(rows * n * itemsize)
     # a matrix is written and read in the forward, its gradient written and read by two products
     moved = 5 * loss.matrices * matrix / machine.memory_bandwidth
