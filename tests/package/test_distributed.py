@@ -37,7 +37,7 @@ def test_ranks_train_as_one_process(wrapper, ranks, tmp_path):
     first, *others = ranks.run(3, train, options)
     assert list(first) == [example.ONE, example.ALL, example.OWN]
     assert example.difference(first) < 1e-5
-    assert first[example.ALL].accuracy == first[example.ONE].accuracy
+    assert first[example.ALL].accuracy == pytest.approx(first[example.ONE].accuracy, abs=0.005)
     # a third of the negatives: about log 3 less
     one, own = (np.array(first[name].losses) for name in (example.ONE, example.OWN))
     assert len(one) == 3
