@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
-.PHONY: demo test test-fast test-peers bench bench-distributed lint format interpret aot gpu sanitize clean
+.PHONY: demo test test-fast test-peers bench bench-peers bench-distributed lint format interpret aot gpu sanitize clean
 
 demo: .venv/built      ## compare time and memory on this machine, about three minutes
 	$(VENV) -m benchmarks --preset demo
@@ -23,6 +23,9 @@ test-peers: .venv/built .venv-peers/installed  ## against the published losses o
 
 bench: .venv/built     ## every loss, more sizes and dtypes: about half an hour
 	$(VENV) -m benchmarks --losses all --dims 128 512 --dtypes float32 bfloat16
+
+bench-peers: .venv/built .venv-peers/installed ## every loss that a training library has, ours beside theirs, about five minutes
+	$(PEERS) -m benchmarks --preset peers --output results/peers
 
 bench-distributed: .venv/built .venv-peers/installed  ## group= on two processes of one thread, beside published losses
 	OMP_NUM_THREADS=1 $(PEERS) -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.distributed

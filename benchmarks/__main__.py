@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import report
+from . import peers, report
 from .cases import ALL_PROVIDERS, CORE, LOSSES, PROVIDERS
 from .options import at_least
 from .run import Grid, Row, Settings, measure
@@ -18,6 +18,11 @@ from .run import Grid, Row, Settings, measure
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 # One loss of each other kind.
 MORE = ["moco", "arcl", "lmcl", "sup_con", "hard_negative", "siglip", "spectral_contrastive"]
+LIBRARIES_OF = {
+    loss: [name for name, library in peers.LIBRARIES.items() if loss in library.losses]
+    for loss in LOSSES
+    if any(loss in library.losses for library in peers.LIBRARIES.values())
+}
 # Only large cases are compiled: the compilation of a small one would take most of its time.
 PRESETS = {
     "quick": [Grid(LOSSES, [256], [64], providers=["ours", "ours-torch", "eager", "linear_cross_entropy"])],
@@ -28,6 +33,11 @@ PRESETS = {
         Grid(CORE, [4096], [512], providers=["ours", "eager", "linear_cross_entropy"]),
         Grid(["clip"], [4096], [512], [torch.bfloat16], providers=["ours", "eager", "autocast"]),
         Grid(MORE, [1024], providers=["ours", "eager"]),
+    ],
+    # Every loss that a library has, beside ours; those that are not installed are named.
+    "peers": [
+        Grid([loss], [256, 1024, 4096, 8192], providers=["ours", "eager", *libraries])
+        for loss, libraries in LIBRARIES_OF.items()
     ],
     "large": [Grid(["clip"], [8192, 16384, 32768, 65536], providers=["ours"])],
 }

@@ -81,7 +81,7 @@ def modelled_ms(loss: str, provider: str, n: int, d: int) -> float | None:
 _EXPLANATION = (
     'Forward + backward, bfloat16, medians. "model" and "aim" belong to the measured column on their left: what a',
     "cost model of an H100 predicts, and what an H100 should reach. Memory is beyond inputs and gradients, 1 MB = 10⁶",
-    f"bytes. Public kernels ({', '.join(peers.PEERS)}) have a row where they were installed.",
+    f"bytes. Public kernels ({', '.join(peers.KERNELS)}) have a row where they were installed.",
 )
 
 

@@ -76,10 +76,13 @@ class Case:
         """Number of elements of the largest tensor of the eager form."""
         return LOSSES[self.loss].elements(self.n, self.m)
 
-    @property
-    def dense_gib(self) -> float:
-        """Estimated memory of a provider that holds the N × M matrices."""
-        return DENSE_COPIES * self.elements * self.dtype.itemsize / 2**30
+    def dense_gib(self, provider: str) -> float:
+        """Return the estimated memory of a provider that holds N × M matrices, 0 for the others."""
+        if provider in peers.PEERS:
+            matrices = peers.PEERS[provider].matrices(self.loss, self.n)
+        else:
+            matrices = DENSE_COPIES if provider in DENSE else 0
+        return matrices * self.elements * self.dtype.itemsize / 2**30
 
     def refusal(self) -> str:
         """Return why the loss has no such case; empty if it has."""

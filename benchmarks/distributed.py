@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,8 +37,8 @@ from .cases import (
 from .eager import Unavailable
 from .measure import Step, peak_extra_mib, spreads_of, time_once
 from .options import at_least
-from .peers import loss_function
-from .published import DISTRIBUTIONS, PEERS
+from .peers import loss_function, version
+from .published import PEERS
 from .ranks import joined
 from .run import Grid, Row, Settings, environment, first_line, row_of
 
@@ -120,7 +119,7 @@ def prepare(provider: str, case: Case, settings: Settings) -> tuple[Step, float]
         raise Unavailable(reason)
     if case.n % (2 * dist.get_world_size()):
         raise Unavailable(f"N = {case.n:,} gives {dist.get_world_size()} ranks no equal shares of pairs")
-    if provider in PEERS and case.dense_gib > settings.memory_limit_gib:
+    if provider in PEERS and case.dense_gib(provider) > settings.memory_limit_gib:
         raise Unavailable(f"N = {case.n:,} needs about {case.dense_gib:.0f} GiB on all ranks together")
     if provider != ONE:
         on_all_ranks(partial(check, provider, case, settings.device))
@@ -166,7 +165,7 @@ def measure_case(case: Case, providers: Sequence[str], settings: Settings, where
 
     def row(provider: str, mode: str, **measured: Any) -> Row:
         ranks = 1 if provider == ONE else dist.get_world_size()
-        return row_of(case, provider, mode, where | {"ranks": ranks, "version": version_of(provider)}, **measured)
+        return row_of(case, provider, mode, where | {"ranks": ranks, "version": version(provider, PEERS)}, **measured)
 
     rows = [
         row(provider, mode, spread=spread, peak_mib=peaks[provider])
@@ -174,14 +173,6 @@ def measure_case(case: Case, providers: Sequence[str], settings: Settings, where
         for mode, spread in spreads_of(samples).items()
     ]
     return rows + [row(provider, "both", note=note) for provider, note in (notes | raised).items()]
-
-
-def version_of(provider: str) -> str:
-    """Return the version of a package that is a provider; empty if it is ours, or not installed."""
-    try:
-        return metadata.version(DISTRIBUTIONS.get(provider, provider)) if provider in PEERS else ""
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def efficiency(row: Row, rows: Sequence[Row]) -> float | None:

@@ -26,11 +26,13 @@ STYLES = {
     "autocast": ("#E69F00", "D", "eager, autocast"),
     "compile": ("#CC79A7", "^", "torch.compile"),
     "linear_cross_entropy": ("#009E73", "P", "linear_cross_entropy"),
+    "open_clip": ("#0F8A8A", "h", "open_clip"),
+    "lightly": ("#8B5A2B", "<", "lightly"),
+    "metric-learning": ("#8064A2", ">", "pytorch-metric-learning"),
+    "sentence-transformers": ("#B8860B", "d", "sentence-transformers"),
+    "sentence-transformers-cached": ("#6B8E23", "*", "sentence-transformers, cached"),
     "graph": ("#000000", "x", "ours, CUDA graph"),
     "one-process": ("#56B4E9", "v", "ours, one process"),
-    "open_clip": ("#D55E00", "s", "open_clip"),
-    "lightly": ("#D55E00", "s", "lightly"),
-    "sentence-transformers": ("#D55E00", "s", "sentence-transformers"),
 }
 # The first of these that was measured is what ours is compared with in words.
 RIVALS = ("eager", "open_clip", "lightly", "sentence-transformers")

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .cases import DENSE, LOSSES, Case
+from .cases import LOSSES, Case
 from .measure import MIB
 from .run import COLUMNS, Row
 
@@ -137,16 +137,15 @@ def not_timed(rows: Sequence[Row]) -> list[str]:
 def largest_batch(rows: Sequence[Row], limit_gib: float) -> float | None:
     """Return the N that fits into ``limit_gib`` with inputs and gradients, from the peaks of one provider, else None.
 
-    The peak of a dense provider is a multiple of its largest tensor. That of the others is a constant and a multiple of
+    The peak of a dense provider is a multiple of its matrices. That of the others is a constant and a multiple of
     N, the line through the two largest sizes; a constant below zero means that it grows faster, which has no figure.
     """
     *before, last = sorted(rows, key=lambda row: row.n)
     case = Case(last.loss, last.n, last.d, getattr(torch, last.dtype))
-    elements = LOSSES[case.loss].elements
-    if last.provider in DENSE and case.elements:
+    if dense_gib := case.dense_gib(last.provider):
 
         def peak(n: float) -> float:
-            return last.peak_mib * elements(n, LOSSES[case.loss].columns(n)) / case.elements
+            return last.peak_mib * replace(case, n=int(n)).dense_gib(last.provider) / dense_gib
 
     else:
         if not before:

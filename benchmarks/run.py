@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+from . import peers
 from .cases import (
-    DENSE,
     LOSSES,
     PROVIDERS,
     Case,
@@ -37,8 +37,8 @@ from .measure import Spread, Step, matmul_step, peak_extra_mib, time_interleaved
 class Row:
     """A line of the CSV. ``note`` is the reason of a missing time.
 
-    ``peak_mib`` and ``launches``, the number of kernels on a GPU, belong to the whole iteration (mode ``both``).
-    ``version`` is that of a provider that is another package.
+    ``peak_mib`` and ``launches``, the number of kernels on a GPU, belong to the whole iteration (mode ``both``);
+    ``version`` is that of another package whose loss the provider is.
     """
 
     loss: str
@@ -214,7 +214,7 @@ def row_of(
         tflops=tflops and round(tflops, 4),
         matmul_fraction=round(tflops / matmul_tflops, 4) if tflops and matmul_tflops else None,
         note=note,
-        **where,
+        **{"version": peers.version(provider), **where},
     )
 
 
@@ -225,8 +225,8 @@ def first_line(error: Exception) -> str:
 
 def _prepare(provider: str, case: Case, inputs: Inputs, settings: Settings) -> tuple[Step, float | None]:
     """Return a provider's checked and warmed-up step and its peak memory; raise `Unavailable` with the reason."""
-    if provider in DENSE and case.dense_gib > settings.memory_limit_gib:
-        raise Unavailable(f"N = {case.n:,} needs about {case.dense_gib:.0f} GiB")
+    if (needed := case.dense_gib(provider)) > settings.memory_limit_gib:
+        raise Unavailable(f"N = {case.n:,} needs about {needed:.0f} GiB")
     try:
         check(provider, case, settings.device)
         step = make_step(provider, case, inputs, settings.device)

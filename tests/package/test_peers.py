@@ -41,9 +41,7 @@ import torch.nn.functional as F
 
 import contrastive_kernels as ck
 import python_ref
-from benchmarks import distributed, published
-from benchmarks.cases import CHECK_ROWS, Case
-from benchmarks.published import PEERS
+from benchmarks import cases, distributed, libraries, peers, published
 from tests.support.testing import assert_matches, differentiate
 
 # lightly copies a tensor in a way that torch warns about
@@ -58,19 +56,18 @@ for package in ("lightly", "open_clip"):
         pytest.skip(f"could not import {package!r}", allow_module_level=True)
 
 
-lightly = published.lightly()
-open_clip = published.open_clip()
+lightly, open_clip = libraries.lightly(), libraries.open_clip()
 distances = importlib.import_module("pytorch_metric_learning.distances")
 miners = importlib.import_module("pytorch_metric_learning.miners")
 reducers = importlib.import_module("pytorch_metric_learning.reducers")
 
 
-SENTENCES = published.Rows()
+SENTENCES = libraries.Rows()
 
 
 def encoded(loss, *columns):
     """Return a loss of sentence-transformers on columns of embeddings."""
-    return loss([{"rows": column} for column in columns], None)
+    return loss(libraries.sentences(*columns), None)
 
 
 def ranking(*columns, **options):
@@ -588,11 +585,22 @@ def test_small_losses_keep_their_digits(name):
 
 
 def agree_on_a_rank(group, provider, loss):
-    distributed.check(provider, Case(loss, CHECK_ROWS, 24, torch.float64), torch.device("cpu"))
+    distributed.check(provider, cases.Case(loss, cases.CHECK_ROWS, 24, torch.float64), torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("provider", "loss"), [(name, loss) for name, peer in PEERS.items() for loss in peer.losses])
+@pytest.mark.parametrize(
+    ("provider", "loss"), [(name, loss) for name, peer in published.PEERS.items() for loss in peer.losses]
+)
 def test_over_a_group(provider, loss, ranks):
     """The mean over three ranks is the value of one process with all rows, and so are the gradients."""
     for name in (provider, distributed.OURS):
         ranks.run(3, agree_on_a_rank, name, loss)
+
+
+@pytest.mark.usefixtures("short_queue")
+@pytest.mark.parametrize(
+    ("library", "loss"), [(name, loss) for name, library in peers.LIBRARIES.items() for loss in library.losses]
+)
+def test_benchmark_measures_the_same_loss(library, loss):
+    cases.check(library, cases.Case(loss, cases.CHECK_ROWS, 64, torch.float32), torch.device("cpu"))
+    assert peers.version(library)

@@ -1,4 +1,7 @@
-"""The adapters of other packages, with stand-ins: dense losses with the documented signatures."""
+"""The adapters of other packages, with stand-ins: dense losses with the documented signatures.
+
+Those of libraries are checked where they are installed, in `tests/package/test_peers.py`.
+"""
 
 import importlib.machinery
 import sys
@@ -8,7 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import cases, peers
+from benchmarks import __main__ as command
+from benchmarks import cases, peers, run
 from tests.support.benchmarks import CPU
 
 pytestmark = pytest.mark.usefixtures("short_queue")
@@ -61,7 +65,7 @@ STAND_INS = {
     "memeff": ("memeff", {"MemoryEfficientCLIPLoss": _MemeffLoss}),
     "siglip-kernel": ("siglip_kernel", {"fused_siglip_loss": _siglip_loss}),
 }
-PEER_LOSSES = [(name, loss) for name, peer in peers.PEERS.items() for loss in peer.losses]
+PEER_LOSSES = [(name, loss) for name, peer in peers.KERNELS.items() for loss in peer.losses]
 
 
 def _install(monkeypatch, name, **contents):
@@ -97,3 +101,20 @@ def test_peer_without_this_loss(monkeypatch):
     _install(monkeypatch, "siglip-kernel")
     with pytest.raises(cases.Unavailable, match="does not compute"):
         cases.check("siglip-kernel", cases.Case("clip", 192, 128, torch.float32), CPU)
+
+
+def test_libraries_are_measured_where_they_compute_a_loss():
+    cells = [(case.loss, names) for grid in command.PRESETS["peers"] for case, names in grid]
+    measured = {(provider, loss) for loss, names in cells for provider in names}
+    theirs = {(name, loss) for name, library in peers.LIBRARIES.items() for loss in library.losses}
+    assert {pair for pair in measured if pair[0] in peers.LIBRARIES} == theirs
+    assert {("ours", loss) for _, loss in theirs} <= measured
+
+
+def test_library_that_holds_a_matrix_for_every_pair():
+    """One that would take the machine's memory is not begun."""
+    case = cases.Case("nt_xent", 4096, 8, torch.float32)
+    settings = run.Settings(CPU, 0.0, 1, memory_limit_gib=8.0)
+    (row,) = run.measure_case(case, ["metric-learning"], settings, run.environment(CPU), print)
+    assert "N = 4,096 needs about" in row.note
+    assert row.ms_50 is None

@@ -1,0 +1,171 @@
+"""The losses of training libraries as providers, each through its documented call, on any device.
+
+None of them comes with this package. Their losses are loaded here without what they do not use of the libraries' own
+dependencies.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock, patch
+
+import torch
+from torch import Tensor, nn
+
+from .eager import MARGIN, TEMPERATURE
+
+
+@cache
+def lightly() -> ModuleType:
+    """Return lightly.loss, which imports torchvision; the losses used here do not need it."""
+    absent = (
+        {} if importlib.util.find_spec("torchvision") else {"torchvision": MagicMock(), "torchvision.ops": MagicMock()}
+    )
+    with patch.dict(sys.modules, absent):
+        importlib.import_module("lightly.loss.hypersphere_loss")
+        return importlib.import_module("lightly.loss")
+
+
+@cache
+def open_clip() -> ModuleType:
+    """Return the file of open_clip's losses, which only imports torch; the package imports torchvision and timm."""
+    package = importlib.util.find_spec("open_clip")
+    assert package and package.origin
+    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(package.origin).with_name("loss.py"))
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def metric_learning(part: str = "losses") -> ModuleType:
+    """Return a module of pytorch-metric-learning."""
+    return importlib.import_module(f"pytorch_metric_learning.{part}")
+
+
+class Rows(nn.Module):
+    """A sentence encoder whose sentences are their embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = MagicMock(spec=importlib.import_module("transformers").PreTrainedTokenizerBase)
+        self.max_seq_length = 1
+
+    def __getitem__(self, index: int) -> Rows:
+        """Return the only module."""
+        return self
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the rows as embeddings."""
+        return {"sentence_embedding": features["rows"]}
+
+
+@cache
+def sentence_transformers(name: str, **options: Any) -> nn.Module:
+    """Return a loss of sentence-transformers over rows in place of sentences; see `sentences`."""
+    losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    loss: nn.Module = getattr(losses, name)(Rows(), **options)
+    return loss
+
+
+def sentences(*columns: Tensor) -> list[dict[str, Tensor]]:
+    """Return columns of rows as the sentences that a loss of sentence-transformers takes."""
+    return [{"rows": column} for column in columns]
+
+
+def open_clip_clip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    return open_clip().ClipLoss()(image_features, text_features, logit_scale)
+
+
+def open_clip_siglip(image_features: Tensor, text_features: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    return open_clip().SigLipLoss()(image_features, text_features, logit_scale, logit_bias)
+
+
+def lightly_nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
+    return lightly().NTXentLoss(temperature=TEMPERATURE)(z0, z1)
+
+
+def lightly_decoupled(z0: Tensor, z1: Tensor) -> Tensor:
+    return lightly().DCLLoss(temperature=TEMPERATURE)(z0, z1)
+
+
+def lightly_moco(query: Tensor, key: Tensor, queue: Tensor) -> Tensor:
+    loss = lightly().NTXentLoss(temperature=TEMPERATURE, memory_bank_size=(1, queue.shape[1]))
+    # the rows of the queue have unit norm, as the bank keeps them; every step has the same queue
+    loss.memory_bank.bank = queue
+    loss.memory_bank._dequeue_and_enqueue = lambda batch: None
+    return loss(query, key)
+
+
+def lightly_barlow_twins(z0: Tensor, z1: Tensor) -> Tensor:
+    return lightly().BarlowTwinsLoss(lambda_param=0.0051)(z0, z1)
+
+
+def lightly_vicreg(z0: Tensor, z1: Tensor) -> Tensor:
+    return lightly().VICRegLoss()(z0, z1)
+
+
+def metric_learning_nt_xent(z0: Tensor, z1: Tensor) -> Tensor:
+    losses = metric_learning()
+    return losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=TEMPERATURE))(z0, z1)
+
+
+def metric_learning_info_nce(query: Tensor, positive_key: Tensor) -> Tensor:
+    losses = metric_learning()
+    return losses.SelfSupervisedLoss(losses.NTXentLoss(temperature=TEMPERATURE), symmetric=False)(query, positive_key)
+
+
+def metric_learning_sup_con(features: Tensor, labels: Tensor) -> Tensor:
+    rows = features.transpose(0, 1).flatten(0, 1)
+    return metric_learning().SupConLoss(temperature=TEMPERATURE)(rows, labels.repeat(features.shape[1]))
+
+
+def metric_learning_triplet_margin(anchor: Tensor, positive: Tensor) -> Tensor:
+    losses = metric_learning()
+    loss = losses.TripletMarginLoss(
+        margin=MARGIN,
+        distance=metric_learning("distances").CosineSimilarity(),
+        reducer=metric_learning("reducers").MeanReducer(),
+    )
+    return losses.SelfSupervisedLoss(loss, symmetric=False)(anchor, positive)
+
+
+def sentence_transformers_info_nce(query: Tensor, positive_key: Tensor) -> Tensor:
+    loss = sentence_transformers("MultipleNegativesRankingLoss", scale=1 / TEMPERATURE)
+    return loss(sentences(query, positive_key), None)
+
+
+class _ByBackward(torch.autograd.Function):
+    """A loss whose gradients only `Tensor.backward` gives, because a hook on its value fills ``grad``."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return the loss of copies of the inputs."""
+        ctx.leaves = [value.detach().requires_grad_(value.requires_grad) for value in inputs]
+        with torch.enable_grad():
+            ctx.value = loss(*ctx.leaves)
+        return ctx.value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients that the copies got."""
+        ctx.value.backward(grad)
+        return None, *(leaf.grad for leaf in ctx.leaves)
+
+
+def cached_info_nce(query: Tensor, positive_key: Tensor) -> Tensor:
+    # the scores are taken by mini-batches of rows too
+    loss = sentence_transformers("CachedMultipleNegativesRankingLoss", scale=1 / TEMPERATURE, mini_batch_size=256)
+    return _ByBackward.apply(lambda *columns: loss(sentences(*columns), None), query, positive_key)
+
+
+def info_nce_pytorch(query: Tensor, positive_key: Tensor) -> Tensor:
+    return importlib.import_module("info_nce").InfoNCE(TEMPERATURE)(query, positive_key)
