@@ -5,7 +5,7 @@ PEERS := .venv-peers/bin/python
 # the build finds ninja here
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
+CXX_FILES := $(shell find contrastive_kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 .PHONY: demo test test-fast test-peers bench bench-peers bench-distributed lint format interpret aot gpu sanitize clean
 
@@ -49,7 +49,7 @@ gpu:                   ## what results/gpu lacks of smoke test, check, GPU tests
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--parts $(PART))
 
 sanitize: .venv/installed
-	bash csrc/sanitize.sh
+	bash contrastive_kernels/csrc/sanitize.sh
 
 clean:
 	rm -rf .venv .venv-peers build dist results *.egg-info contrastive_kernels/*.so

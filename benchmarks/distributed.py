@@ -119,8 +119,8 @@ def prepare(provider: str, case: Case, settings: Settings) -> tuple[Step, float]
         raise Unavailable(reason)
     if case.n % (2 * dist.get_world_size()):
         raise Unavailable(f"N = {case.n:,} gives {dist.get_world_size()} ranks no equal shares of pairs")
-    if provider in PEERS and case.dense_gib(provider) > settings.memory_limit_gib:
-        raise Unavailable(f"N = {case.n:,} needs about {case.dense_gib:.0f} GiB on all ranks together")
+    if provider in PEERS and (needed := case.dense_gib(provider)) > settings.memory_limit_gib:
+        raise Unavailable(f"N = {case.n:,} needs about {needed:.0f} GiB on all ranks together")
     if provider != ONE:
         on_all_ranks(partial(check, provider, case, settings.device))
     step = step_of(provider, case, settings.device)

@@ -1,6 +1,7 @@
 """`python -m contrastive_kernels`: what this installation can run, and why it cannot run the rest.
 
-`python -m contrastive_kernels check` compares what it runs with float64.
+`python -m contrastive_kernels check` compares what it runs with float64; `build` compiles the C++ backend for the
+installed torch.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from contrastive_kernels import __version__, saved_scores_limit, workspace_limit
 from contrastive_kernels.check import command
 from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose, cpp, triton
+from contrastive_kernels.engine.backends.cpp import build
 from contrastive_kernels.engine.backends.triton import first_use
 
 
@@ -84,16 +86,34 @@ def check_environment() -> None:
     saved_scores_limit()
 
 
+def compile_extension(verbose: bool) -> int:
+    """Build the C++ extension and say what was done; return the exit status."""
+    print(
+        f"Compiling {len(build.sources())} files for torch {torch.__version__}; this takes about a minute.", flush=True
+    )
+    try:
+        file = build.build(lambda line: print(line, flush=True), verbose=verbose)
+    except build.BuildError as error:
+        print(f"No C++ backend: {error}", file=sys.stderr)
+        return 1
+    print(f"Built {file}; `import contrastive_kernels` finds it there.")
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m contrastive_kernels", description="Print what this installation can run, and why not the rest."
     )
-    commands = parser.add_subparsers(dest="command", metavar="check")
+    commands = parser.add_subparsers(dest="command", metavar="check|build")
     check = commands.add_parser(
         "check", help="compare every loss on every backend with float64", description=command.DESCRIPTION
     )
     command.add_arguments(check)
+    compile_ = commands.add_parser(
+        "build", help="compile the C++ backend for the installed torch", description=build.__doc__
+    )
+    compile_.add_argument("--verbose", action="store_true", help="show what the compiler is called with and says")
     options = parser.parse_args(arguments)
     try:
         check_environment()
@@ -101,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if options.command == "check":
         return command.run(options, check)
+    if options.command == "build":
+        return compile_extension(options.verbose)
     print(report())
     return 0
 

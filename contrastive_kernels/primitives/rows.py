@@ -27,6 +27,12 @@ __all__ = [
     "wide_sums",
 ]
 
+# Asked once: torch.compile of torch 2.9 to 2.11 cannot trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "hpu", "ipu", "maia", "mps", "mtia", "privateuseone", "xla", "xpu")
+    if torch.amp.is_autocast_available(device)
+)
 # What float32 rows may add to the exponent of a kernel of their distances: its rounding is then that of a logit.
 LARGEST_EXPONENT = 4.0
 
@@ -39,7 +45,7 @@ def unit_rows(x: Tensor, normalize: bool = True, backend: str | None = None) -> 
 def cast_for_autocast(x: Tensor) -> Tensor:
     """Return x in the dtype that autocast, if active, gives to matrix products."""
     device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if x.dtype != torch.float64 and device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     return x
 
@@ -47,7 +53,7 @@ def cast_for_autocast(x: Tensor) -> Tensor:
 def wide_products(x: Tensor) -> AbstractContextManager[object]:
     """Return a context in which matrix products keep the dtype of their operands, also under autocast."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in _AUTOCAST_DEVICES else nullcontext()
 
 
 def wide_sums(x: Tensor) -> torch.dtype:

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import shutil
+import sys
+import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
 import torch
 
-from contrastive_kernels.__main__ import report
-from contrastive_kernels.engine.backends import cpp
+import contrastive_kernels as ck
+from contrastive_kernels.__main__ import main, report
+from contrastive_kernels.engine.backends import ENVIRONMENT_VARIABLE, choose, cpp
+from contrastive_kernels.engine.backends.cpp import build
 
 MAJOR, MINOR, *_ = torch.__version__.split(".")
 MARKER = "contrastive_kernels: built for torch "
-OTHER_TORCH = f"built for torch 1.2.3, this is torch {torch.__version__}; build it again: `python setup.py build_ext"
+OTHER_TORCH = f"built for torch 1.2.3, this is torch {torch.__version__}; build it again with `{build.COMMAND}`"
+
+
+THIS_TORCH = f"def build_info(): return {{'torch': '{MAJOR}.{MINOR}.0'}}"
+NOT_BUILT = "contrastive_kernels._not_built"
+WARNING = "computes with plain PyTorch on this CPU"
+
+
+@pytest.fixture(autouse=True)
+def nothing_built(tmp_path, monkeypatch):
+    """No build of the user's own, nor what another test has loaded."""
+    monkeypatch.delitem(sys.modules, NOT_BUILT, raising=False)
+    monkeypatch.setenv(build.CACHE_VARIABLE, str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -74,13 +92,14 @@ def test_extension_that_loads(source, reason, extension):
 
 
 def test_extension_that_is_not_built():
-    info, problem = cpp.load("contrastive_kernels._not_built")
+    info, problem = cpp.load(NOT_BUILT)
     assert info == {}
-    assert problem == "the extension is not built; build it with `python setup.py build_ext --inplace`"
+    assert problem == "the extension is not built; build it with `python -m contrastive_kernels build`"
 
 
-@pytest.mark.skipif(cpp.missing is not None, reason=str(cpp.missing))
 def test_extension_that_is_built():
+    """This fails where the C++ backend is missing: elsewhere its tests skip themselves."""
+    assert cpp.missing is None
     module = importlib.import_module("contrastive_kernels._C")
     info = module.build_info()
     assert torch.__version__.startswith(info["torch"])
@@ -97,3 +116,130 @@ def test_extension_that_is_built():
 def test_report_without_the_extension(monkeypatch):
     monkeypatch.setattr(cpp, "build_info", {})
     assert "C++ extension: not available" in report().splitlines()
+
+
+def test_cached_build_is_found(extension, tmp_path):
+    """After a module that cannot be used, or without any."""
+    cached = tmp_path / "cached.py"
+    cached.write_text(THIS_TORCH)
+    for name in (NOT_BUILT, extension("def build_info(): return {'torch': '1.2.3'}")):
+        assert cpp.load(name, cached) == ({"torch": f"{MAJOR}.{MINOR}.0"}, None)
+
+
+def test_module_comes_before_the_cache(extension, tmp_path):
+    cached = tmp_path / "cached.py"
+    cached.write_text("raise AssertionError")
+    assert cpp.load(extension(THIS_TORCH), cached)[1] is None
+
+
+def test_cached_build_that_does_not_load(tmp_path):
+    cached = tmp_path / ("cached" + EXTENSION_SUFFIXES[0])
+    cached.write_bytes(b"\x7fELF no library")
+    info, problem = cpp.load(NOT_BUILT, cached)
+    assert info == {}
+    assert "does not load" in problem
+    assert problem.endswith(f"build it again with `{build.COMMAND}`")
+
+
+@pytest.fixture
+def missing(monkeypatch):
+    """The C++ backend is missing, and nothing has been said."""
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(cpp, "missing", f"the extension is not built; build it with `{build.COMMAND}`")
+    monkeypatch.setattr(cpp, "_warned", False)
+
+
+def test_first_loss_without_the_extension_warns_once(missing):
+    x = torch.randn(4, 3)
+    with pytest.warns(UserWarning, match=WARNING) as record:
+        ck.info_nce_loss(x, x)
+    (warning,) = record
+    assert f"not built; build it with `{build.COMMAND}`" in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ck.info_nce_loss(x, x)
+
+
+@pytest.mark.parametrize("silenced", ["variable", "argument", "not for the CPU"])
+def test_asking_for_pytorch_is_no_reason_to_warn(silenced, missing, monkeypatch):
+    if silenced == "variable":
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, "torch")
+    x = torch.randn(4, 3, device="meta" if silenced == "not for the CPU" else "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose(x, "torch" if silenced == "argument" else None).name == "torch"
+
+
+def test_variable_is_named():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT_VARIABLE, "ccp")
+        with pytest.raises(ValueError, match=f"{ENVIRONMENT_VARIABLE}='ccp' is unknown"):
+            choose(torch.zeros(2, 2))
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A module like `cpp.build` in a package of its own, whose only source compiles at once."""
+    package = tmp_path / "installed" / "contrastive_kernels"
+    file = package / "engine" / "backends" / "cpp" / "build.py"
+    file.parent.mkdir(parents=True)
+    (package / "csrc").mkdir()
+    (package / "csrc" / "module.cpp").write_text('extern "C" void* PyInit__C() { return nullptr; }')
+    shutil.copy(build.__file__, file)
+    spec = importlib.util.spec_from_file_location("build_of_a_test", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_build_goes_into_the_cache(tree, tmp_path):
+    said = []
+    file = tree.build(said.append)
+    assert file == tree.cached()
+    assert file.is_relative_to(tmp_path / "cache")
+    assert b"PyInit__C" in file.read_bytes()
+    assert said == ["[1/1] module"]
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_build_in_a_checkout_goes_beside_the_package(tree):
+    (tree.PACKAGE.parent / "setup.py").touch()
+    assert tree.in_place() == tree.PACKAGE / tree.FILE
+
+
+def test_build_belongs_to_its_sources_and_flags(tree, monkeypatch):
+    keys = {tree.key()}
+    monkeypatch.setenv("CONTRASTIVE_KERNELS_CXXFLAGS", "-O0")
+    keys.add(tree.key())
+    (tree.FOLDER / "more.h").touch()
+    keys.add(tree.key())
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("9.9.9"))
+    keys.add(tree.key())
+    assert len(keys) == 4
+
+
+def test_build_that_does_not_compile(tree):
+    (tree.FOLDER / "module.cpp").write_text("#error of this test")
+    with pytest.raises(tree.BuildError, match=r"does not compile:(?s:.*)of this test"):
+        tree.build(print)
+    assert not tree.cached().exists()
+
+
+def test_build_without_a_compiler(tree, monkeypatch):
+    monkeypatch.setenv("CXX", "no-compiler-of-this-name -m64")
+    with pytest.raises(tree.BuildError, match="no-compiler-of-this-name is not found"):
+        tree.build(print)
+
+
+def test_build_command(monkeypatch, capsys, tmp_path):
+    def built(say, verbose):
+        say("[1/1] module")
+        if verbose:
+            raise build.BuildError("a reason")
+        return tmp_path
+
+    monkeypatch.setattr(build, "build", built)
+    assert main(["build"]) == 0
+    assert f"Built {tmp_path}" in capsys.readouterr().out
+    assert main(["build", "--verbose"]) == 1
+    assert "No C++ backend: a reason" in capsys.readouterr().err

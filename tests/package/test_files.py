@@ -13,7 +13,7 @@ LOSSES = sorted(
 )
 SOURCES = sorted(
     path
-    for folder in ("contrastive_kernels", "csrc", "python_ref", "benchmarks", "examples", "tests")
+    for folder in ("contrastive_kernels", "python_ref", "benchmarks", "examples", "tests")
     for path in (ROOT / folder).rglob("*")
     if path.suffix in (".py", ".cpp", ".h", ".inc", ".sh")
 )

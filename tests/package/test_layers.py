@@ -23,7 +23,11 @@ LAYERS = {
     NAME: (NAME,),
 }
 # Packages besides torch, which brings typing_extensions, and the modules that may import them.
-THIRD_PARTY = {f"{NAME}.diagnostics.plots": {"matplotlib"}, f"{ENGINE}.backends.triton": {"triton"}}
+THIRD_PARTY = {
+    f"{NAME}.diagnostics.plots": {"matplotlib"},
+    f"{ENGINE}.backends.triton": {"triton"},
+    f"{ENGINE}.backends.cpp.build": {"setuptools", "pybind11"},
+}
 
 
 def module_name(path):

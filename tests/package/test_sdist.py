@@ -18,6 +18,7 @@ import torch
 
 import contrastive_kernels as ck
 from contrastive_kernels.engine.backends import cpp
+from contrastive_kernels.engine.backends.cpp import build
 from tests.support.testing import ROOT
 
 BUILD_SDIST = "import setuptools.build_meta, sys; print(setuptools.build_meta.build_sdist(sys.argv[1]))"
@@ -83,8 +84,11 @@ def test_sdist_holds_the_repository(tracked, sdist):
 
 
 @pytest.mark.skipif(cpp.missing is not None, reason=str(cpp.missing))
-def test_wheel_from_the_sdist_runs(sdist, tmp_path):
-    """Compiled without optimisation: one minute of a core's time instead of two."""
+def test_build_after_an_isolated_installation(sdist, tmp_path):
+    """A wheel built without torch serves every machine; one command then compiles for the torch that is there.
+
+    Compiled without optimisation: one minute of a core's time instead of two.
+    """
     venv.create(tmp_path / "venv", symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
@@ -92,17 +96,32 @@ def test_wheel_from_the_sdist_runs(sdist, tmp_path):
     (packages / "these.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
 
     pip = (python, "-m", "pip", "--disable-pip-version-check")
-    flags = environment(CONTRASTIVE_KERNELS_BUILD="1", CONTRASTIVE_KERNELS_CXXFLAGS="-O0 -g0")
-    run(*pip, "wheel", "--no-index", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist, env=flags)
+    alone = environment(PYTHONPATH=str(sdist.parent / "hidden"))
+    output = run(
+        *pip, "wheel", "-v", "--no-index", "--no-build-isolation", "--no-deps", "-w", tmp_path, sdist, env=alone
+    )
+    assert f"`{build.COMMAND}` builds it later" in output
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        folders = {name.split("/")[0] for name in archive.namelist()}
-        assert "contrastive_kernels/py.typed" in archive.namelist()
-    assert folders == {"contrastive_kernels", f"contrastive_kernels-{ck.__version__}.dist-info"}
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {
+        "contrastive_kernels",
+        f"contrastive_kernels-{ck.__version__}.dist-info",
+    }
+    assert "contrastive_kernels/py.typed" in names
+    sources = {path.relative_to(ROOT).as_posix() for path in (*build.sources(), *build.headers())}
+    assert sources <= set(names)
 
     run(*pip, "install", "--no-index", "--no-deps", "--ignore-installed", wheel, env=environment())
-    found = json.loads(run(python, "-c", RUN_A_LOSS, cwd=tmp_path, env=environment()).splitlines()[-1])
-    assert all(Path(file).is_relative_to(packages) for file in found["files"]), found["files"]
+    flags = environment(CONTRASTIVE_KERNELS_CXXFLAGS="-O0", CONTRASTIVE_KERNELS_CACHE=str(tmp_path / "cache"))
+    assert "the extension is not built" in run(python, "-m", "contrastive_kernels", cwd=tmp_path, env=flags)
+    output = run(python, "-m", "contrastive_kernels", "build", cwd=tmp_path, env=flags)
+    assert f"[{len(build.sources())}/{len(build.sources())}]" in output
+    found = json.loads(run(python, "-c", RUN_A_LOSS, cwd=tmp_path, env=flags).splitlines()[-1])
+    package, extension = map(Path, found["files"])
+    assert package.is_relative_to(packages)
+    assert extension.is_relative_to(tmp_path / "cache")
     torch.manual_seed(0)
     z = torch.randn(2, 9, 5, requires_grad=True)
     loss = ck.nt_xent_loss(z[0], z[1], backend="torch")

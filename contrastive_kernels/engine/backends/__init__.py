@@ -25,13 +25,17 @@ def choose(x: Tensor, requested: str | None = None, operator: str = "forward") -
         ValueError: the requested backend does not exist.
         NotImplementedError: the requested backend does not take x; the message lists every backend with its reasons.
     """
-    requested = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or None
+    asked_by = "backend " if requested else f"{ENVIRONMENT_VARIABLE}="
+    requested = requested or from_environment
     if requested is None:
         chosen = next(backend for backend in BACKENDS.values() if not backend.not_supported_reasons(x))
+        if chosen is torch and x.device.type == "cpu" and x.dtype in cpp.DTYPES:
+            cpp.warn_once()
     else:
         if requested not in BACKENDS:
             raise ValueError(
-                f"backend {requested!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))} or None"
+                f"{asked_by}{requested!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))} or None"
             )
         chosen = BACKENDS[requested]
         if chosen.not_supported_reasons(x):
@@ -39,5 +43,5 @@ def choose(x: Tensor, requested: str | None = None, operator: str = "forward") -
                 f"  {name}: {'; '.join(backend.not_supported_reasons(x)) or 'supported'}"
                 for name, backend in BACKENDS.items()
             ]
-            raise NotImplementedError(f"backend {requested!r} does not support this input:\n" + "\n".join(lines))
+            raise NotImplementedError(f"{asked_by}{requested!r} does not support this input:\n" + "\n".join(lines))
     return chosen if operator in chosen.operators else torch

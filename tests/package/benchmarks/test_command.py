@@ -137,3 +137,12 @@ def test_table_without_matplotlib(measured, monkeypatch, capsys):
     assert measured("--losses", "clip", "--sizes", "64", "96", "128") == 0
     out = capsys.readouterr().out
     assert "of matmul" in out and "No picture: " in out and "matplotlib" in out
+
+
+def test_without_the_extension_nothing_is_timed_unasked(measured, monkeypatch, capsys):
+    monkeypatch.setattr(command.cpp, "missing", "not built here")
+    with pytest.raises(SystemExit):
+        measured("--losses", "clip", "--sizes", "64")
+    assert "not built here; or ask for it with --without-cpp" in capsys.readouterr().err
+    monkeypatch.setattr(command.cpp, "_warned", True)
+    assert measured("--losses", "clip", "--sizes", "64", "--without-cpp") == 0

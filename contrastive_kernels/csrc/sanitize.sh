@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Build the extension with AddressSanitizer and UndefinedBehaviorSanitizer in a scratch copy, and run its tests there.
 set -euo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd "$(dirname "$0")/../.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-cp -r "$root/csrc" "$root/setup.py" "$root/pyproject.toml" "$scratch"
+cp "$root/setup.py" "$root/pyproject.toml" "$scratch"
 (cd "$root" && cp --parents -r tests/__init__.py tests/conftest.py tests/support tests/engine/__init__.py tests/engine/test_cpp.py python_ref "$scratch")
-(cd "$root" && find contrastive_kernels -name '*.py' -exec cp --parents {} "$scratch" \;)
+(cd "$root" && find contrastive_kernels \( -name '*.py' -o -path '*/csrc/*' -type f \) -exec cp --parents {} "$scratch" \;)
 
 cd "$scratch"
 CONTRASTIVE_KERNELS_BUILD=1 \
