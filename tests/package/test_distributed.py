@@ -102,10 +102,10 @@ def measure(group, options):
 
     functions = {"right": right, "ungathered": ungathered, "broken": broken, "late": late}
     peers = {
-        name: Peer("torch", {"clip": lambda f=function, **inputs: f(*inputs.values())})
+        name: Peer("torch", "torch", {"clip": lambda f=function, **inputs: f(*inputs.values())})
         for name, function in functions.items()
     }
-    peers["absent"] = Peer("no_such_package", {"clip": right})
+    peers["absent"] = Peer("no_such_package", "no-such-package", {"clip": right})
     with (
         patch.dict(benchmark.PEERS, peers, clear=True),
         patch.object(benchmark, "PROVIDERS", (benchmark.OURS, benchmark.ONE, *peers)),
