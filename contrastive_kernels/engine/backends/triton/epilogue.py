@@ -164,9 +164,10 @@ def _center_bwd_kernel(row_lse, col_lse, center, N, M, Q: tl.constexpr, COLUMN_L
     """
     b_bad = tl.zeros([BN], tl.int32)
     fails = 0
-    # exponentials up to 2^100; of log-sum-exps up to 180 apart, what is lost below 2^-126 is 2^-46 of its own row
-    LARGEST_EXPONENT: tl.constexpr = 100.0
-    LARGEST_SPREAD: tl.constexpr = 180.0
+    # exponentials up to 2^60, so that factors keep gradients down to 2^-66; of log-sum-exps up to 140 apart, what is
+    # lost below 2^-126 is 2^-46 of its own row
+    LARGEST_EXPONENT: tl.constexpr = 60.0
+    LARGEST_SPREAD: tl.constexpr = 140.0
     for q in tl.static_range(Q):
         b_least, b_most = tl.full([BN], float("inf"), tl.float32), tl.full([BN], float("-inf"), tl.float32)
         b_least, b_most, b_bad = widen(row_lse + q * N, N, b_least, b_most, b_bad, BN)

@@ -23,8 +23,8 @@ from contrastive_kernels.engine.backends.triton.epilogue import (
 )
 from contrastive_kernels.engine.spec import Description, Inputs, Upstream
 
-# Elements that the one program of `_center_bwd_kernel` reads at a time.
-CENTER_ROWS = 1024
+# Elements that the one program of `_center_bwd_kernel` reads at a time, and its warps.
+CENTER_ROWS, CENTER_WARPS = 4096, 16
 
 # The integer that a saved similarity of 1 becomes: less than 2^15, for similarities that rounding has made larger.
 STEPS = 32700.0
@@ -271,6 +271,7 @@ def center_bwd(operands: Operands, row_lse: Tensor, col_lse: Tensor) -> Tensor:
         Q=len(operands.exponents),
         COLUMN_LSE=operands.column_lse,
         BN=CENTER_ROWS,
+        num_warps=CENTER_WARPS,
     )
     return center
 
