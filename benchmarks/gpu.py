@@ -30,11 +30,13 @@ from typing import TextIO
 import torch
 from rich.console import Console
 
+from contrastive_kernels.engine.backends.triton import tiles
+
 from . import aims, peers, report, smoke
 from .aims import AIM_N, BASELINES, DIMS, LARGE_N, MILLION, PAIR, SMALL_PROVIDERS, SMALL_SIZES
 from .cases import SAVED, Case, Unavailable, dtype_name, gradients, provider_function
 from .measure import kernel_launches
-from .run import Grid, Settings, environment, make_step, measure
+from .run import Grid, Row, Settings, environment, make_step, measure
 
 BF16 = (torch.bfloat16,)
 OTHERS = (*BASELINES, *peers.importable())
@@ -232,6 +234,8 @@ def measure_part(part: str, run: Run) -> Ended | None:
     """Measure the cases of a part and write the rows of each; a case that ours cannot compute counts as failed."""
     where = environment(run.settings.device)
     cases, rows = list(run.cases(part)), report.read(run.folder)
+    if part == "small":  # ours is the kernels at every size
+        tiles.CROSSOVER.clear()
     if run.resume:
         own = [row for row in rows if (row.device, row.commit) == (where["device"], where["commit"])]
         known = {(row.case, row.provider) for row in own}
@@ -247,7 +251,19 @@ def measure_part(part: str, run: Run) -> Ended | None:
     own = [row for row in rows if row.device == where["device"] and row.case in wanted and row.mode == "both"]
     failed = [f"{row.loss} D = {row.d}: {row.note}" for row in own if row.provider == "ours" and row.note]
     timed = sum(not row.note for row in own)
-    return Ended(f"{timed} timings" + "".join(f"; FAILED {failure}" for failure in failed), int(bool(failed)))
+    summary = f"{timed} timings" + (f"; {crossover(own)}" if part == "small" else "")
+    return Ended(summary + "".join(f"; FAILED {failure}" for failure in failed), int(bool(failed)))
+
+
+def crossover(rows: Sequence[Row]) -> str:
+    """Return what `tiles.CROSSOVER` should be, by the times of small batches with N = M: no loss is slower there."""
+    times = {(row.loss, row.n, row.provider): row.ms_50 for row in rows if row.ms_50 is not None}
+    both = {(loss, n) for loss, n, provider in times if provider == "ours" and (loss, n, "ours-torch") in times}
+    slower = {n for loss, n in both if times[loss, n, "ours"] > times[loss, n, "ours-torch"]}
+    faster = {n for _, n in both if n > max(slower, default=-1)}
+    if not faster:
+        return f"crossover above {max(slower) ** 2:,} pairs" if slower else "no crossover measured"
+    return f"crossover at {min(faster) ** 2:,} pairs" if slower else "crossover below the smallest batch: leave it out"
 
 
 def _identity(case: Case) -> tuple[str, int, int, str]:

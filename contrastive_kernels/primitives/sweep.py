@@ -130,7 +130,7 @@ def _prepare(
     )
     name = "" if term is None else term.name
     what = Description(exponents, column_lse, name, constants, keep_equal_ids, int(diagonals))
-    return inputs, what, choose(x, backend)
+    return inputs, what, choose(x, backend, pairs=x.shape[0] * (x if y is None else y).shape[0])
 
 
 def _may_be_saved(inputs: Inputs, backend: Backend) -> bool:

@@ -8,6 +8,8 @@ import torch
 
 from contrastive_kernels.engine import backends, spec
 from contrastive_kernels.engine.backends import BACKENDS, base, choose
+from contrastive_kernels.engine.backends.triton import tiles
+from contrastive_kernels.primitives.sweep import ALL_PAIRS, _prepare
 from tests.support.testing import dtype_id
 
 REQUIRED = {"forward", "backward", "unit_rows", "unit_rows_backward", "views"}
@@ -90,6 +92,25 @@ def test_the_first_backend_that_takes_the_features(monkeypatch):
             monkeypatch.setattr(other, "not_supported_reasons", lambda x, reasons=reasons: reasons)
         assert choose(x).name == name
         assert choose(x, name).name == name
+
+
+def test_pytorch_takes_small_sweeps(monkeypatch):
+    """Below the crossover of the device, where there is one, unless a backend is asked for or a program is compiled."""
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(BACKENDS["triton"], "not_supported_reasons", lambda x: [])
+    x, y = torch.zeros(40, 8), torch.zeros(50, 8)
+
+    def chosen(x, y=None, requested=None):
+        return _prepare(x, y, ALL_PAIRS, 1.0, None, (1.0,), False, None, requested)[2].name
+
+    assert tiles.CROSSOVER == {}
+    assert chosen(x) == "triton"
+    monkeypatch.setattr(tiles, "CROSSOVER", {"interpreter": 2000, 90: 10**9})
+    assert [chosen(x), chosen(x, y), chosen(y)] == ["torch", "triton", "triton"]
+    assert chosen(x, requested="triton") == "triton"
+    assert choose(x).name == "triton"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert chosen(x) == "triton"
 
 
 @pytest.mark.parametrize("operator", spec.SCHEMAS)

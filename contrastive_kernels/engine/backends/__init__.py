@@ -9,6 +9,7 @@ from torch import Tensor
 
 from contrastive_kernels.engine.backends import cpp, torch, triton
 from contrastive_kernels.engine.backends.base import Backend
+from contrastive_kernels.engine.backends.triton import tiles
 
 __all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "Backend", "choose"]
 
@@ -16,10 +17,11 @@ BACKENDS: Mapping[str, Backend] = {backend.name: backend for backend in (triton,
 ENVIRONMENT_VARIABLE = "CONTRASTIVE_KERNELS_BACKEND"
 
 
-def choose(x: Tensor, requested: str | None = None, operator: str = "forward") -> Backend:
+def choose(x: Tensor, requested: str | None = None, operator: str = "forward", pairs: int | None = None) -> Backend:
     """Return the backend for `operator` on x: the requested one, that of the environment variable, or the first.
 
-    The first is the first that takes x. The PyTorch backend stands in for one that lacks the operator.
+    The first is the first that takes x, but for a sweep over few `pairs` on a GPU where PyTorch is faster. The PyTorch
+    backend stands in for one that lacks the operator.
 
     Raises:
         ValueError: the requested backend does not exist.
@@ -32,6 +34,8 @@ def choose(x: Tensor, requested: str | None = None, operator: str = "forward") -
         chosen = next(backend for backend in BACKENDS.values() if not backend.not_supported_reasons(x))
         if chosen is torch and x.device.type == "cpu" and x.dtype in cpp.DTYPES:
             cpp.warn_once()
+        if pairs is not None and chosen is triton and tiles.is_small(x, pairs):
+            chosen = torch
     else:
         if requested not in BACKENDS:
             raise ValueError(

@@ -100,6 +100,24 @@ def test_gpu_command_rehearsed(rehearse, tmp_path, capsys, monkeypatch):
     assert len(again) == len(rows) and again != rows
 
 
+@pytest.mark.parametrize(
+    ("ours", "others", "expected"),
+    [
+        ({256: 3.0, 512: 3.0, 1024: 3.0}, {256: 1.0, 512: 2.0, 1024: 4.0}, "crossover at 1,048,576 pairs"),
+        ({256: 3.0, 512: 3.0}, {256: 4.0, 512: 2.0}, "crossover above 262,144 pairs"),
+        ({256: 3.0, 512: 3.0}, {256: 4.0, 512: 4.0}, "crossover below the smallest batch: leave it out"),
+        ({256: 3.0}, {}, "no crossover measured"),
+    ],
+)
+def test_gpu_crossover(ours, others, expected):
+    """From there on the kernels are never slower than PyTorch, in any loss."""
+    rows = [row(n=n, ms=ms, provider=name) for name, of in {"ours": ours, "ours-torch": others}.items()
+            for n, ms in of.items()]  # fmt: skip
+    fast = [row("nt_xent", n=n, ms=0.1, provider="ours") for n in ours]
+    fast += [row("nt_xent", n=n, ms=1.0, provider="ours-torch") for n in others]
+    assert gpu.crossover([*rows, *fast, row(n=256, note="out of memory")]) == expected
+
+
 def test_gpu_command_out_of_time(rehearse, tmp_path, capsys):
     assert rehearse("--minutes", "0") == 0
     assert "Out of time for: smoke, check, tests, compile, d128" in capsys.readouterr().out.replace("\n", " ")

@@ -207,6 +207,21 @@ def pick(kernel: str, x: Tensor, large_epilogue: bool) -> Tile:
     return tile
 
 
+# Pairs of a sweep below which the PyTorch backend is faster, by architecture. Measured on none yet: the part "small" of
+# `python -m benchmarks.gpu` prints the number.
+CROSSOVER: dict[int | str, int] = {}
+
+
+def is_small(x: Tensor, pairs: int) -> bool:
+    """Return whether PyTorch is faster for so many pairs on the device of x.
+
+    Never within a compiled program, which serves other sizes too.
+    """
+    if not CROSSOVER or torch.compiler.is_compiling():
+        return False
+    return pairs < CROSSOVER.get(_architecture(x.device), 0)
+
+
 def verified_rows(device: torch.device) -> tuple[int, int]:
     """Return how many rows of a device's architecture are verified, and how many there are."""
     rows = [row for row in TABLE if row.architecture == _architecture(device)]
