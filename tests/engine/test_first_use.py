@@ -110,6 +110,15 @@ def test_one_wrong_number_in_a_tile_is_enough(operator, case, change, dtype):
         run(*arguments, **options)
 
 
+@pytest.mark.parametrize("splits", comparison.SPLITS)
+def test_walks_in_one_program_and_shared_ones_are_compared(splits):
+    """Which of the two a call takes depends on its sizes, on which the verdict does not."""
+    kernel = Kernel("backward", lambda result: scaled(result) if tiles.splits.get() == splits else result)
+    arguments, options = arguments_of("backward")
+    assert "differs" in comparison.objection("backward", kernel, arguments, options)
+    assert tiles.splits.get() is None
+
+
 @pytest.mark.parametrize("operator", ["forward", "backward"])
 def test_tf32_is_right_where_it_is_allowed(operator):
     """Operands that lose 13 bits are a fault at the highest precision only."""

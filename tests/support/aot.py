@@ -49,14 +49,15 @@ def argument_type(name: str, dtype: torch.dtype) -> str:
         return "*i32"
     if name.startswith(("exponent_", "constant_")) or name == "terms":
         return "fp32"
-    if name in ("N", "M", "V", "last", "slots", "splits") or name.startswith("first") or "stride" in name:
+    counts = ("N", "M", "V", "last", "slots", "splits", "dx_size")
+    if name in counts or name.startswith("first") or "stride" in name:
         return "i32"
     return "*fp32"
 
 
 def divisible_by_16(name: str, type_: str) -> bool:
     """Return whether a launch of usual sizes finds the argument divisible by 16."""
-    return type_.startswith("*") or name in ("N", "M") or name.startswith("first") or "stride" in name
+    return type_.startswith("*") or name in ("N", "M", "dx_size") or name.startswith("first") or "stride" in name
 
 
 def bundle_of(kernel, name: str) -> type | None:
@@ -96,7 +97,8 @@ def compiled(kernel, arch: int | str, dtype: torch.dtype, constants: dict, optio
                 )
             )
             continue
-        type_ = argument_type(name, dtype)
+        # partial results are float32
+        type_ = argument_type(name, torch.float32 if name == "dx" and constants.get("SPLIT") else dtype)
         if name in ("x_tiles", "y_tiles"):
             side = constants["BN" if name == "x_tiles" else "BM"]
             type_ = f"tensordesc<{TYPES[dtype]}[{side},{constants['BD']}]>"

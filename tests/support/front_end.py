@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
@@ -23,11 +24,12 @@ LARGEST_GRID = (2**31 - 1, 65535, 65535)
 class FrontEnd:
     """Send all launches through the front end for a GPU, as far as Triton's own intermediate code.
 
-    A kernel that does not compile raises from its launch. `launches` counts them, `compiled` has the distinct kernels.
+    A kernel that does not compile raises from its launch. `launches` counts them, `compiled` has the distinct kernels,
+    `grids` the grids by the kernel's name.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, architecture: int | str) -> None:
-        self.launches, self.compiled = 0, set()
+        self.launches, self.compiled, self.grids = 0, set(), defaultdict(list)
         self._target = (
             GPUTarget("hip", architecture, 64) if isinstance(architecture, str) else GPUTarget("cuda", architecture, 32)
         )
@@ -48,6 +50,7 @@ class FrontEnd:
 
         def checked_run(kernel, *arguments, grid, **named):
             self.launches += 1
+            self.grids[kernel.__name__].append(grid)
             assert all(1 <= size <= most for size, most in zip(grid, LARGEST_GRID, strict=False)), (kernel, grid)
             for leaf in tree_leaves([*arguments, *named.values()]):
                 if isinstance(leaf, TensorDescriptor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -68,11 +68,12 @@ class MemoryCheck:
     """Check that a launch touches its arguments alone, and that no program touches what another one writes.
 
     Every address has to lie between the first and the last element of a tensor among the arguments. A violation is an
-    error of the launch. `launches` and `accesses` count what was checked.
+    error of the launch. `launches` and `accesses` count what was checked, `kernels` the launches by name.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.launches = self.accesses = 0
+        self.kernels: Counter[str] = Counter()
         self._extents: list[tuple[int, int]] = []
         self._raised: list[int] = []
         self._touched: dict[str, dict[tuple, list[np.ndarray]]] = {}
@@ -122,6 +123,7 @@ class MemoryCheck:
 
     def _end(self, name: str) -> None:
         self.launches += 1
+        self.kernels[name] += 1
         written = {
             program: np.setdiff1d(np.concatenate(parts), self._raised)
             for program, parts in self._touched["written"].items()

@@ -47,7 +47,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 
 PLAIN = dict(Q=1, COLUMN_LSE=False, TERM="", BIASED=False, SHIFTED=False)
-PLAIN |= dict(IDS=False, KEEP_EQUAL_IDS=False, DIAGONALS=0, CUT=False, symmetric=False, saved=False)
+PLAIN |= dict(IDS=False, KEEP_EQUAL_IDS=False, DIAGONALS=0, CUT=False, symmetric=False, saved=False, split=False)
 # The epilogues that the losses ask for, small and large ones.
 SMALL = {
     "clip": dict(COLUMN_LSE=True, DIAGONALS=1),
@@ -98,13 +98,13 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
     """Return the compile-time arguments of a kernel: block sizes, flags, None for the pointers that they switch off."""
     d = min(row.limit, 768)
     options = PLAIN | flags
-    symmetric, saved = options.pop("symmetric"), options.pop("saved")
+    symmetric, saved, split = (options.pop(name) for name in ("symmetric", "saved", "split"))
     precision = "ieee" if row.size == 2 or row.architecture == "gfx942" else "tf32x3"
     flags = bundles.Flags(**options, PRECISION=precision)
     # two log-sum-exps of a pair take one exponential, or in another program two
     factored = row.kernel == "grad" and not flags.BIASED and (flags.COLUMN_LSE or symmetric) and flags.Q > 0
     constants = row.blocks(d) | extra | dict(D=d, MAXIMUM=False, GROUP=8, FLAGS=flags)
-    constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=symmetric, FACTORED=factored and not twin)
+    constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=symmetric, FACTORED=factored and not twin, SPLIT=split)
     # grad_scale is for float16 only; the rows are compiled for bfloat16
     absent = {"shift_failed", "shares.bias", "grad_scale"}
     absent |= set() if flags.IDS else {"x_ids", "y_ids"}
@@ -326,6 +326,7 @@ def test_small_kernels(architecture):
     for kernel, constants in (
         (epilogue._pack_bwd_kernel, dict(Q=2, BN=tiles.ALIGNMENT, grad_scale=None)),
         (epilogue._center_bwd_kernel, dict(Q=2, COLUMN_LSE=True, BN=launch.CENTER_ROWS)),
+        (backward._fold_bwd_kernel, dict(BN=backward.FOLD_ELEMENTS, BS=backward.FOLD_SLOTS)),
         (
             forward._fold_fwd_kernel,
             dict(BLOCK=128, TRIANGLE=True, ACCUMULATE=True, BN=forward.FOLD_ROWS, BS=forward.FOLD_SLOTS),

@@ -7,12 +7,13 @@ one that is a multiple of 16 another kernel, which the interpreter does not show
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import pytest
 import torch
 
 from contrastive_kernels.engine.backends import triton as backend
-from contrastive_kernels.engine.spec import DIFFERENTIABLE, Wanted
+from contrastive_kernels.engine.spec import DIFFERENTIABLE, Statistics, Wanted
 from tests.support import kernels
 from tests.support.kernels import CASES, LAYOUTS
 
@@ -22,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     import triton
     import triton.language as tl
 
-    from contrastive_kernels.engine.backends.triton import chunks, launch
+    from contrastive_kernels.engine.backends.triton import backward, chunks, launch
     from tests.support.front_end import FrontEnd
 
     @triton.jit
@@ -68,6 +69,61 @@ def test_sweep(name, shape, dtype, architecture, save_scores, front_end):
     front = front_end(architecture)
     step(case, kernels.inputs(case, max(n, case.diagonals), m, d, dtype), save_scores)
     assert front.launches >= len(front.compiled) > 2
+
+
+def launch_gradients(name: str, n: int, m: int, wanted: tuple[str, ...]) -> None:
+    """Launch the backward of a case with n rows of 128 bfloat16 against m."""
+    case = CASES[name]
+    tensors = kernels.inputs(case, 1, 1, 128, torch.bfloat16)
+    x, y = (torch.zeros(count, 128, dtype=torch.bfloat16) for count in (n, m))
+    tensors = tensors._replace(x=x, y=y, bias=torch.zeros(m) if case.bias else None)
+    statistics = Statistics(torch.zeros(1, n), torch.zeros(m if case.column_lse else 0), *torch.zeros(4, 0))
+    incoming = [torch.ones_like(statistic) for statistic in statistics[:3]]
+    kernels.backward(case, incoming, statistics, tensors, Wanted(*(field in wanted for field in Wanted._fields)))
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "m", "wanted", "shared"),
+    [
+        ("rows", 256, 65536, ("x",), 1),  # queries against a queue
+        ("columns", 4096, 4096, ("x", "y", "scale"), 2),
+        ("bias", 65536, 256, ("bias",), 1),
+        ("columns", 256, 256, ("x", "y", "scale"), 0),
+        ("columns", 32768, 32768, ("x", "y", "scale"), 0),
+    ],
+)
+def test_gradients_fill_the_device(name, n, m, wanted, shared, front_end):
+    """Several programs share a walk where there are fewer blocks than 132 multiprocessors, unless it is short."""
+    front = front_end(90)
+    launch_gradients(name, n, m, wanted)
+    grids = set(front.grids["_grad_bwd_kernel"])
+    assert len(front.grids["_fold_bwd_kernel"]) == shared
+    assert all((splits > 1) == (shared > 0) for _, splits in grids)
+    if shared:
+        assert all(0.9 * 132 <= blocks * splits <= 2 * 132 for blocks, splits in grids)
+
+
+@pytest.mark.parametrize("limit", [1, 5 << 20, 1 << 40])
+def test_partial_gradients_stay_within_the_limit(limit, front_end, monkeypatch):
+    """With less memory fewer programs share a walk, and one takes all of it where there is none."""
+    monkeypatch.setattr(backward, "workspace_limit", lambda: limit)
+    front = front_end(90)
+    launch_gradients("rows", 256, 65536, ("x", "scale"))
+    ((_, splits),) = front.grids["_grad_bwd_kernel"]
+    assert splits == 1 or splits * 256 * (128 + 1) * 4 <= limit
+    assert (splits > 1) == (limit > 1)
+    assert (splits < 64) == (limit < 1 << 40)
+
+
+def test_splits():
+    """The last program ends soonest: no wave that is nearly empty, no programs for nothing."""
+    shared = partial(backward.splits_of, width=128, most=1000)
+    assert shared(64, 32, places=264) == 4
+    assert shared(512, 256, places=264) == shared(264, 1000, places=264) == 1
+    assert shared(265, 1000, places=264) > 1
+    assert shared(1, 1, places=264) == shared(0, 0, places=264) == 1
+    assert shared(1, 10**6, places=264) >= 264
+    assert backward.splits_of(64, 32, 128, 264, most=2) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=grid_id)

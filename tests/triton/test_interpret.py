@@ -234,6 +234,19 @@ def test_sweep_bitwise(name, d):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("name", ["columns", "self-ids", "exponents-bias", "self-softplus", "everything"])
+def test_sweep_shared_walks(name):
+    """Gradients from programs that share a walk agree with dense float64; a repeated call returns the same bits."""
+    from contrastive_kernels.engine.backends.triton import tiles
+
+    case, shape = CASES[name], (37, 83, 24, torch.float32) if INTERPRETING else (300, 410, 128, torch.bfloat16)
+    tensors = inputs(case, *shape)
+    with tiles.split(3):
+        statistics, incoming, gradients = check(case, tensors)
+        again = backward(case, incoming, statistics, tensors, Wanted(*(g.numel() > 0 for g in gradients)))
+    assert all(torch.equal(a, b) for a, b in zip(again, gradients, strict=True))
+
+
 @pytest.mark.parametrize("save_scores", [False, True])
 @pytest.mark.parametrize("name", ["columns", "self-ids", "self-softplus", "self-same", "self-student-ids", "self-bias"])
 def test_sweep_small_workspace(name, save_scores, monkeypatch):

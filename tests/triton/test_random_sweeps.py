@@ -101,7 +101,7 @@ FIRST, COUNT = map(int, os.environ.get("CONTRASTIVE_KERNELS_SEEDS", "0:220").spl
 
 
 def drawn(seed: int):
-    """Return a random sweep: the case, its tensors, and whether scores are saved."""
+    """Return a random sweep: the case, its tensors, whether scores are saved, and among how many to share walks."""
     choice = random.Random(seed).choice
     dtype = choice([torch.float32, torch.float16])
     itself, exponents = choice([False, True]), choice([(), (1.0,), (1.0,), (1.0,), (2.0, 1.0), (1.5, 0.5)])
@@ -133,7 +133,7 @@ def drawn(seed: int):
     # the distance of equal rows loses all digits
     layouts = [lambda x: x, *(LAYOUTS[name] for name in LAYOUTS if not (distance and name == "expanded"))]
     tensors = tensors._replace(x=choice(layouts)(tensors.x))
-    return case, tensors, choice([False, True])
+    return case, tensors, choice([False, True]), choice([1, 2, 3])
 
 
 SIZES = [1, 1, 2, 5, 15, 16, 17, 31, 33, 40]
@@ -143,11 +143,15 @@ SIZES = [1, 1, 2, 5, 15, 16, 17, 31, 33, 40]
 def test_random_sweep(seed, monkeypatch, poison):
     """A random sweep agrees with dense float64, stays inside its tensors, and its programs do not meet."""
     memory = MemoryCheck(monkeypatch)
-    case, tensors, save_scores = drawn(seed)
+    case, tensors, save_scores, splits = drawn(seed)
     if seed % 4 == 0:
         # partial sums and weights in ragged portions
         monkeypatch.setattr(forward, "workspace_limit", lambda: 4 * len(tensors.x))
         monkeypatch.setattr(chunks, "workspace_limit", lambda: 1)
         monkeypatch.setattr(tiles, "ALIGNMENT", 32)
-    check(case, tensors, save_scores=save_scores and (bool(case.exponents) or case.column_lse))
+    with tiles.split(splits):
+        check(case, tensors, save_scores=save_scores and (bool(case.exponents) or case.column_lse))
     assert memory.launches > 1
+    least = min(len(x) for x in tensors[:2] if x is not None)
+    if splits > 1 and least > 32 and memory.kernels["_grad_bwd_kernel"]:
+        assert memory.kernels["_fold_bwd_kernel"]

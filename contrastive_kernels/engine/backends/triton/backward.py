@@ -2,10 +2,14 @@
 
 dY is the same kernel with the operands exchanged and the owner acting as the sweep's columns; x against itself is one
 kernel in both roles, dX = (G + G^T) X. `chunks` takes over if an operand's gradient does not fit in registers.
+
+Where there are fewer blocks of the owner than the device takes, several programs share the walk of each, and
+`_fold_bwd_kernel` adds up what they leave.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from contrastive_kernels.engine.backends.triton import tiles, tune
+from contrastive_kernels.engine.backends.triton import launch, tiles, tune
 from contrastive_kernels.engine.backends.triton.bundles import (
     Block,
     Numbers,
@@ -38,9 +42,20 @@ from contrastive_kernels.engine.backends.triton.launch import Operands, PackedVe
 from contrastive_kernels.engine.backends.triton.terms import (
     term_base,
 )
+from contrastive_kernels.engine.limits import workspace_limit
 
 # The outputs that are to be added up over the rows.
 SUMS = ("scale", "term_scale", "total")
+
+# A further program of a walk costs as much as passing so many rows of the other operand, by its start and a partial
+# result that is written and read; the kernel that adds up costs as much. Predicted from an H100's bandwidth; untuned.
+PROGRAM_ROWS = 512
+
+# Programs per place of the device up to which walks are shared.
+ROUNDS = 8
+
+# Elements per program of the kernel that adds up partial results, and how many of these it reads at a time.
+FOLD_ELEMENTS, FOLD_SLOTS = 256, 16
 
 
 class Shares(NamedTuple):
@@ -59,10 +74,13 @@ def _grad_bwd_kernel(
     dx, shares: Shares,
     N, M, stride_x, stride_y, stride_dx, row_stride, col_stride, numbers: Numbers,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, FACTORED: tl.constexpr, FLAGS: tl.constexpr,
+    AS_ROWS: tl.constexpr, AS_COLUMNS: tl.constexpr, FACTORED: tl.constexpr, SPLIT: tl.constexpr,
+    FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Walk from one block of the owner x over all of y. An output that is None is not computed.
 
+    SPLIT: over every `splits`-th block of y alone, of which there are as many at least; the outputs are
+    (splits, N, ...) in float32.
     dx (N, D) needs D <= BD. The share of the bias is final if x acts as the sweep's columns, that of the term's offset
     if it acts as the rows. y_tiles, if not None, is y as a descriptor, which then needs D <= BD.
     With a center this program or its twin computes everything: the FACTORED one unless the center fails.
@@ -102,7 +120,12 @@ def _grad_bwd_kernel(
     b_total = tl.zeros([BN], tl.float32)
     own_block = Block(Operand(x, None, x_ids, N, stride_x), 0, o_n)
     b_x = load_block(own_block, 0, o_d, D)
-    for i_m in range(0, M, BM):
+    first, step = 0, BM
+    if SPLIT:
+        first, step = tl.program_id(1) * BM, tl.num_programs(1) * BM
+        # there are no more programs than blocks; not knowing it, ptxas serializes the products of some tiles (C7515)
+        tl.assume(first < M)
+    for i_m in range(first, M, step):
         other_block = Block(other, i_m, i_m + tl.arange(0, BM).to(tl.int64))
         b_y = load_block(other_block, 0, o_d, D)
         b_s = similarity(own_block, other_block, b_x, b_y, D, BD, FLAGS)
@@ -135,19 +158,48 @@ def _grad_bwd_kernel(
             b_d_scale = b_dot
         else:
             b_d_term_scale = b_dot
+    o_out = o_n
+    if SPLIT:
+        o_out += tl.program_id(1).to(tl.int64) * N
     if dx is not None:
         b_dx *= weight_factor(grad_scale, scalars, FLAGS)
-        tl.store(dx + o_n[:, None] * stride_dx + o_d[None, :], b_dx.to(dx.dtype.element_ty), mask=m_dx)
+        tl.store(dx + o_out[:, None] * stride_dx + o_d[None, :], b_dx.to(dx.dtype.element_ty), mask=m_dx)
     if shares.scale is not None:
-        tl.store(shares.scale + o_n, b_d_scale * b_inverse_scale, mask=m_n)
+        tl.store(shares.scale + o_out, b_d_scale * b_inverse_scale, mask=m_n)
     if shares.term_scale is not None:
-        tl.store(shares.term_scale + o_n, b_d_term_scale * b_inverse_scale, mask=m_n)
+        tl.store(shares.term_scale + o_out, b_d_term_scale * b_inverse_scale, mask=m_n)
     if shares.bias is not None:
-        tl.store(shares.bias + o_n, b_d_bias * b_inverse_scale, mask=m_n)
+        tl.store(shares.bias + o_out, b_d_bias * b_inverse_scale, mask=m_n)
     if shares.term_offset is not None:
-        tl.store(shares.term_offset + o_n, b_d_term_offset * b_inverse_scale, mask=m_n)
+        tl.store(shares.term_offset + o_out, b_d_term_offset * b_inverse_scale, mask=m_n)
     if shares.total is not None:
-        tl.store(shares.total + o_n, b_total * b_inverse_scale, mask=m_n)
+        tl.store(shares.total + o_out, b_total * b_inverse_scale, mask=m_n)
+
+
+@triton.jit
+def fold(partial, total, splits, size, BN: tl.constexpr, BS: tl.constexpr):
+    """Write to total (size,) the sum of partial (splits, size), in a fixed order; nothing if there is none."""
+    if partial is not None:
+        o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+        b_total = tl.zeros([BN], tl.float32)
+        for i_s in range(0, splits, BS):
+            o_s = i_s + tl.arange(0, BS).to(tl.int64)
+            m_s = (o_s < splits)[:, None] & (o_n < size)[None, :]
+            b_total += tl.sum(tl.load(partial + o_s[:, None] * size + o_n[None, :], mask=m_s, other=0.0), 0)
+        tl.store(total + o_n, b_total.to(total.dtype.element_ty), mask=o_n < size)
+
+
+@triton.jit
+def _fold_bwd_kernel(
+    dx_partial, partials: Shares, dx, shares: Shares, splits, N, dx_size, BN: tl.constexpr, BS: tl.constexpr
+):  # fmt: skip
+    """Add up what the programs of `_grad_bwd_kernel` left that shared a walk."""
+    fold(dx_partial, dx, splits, dx_size, BN, BS)
+    fold(partials.scale, shares.scale, splits, N, BN, BS)
+    fold(partials.term_scale, shares.term_scale, splits, N, BN, BS)
+    fold(partials.bias, shares.bias, splits, N, BN, BS)
+    fold(partials.term_offset, shares.term_offset, splits, N, BN, BS)
+    fold(partials.total, shares.total, splits, N, BN, BS)
 
 
 def _kernel_in_table(wanted: set[str]) -> str:
@@ -157,6 +209,23 @@ def _kernel_in_table(wanted: set[str]) -> str:
 def fits_in_registers(operands: Operands, wanted: set[str]) -> bool:
     """Return whether there is a tile with dX in registers."""
     return tiles.find_for(_kernel_in_table(wanted), operands.x, operands.large_epilogue) is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def splits_of(blocks: int, others: int, width: int, places: int, most: int) -> int:
+    """Return how many programs, at most `most`, are to share each block's walk so that the last of all ends soonest.
+
+    `blocks` of the owner each walk over `others` blocks of `width` rows; the device runs `places` programs at a time.
+    """
+
+    def passed(splits: int) -> int:
+        rounds, walk = triton.cdiv(blocks * splits, places), triton.cdiv(others, splits) * width
+        extra = 0 if splits == 1 else PROGRAM_ROWS
+        rows: int = rounds * (walk + extra) + extra
+        return rows
+
+    most = max(1, min(others, most, ROUNDS * places // max(1, blocks)))
+    return min(range(1, most + 1), key=passed)
 
 
 def grad_bwd(
@@ -171,13 +240,26 @@ def grad_bwd(
         tile = tiles.pick(_kernel_in_table(wanted), x, operands.large_epilogue)
     else:
         tile = tiles.pick("weights", x, operands.large_epilogue or "total" in wanted)
-    dx = x.new_empty((n, d)) if owner in wanted else None
-    shares = Shares(*(x.new_empty(n, dtype=torch.float32) if name in wanted else None for name in Shares._fields))
 
-    def launch(tile: tiles.Tile) -> None:
+    def outputs(dtype: torch.dtype, *shape: int) -> tuple[Tensor | None, Shares]:
+        """Return memory for the gradient of the owner and for the shares."""
+        dx = x.new_empty((*shape, n, d), dtype=dtype) if owner in wanted else None
+        own = (x.new_empty((*shape, n), dtype=torch.float32) if name in wanted else None for name in Shares._fields)
+        return dx, Shares(*own)
+
+    dx, shares = outputs(x.dtype)
+    numbers, flags = operands.numbers(), operands.flags()
+
+    def run(tile: tiles.Tile) -> None:
         y_tiles = tiles_of(y, tile.width, tile) if d <= tile.blocks(d)["BD"] else None
+        blocks, others = triton.cdiv(n, tile.height), triton.cdiv(m, tile.width)
+        places = launch.processors(x) * tile.programs
+        partial_bytes = 4 * max(1, n * len(wanted & set(Shares._fields)) + n * d * (owner in wanted))
+        splits = splits_of(blocks, others, tile.width, places, workspace_limit() // partial_bytes)
+        splits = max(1, min(tiles.splits.get() or splits, others))
+        partial = outputs(torch.float32, splits) if splits > 1 else (dx, shares)
         for factored in (False,) if packed.center is None else (True, False):
-            _grad_bwd_kernel[(triton.cdiv(n, tile.height),)](
+            _grad_bwd_kernel[(blocks, splits)](
                 x=x,
                 y=y,
                 y_tiles=y_tiles,
@@ -189,8 +271,8 @@ def grad_bwd(
                 scale=operands.scale,
                 term_scale=operands.term_scale,
                 grad_scale=packed.grad_scale,
-                dx=dx,
-                shares=shares,
+                dx=partial[0],
+                shares=partial[1],
                 N=n,
                 M=m,
                 stride_x=x.stride(0),
@@ -198,17 +280,30 @@ def grad_bwd(
                 stride_dx=d,
                 row_stride=packed.rows.shape[1],
                 col_stride=packed.columns.shape[1],
-                numbers=operands.numbers(),
+                numbers=numbers,
                 D=d,
                 **tile.blocks(d),
                 AS_ROWS=rows,
                 AS_COLUMNS=columns,
                 FACTORED=factored,
-                FLAGS=operands.flags(),
+                SPLIT=splits > 1,
+                FLAGS=flags,
                 **tile.options(),
             )
+        if splits > 1:
+            _fold_bwd_kernel[(triton.cdiv(n * d if owner in wanted else n, FOLD_ELEMENTS),)](
+                dx_partial=partial[0],
+                partials=partial[1],
+                dx=dx,
+                shares=shares,
+                splits=splits,
+                N=n,
+                dx_size=n * d,
+                BN=FOLD_ELEMENTS,
+                BS=FOLD_SLOTS,
+            )
 
-    tune.run(tile, x, launch)
+    tune.run(tile, x, run)
     gradients = {} if dx is None else {owner: dx}
     for name, share in shares._asdict().items():
         if share is not None:

@@ -22,6 +22,9 @@ ALIGNMENT = 256
 
 ANY = 1 << 31
 
+# Of a multiprocessor of any NVIDIA GPU, 32 bits each.
+REGISTERS = 1 << 16
+
 
 def round_up(size: int, multiple: int) -> int:
     """Return the least multiple that is not less than size."""
@@ -42,9 +45,11 @@ class Tile:
 
     `height` is the side of the tile along N and `width` that along M, whatever the two are of. `depth` is how much of D
     is taken at a time, None for all of it. A row for a `large_epilogue` serves those that hold more than one pair of
-    vectors per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids. "total" is "grad"
-    with a term's values added up beside its slopes; "weights" takes its rows for a large epilogue for that. A row is
-    `verified` where its kernels were seen right; a change of the row takes that away.
+    vectors per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids, in "safe_sums" a
+    maximum or scores to save. "total" is "grad" with a term's values added up beside its slopes; "weights" takes its
+    rows for a large epilogue for that. A row is
+    `verified` where its kernels were seen right; a change of the row takes that away. `maxnreg`: the registers of a
+    thread are held down to so many, for as many programs at a time as that allows.
     """
 
     kernel: str
@@ -59,6 +64,7 @@ class Tile:
     stages: int
     reason: str
     verified: tuple[Seen, ...] = ()
+    maxnreg: int | None = None
 
     def is_verified(self) -> bool:
         """Return whether this row of the table was seen right on its architecture with the installed Triton."""
@@ -70,7 +76,14 @@ class Tile:
 
     def options(self) -> dict[str, int]:
         """Return the launch options."""
-        return dict(num_warps=self.warps, num_stages=self.stages)
+        options = dict(num_warps=self.warps, num_stages=self.stages)
+        return options if self.maxnreg is None else options | dict(maxnreg=self.maxnreg)
+
+    @property
+    def programs(self) -> int:
+        """How many programs a multiprocessor runs at a time, as far as that is known: those that `maxnreg` is for."""
+        held = 0 if self.maxnreg is None else 32 * self.warps * round_up(self.maxnreg, 8)
+        return max(1, REGISTERS // held) if held else 1
 
     def takes_descriptors(self, d: int) -> bool:
         """Return whether tiles are loaded by descriptors, which need no registers for addresses and masks.
@@ -226,6 +239,20 @@ def verified_rows(device: torch.device) -> tuple[int, int]:
     """Return how many rows of a device's architecture are verified, and how many there are."""
     rows = [row for row in TABLE if row.architecture == _architecture(device)]
     return sum(row.is_verified() for row in rows), len(rows)
+
+
+# Among how many programs a gradient kernel shares each walk, if a comparison decides that and not the sizes.
+splits: ContextVar[int | None] = ContextVar("splits", default=None)
+
+
+@contextmanager
+def split(into: int | None) -> Iterator[None]:
+    """Let so many programs share each walk of a gradient kernel within the context; None: as many as fit."""
+    token = splits.set(into)
+    try:
+        yield
+    finally:
+        splits.reset(token)
 
 
 _picked: ContextVar[set[Tile] | None] = ContextVar("picked", default=None)
