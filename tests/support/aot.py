@@ -18,7 +18,7 @@ BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 # Shared memory of a block, in bytes.
-SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, "gfx942": 64 << 10}
 MATRIX_INSTRUCTION = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC[A-Z]*MMA", "gfx942": r"\bv_mfma_"}
 
 

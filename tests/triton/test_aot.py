@@ -79,6 +79,8 @@ OTHERS = {
     # Not identity and count, whose weights do not depend on S: the one product left is serialized. Slow, not wrong.
     **{term: dict(Q=0, TERM=term, IDS=True) for term in ("square", "hinge", "gaussian")},
 }
+# Epilogues of gradients that are compiled for shared walks, on one architecture.
+SPLIT = ("nt_xent", "rows", "same", "student", "info_nce-columns-band", "band")
 QUANTA = {"store.x_inverse", "store.y_inverse", "scores.x_quantum", "scores.y_quantum"}
 ARCHITECTURES = (80, 90, 100, "gfx942")
 EVERYTHING = "CONTRASTIVE_KERNELS_AOT_ALL"  # set: all epilogues on all architectures
@@ -160,9 +162,7 @@ def cases() -> list:
         epilogues = LARGE if row.large_epilogue else SMALL
         if row.kernel == "sums":
             # ids make a large epilogue here; without a row for it the other one takes them
-            demanding = ("ids",) if takes_large_epilogues(row) and row.architecture != 90 else ("clip", "nt_xent")
-            if row.architecture == 90:
-                demanding += ("ids",)
+            demanding = ("ids",) if takes_large_epilogues(row) else ("clip", "nt_xent")
             epilogues = {name: SMALL[name] for name in demanding}
         elif row.kernel == "total":
             demanding = TOTALS if row.architecture == 90 else ("siglip", "distance_hinge")
@@ -181,9 +181,15 @@ def cases() -> list:
             epilogues = {"clip-ids": OTHERS["clip-ids"]}
         elif row.kernel == "saved_weights":
             epilogues = {"hard_negative-band": LARGE["hard_negative-band"]}
-        if row.kernel == "safe_sums" and row.size == 2 and row.architecture == 90:
+        if row.kernel == "safe_sums" and row.size == 2 and row.architecture == 90 and row.large_epilogue:
             # similarities saved for the backward
             epilogues = epilogues | {f"{name}-saved": flags | dict(saved=True) for name, flags in epilogues.items()}
+        if row.kernel in ("grad", "total") and row.architecture == 90:
+            # walks that several programs share are other code
+            epilogues = {
+                **{name: flags for name, flags in epilogues.items() if name not in SPLIT},
+                **{f"{name}-split": epilogues[name] | dict(split=True) for name in SPLIT if name in epilogues},
+            }
         found += [(row, *variant) for variant in variants(row, epilogues)]
     return found
 
@@ -249,6 +255,11 @@ def test_binary(binaries, case):
     assert (binary.matrix_instructions > 0) == (row.kernel != "saved_weights"), binary
     assert not binary.warnings, binary
     assert binary.warps == row.warps, binary
+    if row.maxnreg is not None:
+        assert binary.registers <= row.maxnreg, binary
+        assert row.programs > 1
+        # besides what it asks for, a program takes 1 KB of a multiprocessor's 228
+        assert row.programs * (binary.shared + 1024) <= 228 << 10, binary
 
     threads = 64 * row.warps if row.architecture == "gfx942" else 32 * row.warps
     planned = planned_exponentials(case) * row.height * row.width // threads
@@ -294,6 +305,20 @@ def test_binary_as_recorded(binaries, case):
         assert abs(now - before) <= 8 * (name == "registers"), (
             f"{name}: {now}, {before} are recorded; if that is wanted run this file with {RECORDING}=1"
         )
+
+
+def test_rows_of_86_fit(binaries):
+    """The rows that GPUs of 99 KB of shared memory share with sm_80 take no more; the one that is cut, up to its D."""
+    same = ("height", "width", "depth", "warps", "stages")
+    fitting = [case for case in cases() if case[0].architecture == 80]
+    for row, name, kernel, constants in fitting:
+        other = tiles.find(row.kernel, 86, row.size, constants["D"], row.large_epilogue)
+        if all(getattr(row, field) == getattr(other, field) for field in same):
+            assert binaries[case_id((row, name, kernel, constants))].shared <= aot.SHARED[86]
+    row, kernel = tiles.find("sums", 86, 2, 128, False), forward._sums_fwd_kernel
+    assert row.limit == 128
+    binary = aot.compile_kernel(kernel, 80, torch.bfloat16, arguments(kernel, row, SMALL["ids"]), row.options())
+    assert binary.spilled == 0 and binary.shared <= aot.SHARED[86]
 
 
 @pytest.mark.skipif(EVERYTHING in os.environ, reason="the record is of the usual cases")
@@ -343,7 +368,7 @@ def test_small_kernels(architecture):
 
 
 @pytest.mark.parametrize("kernel", ["sums", "safe_sums", "weights"])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "other", "interpreter"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, 86, "other", "interpreter"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("d", [1, 128, 256, 4096])
 def test_table_complete(kernel, architecture, size, d):

@@ -263,7 +263,7 @@ def safe_sums_fwd(
                 BN=MERGE_ROWS,
             )
 
-    tile = tiles.pick("safe_sums", x, operands.large_epilogue or maximum)
+    tile = tiles.pick("safe_sums", x, operands.large_epilogue or maximum or scores is not None)
     if shift_failed is None:
         tune.run(tile, x, launch)
     else:

@@ -11,7 +11,7 @@ import importlib.metadata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -99,7 +99,7 @@ class Tile:
     @property
     def pair_sum(self) -> bool:
         """Whether a thread holds rows r and r + 8 of a tile: not where an accumulator row is a lane, nor on AMD."""
-        return self.architecture in (80, 90)
+        return self.architecture in (80, 86, 90)
 
 
 _CLAMPED = "registers: the next larger tile spills"
@@ -109,8 +109,10 @@ _PAIRS = "64-bit ids beside the column accumulator spill at 128 x 128"
 TABLE = (
     Tile("sums", 80, 2, False, 256, 128, 128, None, 8, 2, "130 KB at D = 256"),
     Tile("sums", 80, 2, False, ANY, 128, 128, 64, 8, 3, _SPLIT),
-    Tile("sums", 90, 2, False, 128, 128, 128, None, 8, 2, "97 KB: two blocks per multiprocessor while registers allow"),
-    Tile("sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB; resident at D = 256 the ids spill"),
+    Tile("sums", 90, 2, True, 128, 128, 128, None, 8, 2, "ids: 205 registers; 0.9 KB spilled with 128"),
+    Tile("sums", 90, 2, True, ANY, 128, 128, 64, 8, 3, "ids: 209 registers; 0.9 KB spilled with 128"),
+    Tile("sums", 90, 2, False, 128, 128, 128, None, 8, 2, "97 KB", maxnreg=128),
+    Tile("sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB", maxnreg=128),
     Tile("sums", 100, 2, True, 128, 64, 64, None, 4, 2, _PAIRS),
     Tile("sums", 100, 2, True, ANY, 64, 64, 64, 4, 3, _PAIRS),
     Tile("sums", 100, 2, False, 128, 128, 128, None, 8, 2, "97 KB"),
@@ -119,23 +121,26 @@ TABLE = (
     Tile("sums", "gfx942", 2, False, ANY, 128, 128, 64, 8, 2, _SPLIT),
     Tile("safe_sums", 80, 2, True, ANY, 64, 64, 64, 8, 3, _CLAMPED),
     Tile("safe_sums", 80, 2, False, 256, 128, 64, None, 8, 2, "97 KB at D = 256"),
+    Tile("safe_sums", 80, 2, False, ANY, 64, 128, 64, 8, 3, _SPLIT),
     Tile("safe_sums", 90, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
-    Tile("safe_sums", 90, 2, False, 256, 128, 64, None, 8, 2, "128 KB at D = 256"),
+    Tile("safe_sums", 90, 2, False, 128, 128, 128, None, 8, 2, "96 KB", maxnreg=128),
+    Tile("safe_sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB", maxnreg=128),
     Tile("safe_sums", 100, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
     Tile("safe_sums", 100, 2, False, 256, 128, 64, None, 8, 2, "129 KB at D = 256"),
+    Tile("safe_sums", 100, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB"),
     Tile("safe_sums", "gfx942", 2, True, ANY, 128, 64, 64, 8, 2, "24 of 64 KB"),
     Tile("safe_sums", "gfx942", 2, False, 256, 64, 64, None, 4, 1, "32 of 64 KB at D = 256"),
     Tile("grad", 80, 2, True, 256, 64, 32, None, 8, 2, _CLAMPED),
     Tile("grad", 80, 2, False, 256, 64, 64, None, 8, 2, _CLAMPED),
     Tile("grad", 90, 2, True, 256, 64, 32, None, 8, 2, "64 x 64 spills with 4 warps, serializes wgmma (C7515) with 8"),
-    Tile("grad", 90, 2, False, 128, 128, 128, None, 8, 2, "97 KB, 228 registers"),
+    Tile("grad", 90, 2, False, 128, 64, 128, None, 4, 2, "82 KB: one multiplies, one exponentiates", maxnreg=255),
     Tile("grad", 90, 2, False, 256, 128, 64, None, 8, 2, "128 KB, 255 registers"),
     Tile("grad", 100, 2, True, 256, 64, 32, None, 8, 2, _CLAMPED),
     Tile("grad", 100, 2, False, 256, 128, 64, None, 8, 2, "all 512 columns of tensor memory at D = 256"),
     Tile("grad", "gfx942", 2, False, 128, 64, 64, None, 4, 1, "dX takes half of the registers"),
     Tile("total", 80, 2, True, 256, 64, 64, None, 8, 2, "74 KB at D = 256, 255 registers"),
     Tile("total", 90, 2, True, 128, 128, 64, None, 8, 2, "243 to 255 registers; 128 x 128 spills"),
-    Tile("total", 90, 2, True, 256, 128, 32, None, 8, 2, "64 columns spill, 64 x 64 serializes wgmma (C7515)"),
+    Tile("total", 90, 2, True, 256, 64, 32, None, 4, 2, "64 KB; 64 columns spill", maxnreg=255),
     Tile("total", 100, 2, True, 128, 128, 64, None, 8, 2, "238 registers"),
     Tile("total", 100, 2, True, 256, 128, 32, None, 8, 2, "all 512 columns of tensor memory"),
     Tile("total", "gfx942", 2, True, 128, 64, 64, None, 4, 1, "272 of 512 registers"),
@@ -179,6 +184,15 @@ TABLE = (
       for kernel in ("grad", "total") for size in (2, 4)),
 )  # fmt: skip
 
+# GPUs with the matrix instructions of sm_80 and 99 KB of shared memory take those of its rows that fit.
+TABLE += tuple(
+    replace(row, architecture=86, limit=128 if (row.kernel, row.limit) == ("sums", 256) else row.limit)
+    for row in TABLE
+    if row.architecture == 80
+)
+# What takes the rows of another architecture.
+ALIKE = {103: 100, 87: 80, 89: 86, 120: 86, 121: 86}
+
 
 @functools.cache
 def _triton_version() -> str:
@@ -194,7 +208,7 @@ def _architecture(device: torch.device) -> int | str:
         name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     else:
         major, minor = torch.cuda.get_device_capability(device)
-        name = 10 * major + minor
+        name = ALIKE.get(10 * major + minor, 10 * major + minor)
     return name if any(row.architecture == name for row in TABLE) else "other"
 
 
