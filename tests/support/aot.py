@@ -49,8 +49,8 @@ def argument_type(name: str, dtype: torch.dtype) -> str:
         return "*i32"
     if name.startswith(("exponent_", "constant_")) or name == "terms":
         return "fp32"
-    counts = ("N", "M", "V", "last", "slots", "splits", "dx_size")
-    if name in counts or name.startswith("first") or "stride" in name:
+    counts = ("N", "M", "V", "slots", "splits", "dx_size")
+    if name in counts or name.startswith(("first", "last")) or "stride" in name:
         return "i32"
     return "*fp32"
 

@@ -104,9 +104,11 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
     precision = "ieee" if row.size == 2 or row.architecture == "gfx942" else "tf32x3"
     flags = bundles.Flags(**options, PRECISION=precision)
     # two log-sum-exps of a pair take one exponential, or in another program two
-    factored = row.kernel == "grad" and not flags.BIASED and (flags.COLUMN_LSE or symmetric) and flags.Q > 0
+    both_roles = flags.COLUMN_LSE or (symmetric and not flags.BIASED)
+    factored = row.kernel in ("grad", "weights") and both_roles and flags.Q > 0
     constants = row.blocks(d) | extra | dict(D=d, MAXIMUM=False, GROUP=8, FLAGS=flags)
     constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=symmetric, FACTORED=factored and not twin, SPLIT=split)
+    constants |= dict(PERSISTENT=row.persistent and not flags.CUT and not twin)
     # grad_scale is for float16 only; the rows are compiled for bfloat16
     absent = {"shift_failed", "shares.bias", "grad_scale"}
     absent |= set() if flags.IDS else {"x_ids", "y_ids"}
@@ -142,7 +144,9 @@ def variants(row, epilogues: dict) -> list:
         total = row.kernel == "total" or (row.kernel == "weights" and name in TOTALS and takes_large_epilogues(row))
         constants = arguments(kernel, row, flags, total, **roles)
         found.append((name, kernel, constants))
-        if constants.get("FACTORED") and row.architecture == 90:
+        # of "weights" those that take most registers
+        with_twin = row.kernel == "grad" or name in ("clip", "hard_negative-band")
+        if constants.get("FACTORED") and row.architecture == 90 and with_twin:
             found.append((f"{name}-twin", kernel, arguments(kernel, row, flags, total, twin=True, **roles)))
     return found
 
@@ -169,8 +173,10 @@ def cases() -> list:
             epilogues = {name: TOTALS[name] for name in demanding}
         elif (row.kernel, row.architecture) != ("grad", 90) and os.environ.get(EVERYTHING) is None:
             # The most demanding of them; all where tuning begins.
-            demanding = "hard_negative-band" if row.large_epilogue else "ids"
-            epilogues = {demanding: epilogues[demanding]}
+            demanding = ("hard_negative-band",) if row.large_epilogue else ("ids",)
+            if row.persistent and not row.large_epilogue:
+                demanding = ("clip", "nt_xent")
+            epilogues = {name: epilogues[name] for name in demanding}
         if row.kernel not in ("sums", "saved_sums", "total") and takes_large_epilogues(row):
             epilogues = epilogues | {"hard_negative-band": LARGE["hard_negative-band"]}
         if row.kernel == "weights" and row.size == 2 and takes_large_epilogues(row):

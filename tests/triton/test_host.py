@@ -45,6 +45,7 @@ GRID = [
     ((48, 1, 64), torch.bfloat16, 90, False),
     ((1, 31, 300), torch.float16, 90, True),
     ((1, 1, 1), torch.float32, 90, False),
+    ((33, 1, 300), torch.bfloat16, 90, False),
     ((17, 1, 40), torch.bfloat16, "gfx942", False),
 ]
 
@@ -186,26 +187,56 @@ def test_float32_precision(setting, value, expected):
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.mark.parametrize("adds", [False, True], ids=["torch 2.9", "since torch 2.10"])
-def test_products_of_half_precision(adds, monkeypatch):
-    """Products are added up in float32, also where the library refuses a total of another dtype than its factors."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=grid_id)
+@pytest.mark.parametrize("library", ["adds to float32", "multiplies into float32", "neither"])
+def test_products_of_half_precision(library, dtype, monkeypatch):
+    """Products are added up in float32 whatever the library takes, which is tried once; bfloat16 is never widened."""
+    tried, multiply, widen = [], torch.mm, torch.Tensor.float
 
-    def mm(a, b, *, out_dtype):
-        return a.to(out_dtype) @ b.to(out_dtype)
+    def mm(a, b, *, out_dtype=None):
+        tried.append("mm" if out_dtype is None else "widened mm")
+        if out_dtype is None:
+            return multiply(a, b)
+        if library == "neither":
+            raise RuntimeError("out_dtype is not supported for ROCm")
+        return multiply(a.to(out_dtype), b.to(out_dtype))
 
-    def addmm(total, a, b, *, out_dtype, out):
-        if not adds:
+    def addmm(total, a, b, *, beta, out_dtype, out):
+        tried.append("widened addmm")
+        if library != "adds to float32":
             raise RuntimeError("self and mat2 must have the same dtype")
-        return out.copy_(total + mm(a, b, out_dtype=out_dtype))
+        product = multiply(a.to(out_dtype), b.to(out_dtype))
+        return out.copy_(product if beta == 0 else total + product)
 
-    # this machine's library has products into float32 on CUDA alone
-    monkeypatch.setattr(chunks, "_library_widens", lambda a: a.dtype != torch.float32)
-    monkeypatch.setattr(chunks, "ADDS_TO_FLOAT32", adds)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
-    a, b, total = torch.randn(5, 7).half(), torch.randn(7, 3).half(), torch.randn(5, 3)
-    expected = total.double() + a.double() @ b.double()
-    rows = total[:]
-    chunks._add_matmul(rows, a, b)
-    torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(chunks._matmul(a, b).double(), a.double() @ b.double(), rtol=0, atol=1e-5)
+    monkeypatch.setattr(torch.Tensor, "float", lambda a: (tried.append("float"), widen(a))[1])
+    a, b, total = torch.randn(5, 7).to(dtype), torch.randn(7, 3).to(dtype), torch.randn(5, 3)
+    product = a.double() @ b.double()
+    expected = total.double() + product
+    add = chunks._addition_of.__wrapped__(dtype, a.device)
+    tried.clear()
+    add(total, a, b, False)
+    once = {"adds to float32": ["widened addmm"], "multiplies into float32": ["widened mm"], "neither": ["mm"]}[library]
+    if library == "neither" and dtype == torch.float16:
+        once = ["float", "float"]
+    assert tried == once
+    tolerance = 2.0**-8 * product.abs().max() if once == ["mm"] else 1e-5
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=float(tolerance))
+    # what was there before does not matter to a fresh product
+    fresh = torch.full((5, 3), torch.nan)
+    add(fresh, a, b, True)
+    torch.testing.assert_close(fresh.double(), product, rtol=0, atol=float(tolerance))
+
+
+def test_products_of_a_library_that_fails(monkeypatch):
+    """A failure that is not for want of a dtype is raised, and the library asked again."""
+
+    def fails(*arguments, **named):
+        raise RuntimeError("no workspace")
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, fails)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no workspace"):
+            chunks._addition_of(torch.bfloat16, torch.device("cpu"))

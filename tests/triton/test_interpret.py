@@ -110,11 +110,12 @@ def test_sweep_ragged(name, shape, dtype):
     check(CASES[name], inputs(CASES[name], *shape, dtype))
 
 
+@pytest.mark.parametrize("d", [8, 300])
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
-def test_sweep_empty(n, m):
+def test_sweep_empty(n, m, d):
     """No rows or no columns give empty statistics and zero gradients."""
     case = Case(column_lse=True, maximum=True, term="square")
-    tensors = inputs(case, n, m, 8, torch.float32)
+    tensors = inputs(case, n, m, d, torch.float32)
     statistics = forward(case, tensors)
     for statistic, value in zip(statistics, (-torch.inf, -torch.inf, 0.0, -torch.inf, -torch.inf), strict=False):
         assert (statistic == value).all()
@@ -261,16 +262,22 @@ def test_sweep_small_workspace(name, save_scores, monkeypatch):
     check(CASES[name], inputs(CASES[name], n, 40, 257, torch.float32), save_scores=save_scores)
 
 
-@pytest.mark.parametrize("name", ["columns", "columns-ids-cutoff", "self-ids", "self-exponents-ids", "band-columns"])
+@pytest.mark.parametrize(
+    ("name", "d"),
+    [
+        *((name, 24) for name in ("columns", "columns-ids-cutoff", "self-ids", "self-exponents-ids", "band-columns")),
+        *((name, 300) for name in ("columns", "self-ids")),
+    ],
+)
 @pytest.mark.parametrize("spread", [10, 130, 400], ids=lambda spread: f"spread{spread}")
-def test_sweep_centered(name, spread):
+def test_sweep_centered(name, d, spread):
     """Log-sum-exps up to `spread` binades apart share one exponential, or take two if they are too far apart."""
     from contrastive_kernels.engine.backends.triton import launch
 
     case, n = replace(CASES[name], scale=1.0), 45
     # on a GPU float32 has no gradient in registers
     dtype = torch.float32 if INTERPRETING else torch.bfloat16
-    tensors = inputs(case, n, n, 24, dtype)
+    tensors = inputs(case, n, n, d, dtype)
     x, y = tensors.x, tensors.y
     # all similarities of a row about equal, from -spread / 2 to spread / 2 in base 2; of x with itself from 0 on
     height = (
@@ -306,25 +313,87 @@ def test_sweep_center_of_what_is_no_number(value):
     assert launch.center_bwd(operands, row_lse, col_lse)[2] == 1
 
 
+# 512 and 128 MB of half precision: bytes are twice the pairs.
 @pytest.mark.parametrize(
-    ("most", "d", "rows"),
-    [(4096, 768, 2816), (4096, 1024, 4096), (4096, 512, 4096), (100, 512, 256), (0, 512, 256), (700, 4096, 512)],
+    ("n", "m", "pairs", "triangle", "shape"),
+    [
+        (1 << 20, 1 << 20, 1 << 28, False, (16384, 16384)),
+        (1 << 20, 1 << 20, 1 << 28, True, (16384, 16384)),
+        (65536, 65536, 1 << 26, False, (8192, 8192)),
+        # whole rows move as little, and make fewer of a triangle's pairs twice
+        (32768, 32768, 1 << 28, False, (8192, 32768)),
+        (65536, 65536, 1 << 28, False, (16384, 16384)),
+        (65536, 65536, 1 << 28, True, (4096, 65536)),
+        # few rows leave their room to the columns, few columns theirs to the rows
+        (256, 1 << 21, 1 << 28, False, (256, 1 << 20)),
+        (1 << 21, 256, 1 << 28, False, (1 << 20, 256)),
+        # parts of about equal size
+        (20000, 100000, 1 << 28, False, (10240, 25088)),
+        (300, 300, 1 << 28, False, (512, 512)),
+        (1000, 1000, 1, True, (256, 256)),
+        (1, 1, 1, False, (256, 256)),
+    ],
 )
-def test_chunk_rows(most, d, rows):
-    """Chunks fill 132 processors: 22 x 6 tiles are one for each; only one unit may exceed the limit."""
+def test_chunk_shape(n, m, pairs, triangle, shape):
+    """Chunks are squares or whole rows, whichever moves less of dX and dY."""
     from contrastive_kernels.engine.backends.triton import chunks
 
-    assert chunks.chunk_rows(most, d, 132) == rows
+    assert chunks.chunk_shape(n, m, pairs, triangle) == shape
 
 
-def test_chunk_rows_of_a_small_batch(monkeypatch):
-    """A small batch does not search the whole workspace for the best chunk, on the host, in every backward."""
+@pytest.mark.parametrize("triangle", [False, True])
+def test_chunk_shapes(triangle):
+    """A chunk stays within the limit, and the traffic of the sums is that of squares or less, whatever the sizes."""
     from contrastive_kernels.engine.backends.triton import chunks, tiles
 
-    asked, chunk_rows = [], chunks.chunk_rows
-    monkeypatch.setattr(chunks, "chunk_rows", lambda most, *rest: asked.append(most) or chunk_rows(most, *rest))
-    check(CASES["columns"], inputs(CASES["columns"], 20, 35, 300, torch.float32))
-    assert asked == [2 * tiles.ALIGNMENT]
+    sizes = [1, 7, 255, 257, 1000, 4096, 10000, 32768, 50001, 65536, 300000, 1 << 20]
+    for n in sizes:
+        for m in [n] if triangle else sizes:
+            for pairs in (1 << 16, 1 << 20, 3 << 22, 1 << 26, 1 << 28):
+                rows, columns = chunks.chunk_shape(n, m, pairs, triangle)
+                assert rows % tiles.ALIGNMENT == columns % tiles.ALIGNMENT == 0
+                assert min(rows, n) * tiles.round_up(min(columns, m), 8) <= pairs
+                strips, parts = -(-n // rows), -(-m // columns)
+                # no part is empty, nor are there more than it takes
+                assert (strips - 1) * rows < n
+                assert (parts - 1) * columns < m
+                # dY is moved once per strip and dX once per part, for nothing if there is one; units are rounded
+                moved = (m * strips if strips > 1 else 0) + (n * parts if parts > 1 else 0)
+                side = max(tiles.ALIGNMENT, math.isqrt(pairs) // tiles.ALIGNMENT * tiles.ALIGNMENT)
+                squares = m * -(-n // side) + n * -(-m // side)
+                assert moved <= (2 if triangle else 1.25) * squares
+
+
+@pytest.mark.parametrize("save_scores", [False, True])
+@pytest.mark.parametrize(
+    ("name", "limit", "expected"),
+    [
+        ("columns", 1, 9),  # squares
+        ("columns", 4 * 32 * 72, 3),  # whole rows
+        ("columns", 4 * 72 * 72, 1),
+        ("self-ids", 1, 6),  # those of a triangle
+        ("self-ids", 4 * 32 * 72, 3),
+        ("self-softplus", 1, 9),
+    ],
+)
+def test_chunks(name, limit, expected, save_scores, monkeypatch):
+    """Weights in so many chunks, each within the limit, make the same gradients."""
+    from contrastive_kernels.engine.backends.triton import chunks, tiles
+
+    side, weights_bwd, sizes = 32 if INTERPRETING else 256, chunks.weights_bwd, []
+    limit = limit if limit == 1 else limit * (side // 32) ** 2
+
+    def noted(operands, packed, scores, g, *rest):
+        sizes.append(g.untyped_storage().nbytes())
+        return weights_bwd(operands, packed, scores, g, *rest)
+
+    monkeypatch.setattr(chunks, "weights_bwd", noted)
+    monkeypatch.setattr(chunks, "workspace_limit", lambda: limit)
+    monkeypatch.setattr(tiles, "ALIGNMENT", side)
+    n = 2 * side + 3
+    check(CASES[name], inputs(CASES[name], n, n, 257, torch.float32), save_scores=save_scores)
+    assert len(sizes) == expected
+    assert max(sizes) <= max(limit, 4 * side * side)
 
 
 @pytest.mark.parametrize("name", ["columns", "self-ids", "softplus-alone", "band-columns"])

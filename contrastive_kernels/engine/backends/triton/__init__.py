@@ -97,9 +97,9 @@ def run_backward(
             operands = dataclasses.replace(operands, column_lse=False)
         product = wanted.x or wanted.y
         in_registers = not product or (scores is None and registers.fits_in_registers(operands, names))
-        # With S in registers an exponential costs as much as a product; before a chunk is written it is hidden.
+        # An exponential costs as much as a product of D = 128; beside the loads of saved scores it is hidden.
         both_roles = operands.column_lse or (operands.self_similarity and operands.bias is None)
-        centered = in_registers and len(operands.exponents) > 0 and both_roles
+        centered = (in_registers or scores is None) and len(operands.exponents) > 0 and both_roles
         packed = PackedVectors.of(operands, upstream, centered)
         if in_registers:
             gradients = registers.backward(operands, packed, names)

@@ -97,6 +97,16 @@ class Tile:
         return self.architecture in (90, 100, "interpreter")
 
     @property
+    def persistent(self) -> bool:
+        """Whether a program of "weights" takes tile after tile, loading the next one under the epilogue.
+
+        Where one program fills a processor and the loop spills nothing. On sm_80 it spills beside two exponentials, on
+        sm_100 and gfx942 it holds the epilogue twice.
+        """
+        where = self.architecture == "interpreter" or (self.architecture, self.size) == (90, 2)
+        return self.kernel == "weights" and where
+
+    @property
     def pair_sum(self) -> bool:
         """Whether a thread holds rows r and r + 8 of a tile: not where an accumulator row is a lane, nor on AMD."""
         return self.architecture in (80, 86, 90)
