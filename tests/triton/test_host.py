@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from contrastive_kernels.engine.backends import triton as backend
 from contrastive_kernels.engine.spec import DIFFERENTIABLE, Statistics, Wanted
@@ -24,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     import triton.language as tl
 
     from contrastive_kernels.engine.backends.triton import backward, chunks, launch
-    from tests.support.front_end import FrontEnd
+    from tests.support.front_end import FrontEnd, Host, replace_launches
 
     @triton.jit
     def _widening_kernel(result, N):
@@ -156,6 +157,103 @@ def test_front_end_sees_constants(front_end):
     with pytest.raises(triton.CompilationError):
         _widening_kernel[(1,)](result, 1)
     assert (front.launches, len(front.compiled)) == (2, 1)
+
+
+@pytest.fixture
+def host(monkeypatch):
+    monkeypatch.setattr(kernels, "DEVICE", "cpu")
+    return Host(monkeypatch)
+
+
+def shifted(x):
+    """Return the same rows one entry further in memory."""
+    return torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)
+
+
+@pytest.mark.parametrize("name", ["columns", "self-views", "everything"])
+def test_repeated_launches(name, host, monkeypatch):
+    """A launch that is repeated starts the kernel that Triton would, on the same grid, with the same arguments."""
+
+    def both(kernel, grid, **arguments):
+        launch.launch_kernel(kernel, grid, **arguments)
+        kernel[grid](**arguments)
+        repeated, expected = host.started[-2:]
+        assert repeated.kernel is expected.kernel
+        assert repeated.grid == expected.grid
+        for argument, other in zip(tree_leaves(repeated.arguments), tree_leaves(expected.arguments), strict=True):
+            assert argument is other or argument == other
+
+    once, case = launch.launch_kernel, CASES[name]
+    replace_launches(monkeypatch, both)
+    monkeypatch.setattr(launch, "launch_kernel", once)
+    # sizes of 1, of a multiple of 16 and of neither, in float16 and float32, in registers and by chunks, twice
+    for n, m, d in [(1, 48, 24), (32, 1, 24), (32, 48, 64), (33, 40, 64), (33, 40, 300)] * 2:
+        for dtype in (torch.float16, torch.float32):
+            tensors = kernels.inputs(case, max(n, case.diagonals), m, d, dtype)
+            step(case, tensors, False)
+            # rows that begin beside 16 bytes
+            step(
+                case,
+                tensors._replace(x=torch.cat([tensors.x.flatten()[:1], tensors.x.flatten()])[1:].view_as(tensors.x)),
+                False,
+            )
+    assert host.compiled > 20
+
+
+def test_repeated_launches_are_not_bound(host):
+    """A step like the one before binds no argument; another type, alignment, size or device does, and once only."""
+    case = CASES["columns"]
+    tensors = kernels.inputs(case, 32, 48, 64, torch.float16)
+    others = [
+        kernels.inputs(case, 32, 48, 64, torch.bfloat16),
+        kernels.inputs(case, 33, 48, 64, torch.float16),
+        tensors._replace(x=shifted(tensors.x)),
+    ]
+    for inputs in (tensors, *others):
+        for again in (False, True):
+            bound, started = host.bound, len(host.started)
+            step(case, inputs, False)
+            assert len(host.started) > started + 5
+            assert (host.bound > bound) != again
+    compiled, host.device = host.compiled, object()
+    step(case, tensors, False)
+    assert host.compiled > compiled
+
+
+def test_hooks_of_launches(host, monkeypatch):
+    """Hooks of Triton see repeated launches too, and switches that change the code are looked at in every launch."""
+    result, names = torch.empty(16, dtype=torch.int64), []
+    hooks = triton.knobs.runtime
+
+    def start(grid=(1,)) -> int:
+        bound = host.bound
+        launch.launch_kernel(_widening_kernel, grid, result=result, N=16)
+        assert host.started[-1].grid == (*grid, 1, 1)[:3]
+        return host.bound - bound
+
+    assert [start(), start(), start((2, 3)), start((2, 3))] == [1, 0, 1, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks, "launch_enter_hook", lambda metadata: names.append(metadata.get()["name"]))
+        assert start() == 0
+        assert names == ["_widening_kernel"]
+    with monkeypatch.context() as patch:
+        patch.setattr(_widening_kernel, "pre_run_hooks", [lambda *arguments, **named: names.append(named["N"])])
+        assert [start(), start()] == [1, 1]
+        assert names[1:] == [16, 16]
+    with monkeypatch.context() as patch:
+        patch.setattr(hooks, "debug", True)
+        assert [start(), start()] == [1, 0]
+    monkeypatch.setattr(launch, "REPEATS", False)
+    assert [start(), start()] == [1, 1]
+
+
+def test_remembered_launches_are_bounded(host, monkeypatch):
+    """Numbers that change in every step do not fill the memory."""
+    monkeypatch.setattr(launch, "REMEMBERED", 8)
+    result = torch.empty(16, dtype=torch.int64)
+    for size in range(2, 30):
+        launch.launch_kernel(_widening_kernel, (1,), result=result, N=size)
+        assert len(launch._remembered) <= 8
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,13 @@ from contrastive_kernels.engine.backends.triton.epilogue import (
     tile_grad,
     weight_factor,
 )
-from contrastive_kernels.engine.backends.triton.launch import Operands, PackedVectors, tiles_of
+from contrastive_kernels.engine.backends.triton.launch import (
+    Operands,
+    PackedVectors,
+    block_count,
+    launch_kernel,
+    tiles_of,
+)
 from contrastive_kernels.engine.backends.triton.terms import (
     term_base,
 )
@@ -219,10 +225,9 @@ def splits_of(blocks: int, others: int, width: int, places: int, most: int) -> i
     """
 
     def passed(splits: int) -> int:
-        rounds, walk = triton.cdiv(blocks * splits, places), triton.cdiv(others, splits) * width
+        rounds, walk = block_count(blocks * splits, places), block_count(others, splits) * width
         extra = 0 if splits == 1 else PROGRAM_ROWS
-        rows: int = rounds * (walk + extra) + extra
-        return rows
+        return rounds * (walk + extra) + extra
 
     most = max(1, min(others, most, ROUNDS * places // max(1, blocks)))
     return min(range(1, most + 1), key=passed)
@@ -252,14 +257,16 @@ def grad_bwd(
 
     def run(tile: tiles.Tile) -> None:
         y_tiles = tiles_of(y, tile.width, tile) if d <= tile.blocks(d)["BD"] else None
-        blocks, others = triton.cdiv(n, tile.height), triton.cdiv(m, tile.width)
+        blocks, others = block_count(n, tile.height), block_count(m, tile.width)
         places = launch.processors(x) * tile.programs
         partial_bytes = 4 * max(1, n * len(wanted & set(Shares._fields)) + n * d * (owner in wanted))
         splits = splits_of(blocks, others, tile.width, places, workspace_limit() // partial_bytes)
         splits = max(1, min(tiles.splits.get() or splits, others))
         partial = outputs(torch.float32, splits) if splits > 1 else (dx, shares)
         for factored in (False,) if packed.center is None else (True, False):
-            _grad_bwd_kernel[(blocks, splits)](
+            launch_kernel(
+                _grad_bwd_kernel,
+                (blocks, splits),
                 x=x,
                 y=y,
                 y_tiles=y_tiles,
@@ -291,7 +298,9 @@ def grad_bwd(
                 **tile.options(),
             )
         if splits > 1:
-            _fold_bwd_kernel[(triton.cdiv(n * d if owner in wanted else n, FOLD_ELEMENTS),)](
+            launch_kernel(
+                _fold_bwd_kernel,
+                (block_count(n * d if owner in wanted else n, FOLD_ELEMENTS),),
                 dx_partial=partial[0],
                 partials=partial[1],
                 dx=dx,

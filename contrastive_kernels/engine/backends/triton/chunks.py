@@ -42,7 +42,13 @@ from contrastive_kernels.engine.backends.triton.epilogue import (
     similarity,
     tile_grad,
 )
-from contrastive_kernels.engine.backends.triton.launch import Operands, PackedVectors, processors, tiles_of
+from contrastive_kernels.engine.backends.triton.launch import (
+    Operands,
+    PackedVectors,
+    launch_kernel,
+    processors,
+    tiles_of,
+)
 from contrastive_kernels.engine.backends.triton.terms import (
     term_base,
 )
@@ -242,7 +248,9 @@ def weights_bwd(
             # With a cutoff two programs fit; the twin would spill, and seldom runs.
             persistent = tile.persistent and operands.cutoff is None and (factored or packed.center is None)
             programs = processors(x) * max(1, WARPS // tile.warps) if persistent else blocks
-            _weights_bwd_kernel[(min(blocks, programs),)](
+            launch_kernel(
+                _weights_bwd_kernel,
+                (min(blocks, programs),),
                 x=x,
                 y=y,
                 x_tiles=tiles_of(x, tile.height, tile),

@@ -42,7 +42,14 @@ from contrastive_kernels.engine.backends.triton.epilogue import (
     similarity,
     store_scores,
 )
-from contrastive_kernels.engine.backends.triton.launch import Operands, score_store, splits_of, tiles_of
+from contrastive_kernels.engine.backends.triton.launch import (
+    Operands,
+    block_count,
+    launch_kernel,
+    score_store,
+    splits_of,
+    tiles_of,
+)
 from contrastive_kernels.engine.backends.triton.rows import block_sizes
 from contrastive_kernels.engine.backends.triton.safe_forward import safe_sums_fwd
 from contrastive_kernels.engine.limits import workspace_limit
@@ -168,8 +175,15 @@ def _fold_fwd_kernel(
 def largest_norm_fwd(x: Tensor, largest_bits: Tensor) -> None:
     """Raise largest_bits, see `_largest_norm_fwd_kernel`."""
     sizes = block_sizes(x.shape[1])
-    _largest_norm_fwd_kernel[(triton.cdiv(x.shape[0], sizes["BN"]),)](
-        x=x, largest_bits=largest_bits, N=x.shape[0], stride=x.stride(0), D=x.shape[1], **sizes
+    launch_kernel(
+        _largest_norm_fwd_kernel,
+        (block_count(x.shape[0], sizes["BN"]),),
+        x=x,
+        largest_bits=largest_bits,
+        N=x.shape[0],
+        stride=x.stride(0),
+        D=x.shape[1],
+        **sizes,
     )
 
 
@@ -190,7 +204,9 @@ def fold_fwd(
     bound: the scale and the bits of the largest squared norms of x and y. A block makes slots triangular.
     """
     (slots, n), (scale, x_square, y_square) = partial.shape, bound
-    _fold_fwd_kernel[(triton.cdiv(n, FOLD_ROWS),)](
+    launch_kernel(
+        _fold_fwd_kernel,
+        (block_count(n, FOLD_ROWS),),
         partial=partial,
         total=total,
         lse=lse,
@@ -229,7 +245,7 @@ def sums_fwd(operands: Operands, row_lse: Tensor, col_lse: Tensor, scores: Score
     flags = operands.flags()._replace(COLUMN_LSE=False)
 
     def launch(tile: tiles.Tile) -> None:
-        column_blocks, row_blocks = triton.cdiv(m, tile.width), triton.cdiv(n, tile.height)
+        column_blocks, row_blocks = block_count(m, tile.width), block_count(n, tile.height)
         group = min(column_blocks, max(1, workspace_limit() // (4 * n)))
         splits = splits_of(group, row_blocks, x)
         row_partial = x.new_empty((group, n), dtype=torch.float32)
@@ -238,7 +254,9 @@ def sums_fwd(operands: Operands, row_lse: Tensor, col_lse: Tensor, scores: Score
         x_tiles, y_tiles = tiles_of(x, tile.height, tile), tiles_of(y, tile.width, tile)
         for first in range(0, column_blocks, group):
             slots = min(group, column_blocks - first)
-            _sums_fwd_kernel[(slots, splits)](
+            launch_kernel(
+                _sums_fwd_kernel,
+                (slots, splits),
                 x=x,
                 y=y,
                 x_tiles=x_tiles,

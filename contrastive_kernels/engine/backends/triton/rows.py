@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from contrastive_kernels.engine.backends.triton.launch import block_count, launch_kernel
 from contrastive_kernels.engine.spec import NORM_EPSILON
 
 # Elements of D at a time, and of a program's block. untuned
@@ -119,8 +120,17 @@ def unit_rows_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel():
         rows, sizes = _matrix(x), block_sizes(x.shape[-1])
         n, d = rows.shape
-        _unit_rows_fwd_kernel[(triton.cdiv(n, sizes["BN"]),)](
-            x=rows, unit=unit, norm=norm, N=n, stride=rows.stride(0), EPSILON=NORM_EPSILON, D=d, **sizes
+        launch_kernel(
+            _unit_rows_fwd_kernel,
+            (block_count(n, sizes["BN"]),),
+            x=rows,
+            unit=unit,
+            norm=norm,
+            N=n,
+            stride=rows.stride(0),
+            EPSILON=NORM_EPSILON,
+            D=d,
+            **sizes,
         )
     return unit, norm
 
@@ -131,7 +141,9 @@ def unit_rows_bwd(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     if x.numel():
         rows, grad, sizes = _matrix(x), _matrix(grad), block_sizes(x.shape[-1])
         n, d = rows.shape
-        _unit_rows_bwd_kernel[(triton.cdiv(n, sizes["BN"]),)](
+        launch_kernel(
+            _unit_rows_bwd_kernel,
+            (block_count(n, sizes["BN"]),),
             grad=grad,
             x=rows,
             norm=norm.contiguous(),
@@ -152,8 +164,17 @@ def row_dot_fwd(x: Tensor, y: Tensor) -> Tensor:
     if x.numel():
         rows, others, sizes = _matrix(x), _matrix(y), block_sizes(x.shape[-1])
         n, d = rows.shape
-        _row_dot_fwd_kernel[(triton.cdiv(n, sizes["BN"]),)](
-            x=rows, y=others, dot=dot, N=n, stride_x=rows.stride(0), stride_y=others.stride(0), D=d, **sizes
+        launch_kernel(
+            _row_dot_fwd_kernel,
+            (block_count(n, sizes["BN"]),),
+            x=rows,
+            y=others,
+            dot=dot,
+            N=n,
+            stride_x=rows.stride(0),
+            stride_y=others.stride(0),
+            D=d,
+            **sizes,
         )
     return dot
 
@@ -164,7 +185,9 @@ def row_dot_bwd(grad: Tensor, x: Tensor, y: Tensor, wanted: list[bool]) -> tuple
     if x.numel() and any(wanted):
         rows, others, sizes = _matrix(x), _matrix(y), block_sizes(x.shape[-1])
         n, d = rows.shape
-        _row_dot_bwd_kernel[(triton.cdiv(n, sizes["BN"]),)](
+        launch_kernel(
+            _row_dot_bwd_kernel,
+            (block_count(n, sizes["BN"]),),
             grad=grad.contiguous(),
             x=rows,
             y=others,

@@ -32,7 +32,14 @@ from contrastive_kernels.engine.backends.triton.epilogue import (
     similarity,
     store_scores,
 )
-from contrastive_kernels.engine.backends.triton.launch import Operands, score_store, splits_of, tiles_of
+from contrastive_kernels.engine.backends.triton.launch import (
+    Operands,
+    block_count,
+    launch_kernel,
+    score_store,
+    splits_of,
+    tiles_of,
+)
 from contrastive_kernels.engine.backends.triton.terms import (
     phi,
     term_base,
@@ -216,12 +223,14 @@ def safe_sums_fwd(
     maximum, store = largest is not None, score_store(scores)
 
     def launch(tile: tiles.Tile) -> None:
-        blocks, others = triton.cdiv(n, tile.height), triton.cdiv(m, tile.width)
+        blocks, others = block_count(n, tile.height), block_count(m, tile.width)
         splits, partial = 1, None
         if shift_failed is None:
             splits = splits_of(blocks, others, x)
             partial = x.new_empty((splits, partial_row("end"), n), dtype=torch.float32)
-        _safe_sums_fwd_kernel[(blocks, splits)](
+        launch_kernel(
+            _safe_sums_fwd_kernel,
+            (blocks, splits),
             x=x,
             y=y,
             x_tiles=tiles_of(x, tile.height, tile),
@@ -250,7 +259,9 @@ def safe_sums_fwd(
             **tile.options(),
         )
         if partial is not None:
-            _merge_fwd_kernel[(triton.cdiv(n, MERGE_ROWS),)](
+            launch_kernel(
+                _merge_fwd_kernel,
+                (block_count(n, MERGE_ROWS),),
                 partial=partial,
                 lse=lse,
                 term_sum=term_sum,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from contrastive_kernels.engine.backends.triton.launch import block_count, launch_kernel
+
 # Samples per program and elements of D at a time: a few registers per thread for any number of views. untuned
 ROWS, DEPTH = 32, 64
 
@@ -42,7 +44,9 @@ def view_minimum_fwd(views: Tensor) -> Tensor:
     views = views if views.stride(2) == 1 else views.contiguous()
     n, v, d = views.shape
     pairs = torch.empty((n, 2), dtype=torch.int64, device=views.device)
-    _view_minimum_fwd_kernel[(triton.cdiv(n, ROWS),)](
+    launch_kernel(
+        _view_minimum_fwd_kernel,
+        (block_count(n, ROWS),),
         views=views,
         pairs=pairs,
         N=n,
