@@ -45,7 +45,7 @@ def argument_type(name: str, dtype: torch.dtype) -> str:
         return "*i64"
     if name == "matrix":
         return "*fp32" if dtype == torch.float32 else "*i16"
-    if name in ("shift_failed", "largest_bits", "x_square", "y_square"):
+    if name in ("shift_failed", "square", "x_square", "y_square"):
         return "*i32"
     if name.startswith(("exponent_", "constant_")) or name == "terms":
         return "fp32"

@@ -108,9 +108,9 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
     factored = row.kernel in ("grad", "weights") and both_roles and flags.Q > 0
     constants = row.blocks(d) | extra | dict(D=d, MAXIMUM=False, GROUP=8, FLAGS=flags)
     constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=symmetric, FACTORED=factored and not twin, SPLIT=split)
-    constants |= dict(PERSISTENT=row.persistent and not flags.CUT and not twin)
+    constants |= dict(PERSISTENT=row.persistent and not flags.CUT and not twin, NORMS=256)
     # grad_scale is for float16 only; the rows are compiled for bfloat16
-    absent = {"shift_failed", "shares.bias", "grad_scale"}
+    absent = {"shift_failed", "other_lse", "shares.bias", "grad_scale"}
     absent |= set() if flags.IDS else {"x_ids", "y_ids"}
     absent |= set() if flags.CUT else {"cutoff"}
     absent |= set() if flags.BIASED else {"bias"}
@@ -355,12 +355,22 @@ def test_arithmetic():
 def test_small_kernels(architecture):
     """Kernels without a row of the table spill nothing."""
     for kernel, constants in (
-        (epilogue._pack_bwd_kernel, dict(Q=2, BN=tiles.ALIGNMENT, grad_scale=None)),
+        (
+            epilogue._pack_bwd_kernel,
+            dict(
+                Q=2,
+                COLUMN_LSE=True,
+                FIND_CENTER=True,
+                BN=tiles.ALIGNMENT,
+                BC=launch.CENTER_ROWS_TOGETHER,
+                grad_scale=None,
+            ),
+        ),
         (epilogue._center_bwd_kernel, dict(Q=2, COLUMN_LSE=True, BN=launch.CENTER_ROWS)),
         (backward._fold_bwd_kernel, dict(BN=backward.FOLD_ELEMENTS, BS=backward.FOLD_SLOTS)),
         (
             forward._fold_fwd_kernel,
-            dict(BLOCK=128, TRIANGLE=True, ACCUMULATE=True, BN=forward.FOLD_ROWS, BS=forward.FOLD_SLOTS),
+            dict(BLOCK=128, ACCUMULATE=True, LAST=True, NORMS=256, BN=forward.FOLD_ROWS, BS=forward.FOLD_SLOTS),
         ),
         (safe_forward._merge_fwd_kernel, dict(Q=2, TERM="band", MAXIMUM=True, BN=safe_forward.MERGE_ROWS)),
         (views._view_minimum_fwd_kernel, dict(D=128, BN=views.ROWS, BD=views.DEPTH)),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from contrastive_kernels.engine.backends import triton as backend
-from contrastive_kernels.engine.spec import Wanted
+from contrastive_kernels.engine.spec import Upstream, Wanted
 from tests.support.kernels import (
     CASES,
     DEVICE,
@@ -295,8 +295,7 @@ def test_sweep_centered(name, d, spread):
         tensors = tensors._replace(cutoff=torch.full_like(tensors.cutoff, 1e3))
     statistics, *_ = check(case, tensors)
     operands = launch.Operands.of(tensors, description(case))
-    *_, fails = launch.center_bwd(operands, statistics.row_lse, statistics.col_lse).tolist()
-    assert bool(fails) == (spread == 400)
+    assert bool(centers(operands, statistics.row_lse, statistics.col_lse)[2]) == (spread == 400)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -307,10 +306,27 @@ def test_sweep_center_of_what_is_no_number(value):
     operands = launch.Operands.of(inputs(CASES["columns"], 5, 7, 8, torch.float32), description(CASES["columns"]))
     row_lse, col_lse = torch.zeros(1, 5, device=DEVICE), torch.zeros(7, device=DEVICE)
     row_lse[0, 3] = -math.inf
-    center = launch.center_bwd(operands, row_lse, col_lse)
+    center = centers(operands, row_lse, col_lse)
     assert (center[0], center[2]) == (-100, 0)
     col_lse[6] = value
-    assert launch.center_bwd(operands, row_lse, col_lse)[2] == 1
+    assert centers(operands, row_lse, col_lse)[2] == 1
+
+
+def centers(operands, row_lse, col_lse) -> list[float]:
+    """Return the center as a kernel of its own finds it, and check that of the kernel that packs."""
+    from contrastive_kernels.engine.backends.triton import launch
+
+    upstream = Upstream(torch.ones_like(row_lse), torch.ones_like(col_lse), row_lse.new_empty(0), row_lse, col_lse)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for most in (launch.CENTER_TOGETHER, 0):
+            patch.setattr(launch, "CENTER_TOGETHER", most)
+            found.append(launch.PackedVectors.of(replace(operands, term=""), upstream, True))
+    together, alone = found
+    torch.testing.assert_close(together.center, alone.center, rtol=0, atol=0)
+    for packed, other in ((together.rows, alone.rows), (together.columns, alone.columns)):
+        torch.testing.assert_close(packed, other, rtol=0, atol=0, equal_nan=True)
+    return alone.center.tolist()
 
 
 # 512 and 128 MB of half precision: bytes are twice the pairs.

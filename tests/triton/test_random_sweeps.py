@@ -24,7 +24,7 @@ if INTERPRETING:
     import triton.language as tl
     from triton.runtime.errors import InterpreterError
 
-    from contrastive_kernels.engine.backends.triton import backward, chunks, forward, tiles
+    from contrastive_kernels.engine.backends.triton import backward, chunks, forward, launch, tiles
     from tests.support.interpreter import MemoryCheck
 
     @triton.jit
@@ -151,6 +151,7 @@ def test_random_sweep(seed, monkeypatch, poison):
         monkeypatch.setattr(chunks, "workspace_limit", lambda: limit)
         monkeypatch.setattr(tiles, "ALIGNMENT", 32)
         monkeypatch.setattr(backward, "fits_in_registers", lambda operands, wanted: False)
+        monkeypatch.setattr(launch, "CENTER_TOGETHER", 0)
     with tiles.split(splits):
         check(case, tensors, save_scores=save_scores and (bool(case.exponents) or case.column_lse))
     assert memory.launches > 1

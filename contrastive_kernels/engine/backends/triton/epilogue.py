@@ -155,30 +155,52 @@ def widen(lse, N, b_least, b_most, b_bad, BN: tl.constexpr):
 
 
 @triton.jit
-def _center_bwd_kernel(row_lse, col_lse, center, N, M, Q: tl.constexpr, COLUMN_LSE: tl.constexpr, BN: tl.constexpr):
-    """Find the shift of each exponent's logits with which one exponential serves a row's and a column's statistic.
+def find_center(row_lse, col_lse, N, M, q: tl.constexpr, COLUMN_LSE: tl.constexpr, BN: tl.constexpr):
+    """Return the shift of an exponent's logits with which one exponential serves a row's and a column's statistic.
 
     A probability exp2(u - lse) is exp2(u - center) times a factor of its row or column. No logit exceeds its
-    log-sum-exp, so nothing overflows; what underflows does not matter unless the log-sum-exps are very far apart.
-    See docs/gpu.md.
+    log-sum-exp, so nothing overflows; what underflows does not matter unless the log-sum-exps are very far apart: the
+    second result is then 1, and else 0. See docs/gpu.md.
     """
-    b_bad = tl.zeros([BN], tl.int32)
-    fails = 0
     # exponentials up to 2^60, so that factors keep gradients down to 2^-66; of log-sum-exps up to 140 apart, what is
     # lost below 2^-126 is 2^-46 of its own row
     LARGEST_EXPONENT: tl.constexpr = 60.0
     LARGEST_SPREAD: tl.constexpr = 140.0
-    for q in tl.static_range(Q):
-        b_least, b_most = tl.full([BN], float("inf"), tl.float32), tl.full([BN], float("-inf"), tl.float32)
-        b_least, b_most, b_bad = widen(row_lse + q * N, N, b_least, b_most, b_bad, BN)
-        if COLUMN_LSE and q == 0:
-            b_least, b_most, b_bad = widen(col_lse, M, b_least, b_most, b_bad, BN)
-        least, most = tl.min(b_least, 0), tl.max(b_most, 0)
-        # if no log-sum-exp is finite, all factors are 0
-        tl.store(center + q, tl.where(most == float("-inf"), 0.0, most - LARGEST_EXPONENT))
-        fails |= (most - least > LARGEST_SPREAD).to(tl.int32)
-    fails |= tl.max(b_bad, 0)
+    b_bad = tl.zeros([BN], tl.int32)
+    b_least, b_most = tl.full([BN], float("inf"), tl.float32), tl.full([BN], float("-inf"), tl.float32)
+    b_least, b_most, b_bad = widen(row_lse + q * N, N, b_least, b_most, b_bad, BN)
+    if COLUMN_LSE and q == 0:
+        b_least, b_most, b_bad = widen(col_lse, M, b_least, b_most, b_bad, BN)
+    least, most = tl.min(b_least, 0), tl.max(b_most, 0)
+    fails = (most - least > LARGEST_SPREAD).to(tl.int32) | tl.max(b_bad, 0)
+    # if no log-sum-exp is finite, all factors are 0
+    return tl.where(most == float("-inf"), 0.0, most - LARGEST_EXPONENT), fails
+
+
+@triton.jit
+def find_centers(row_lse, col_lse, N, M, Q: tl.constexpr, COLUMN_LSE: tl.constexpr, BN: tl.constexpr):
+    """Return `find_center` of both exponents, that of the first for a second which is not there."""
+    center_0, fails = find_center(row_lse, col_lse, N, M, 0, COLUMN_LSE, BN)
+    center_1 = center_0
+    if Q > 1:
+        center_1, fails_1 = find_center(row_lse, col_lse, N, M, 1, COLUMN_LSE, BN)
+        fails |= fails_1
+    return (center_0, center_1), fails
+
+
+@triton.jit
+def store_center(center, centers, fails):
+    """Write the (CENTER_SIZE,) vector that `load_center` reads."""
+    tl.store(center, centers[0])
+    tl.store(center + 1, centers[1])
     tl.store(center + 2, fails.to(tl.float32))
+
+
+@triton.jit
+def _center_bwd_kernel(row_lse, col_lse, center, N, M, Q: tl.constexpr, COLUMN_LSE: tl.constexpr, BN: tl.constexpr):
+    """Write the center, see `find_center`, by one program."""
+    centers, fails = find_centers(row_lse, col_lse, N, M, Q, COLUMN_LSE, BN)
+    store_center(center, centers, fails)
 
 
 @triton.jit
@@ -188,39 +210,74 @@ def load_center(center):
 
 
 @triton.jit
-def _pack_bwd_kernel(
-    lse, grad, grad_sum, offset, cutoff, bias, grad_scale, center, packed, N, stride,
-    Q: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Write the vectors of one axis of the sweep into packed (PACKED_ROWS, stride), stride a multiple of any tile.
+def pack_vector(packed, name: tl.constexpr, b_v, o_n, stride):
+    """Write one vector among the packed ones."""
+    tl.store(packed + packed_row(name) * stride + o_n, b_v)
 
-    Padded and converted once, they are loaded without masks by every tile. A log-sum-exp of -inf (no pair kept) becomes
-    +inf with gradient 0, so that its weights are exactly 0. `grad_scale` scales all gradients, see `gradient_scale`.
+
+@triton.jit
+def pack_statistics(
+    packed, lse, grad, o_n, N, stride, b_grad_scale, centers, Q: tl.constexpr, CENTERED: tl.constexpr
+):  # fmt: skip
+    """Write the log-sum-exps (Q, N) of one axis, their gradients, and if CENTERED their factors.
+
+    A log-sum-exp of -inf (no pair kept) becomes +inf with gradient 0, so that its weights are exactly 0.
     """
-    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
-    p_packed = packed + o_n
-    b_grad_scale = 1.0
-    if grad_scale is not None:
-        b_grad_scale = tl.load(grad_scale)
     for q in tl.static_range(Q):
         b_lse = tl.load(lse + q * N + o_n, mask=m_n, other=float("-inf"))
         b_grad = tl.load(grad + q * N + o_n, mask=m_n, other=0.0) * b_grad_scale
         m_none = b_lse == float("-inf")
-        tl.store(p_packed + 2 * q * stride, tl.where(m_none, float("inf"), b_lse * log2e()))
-        tl.store(p_packed + (2 * q + 1) * stride, tl.where(m_none, 0.0, b_grad))
-        if center is not None:
-            b_factor = tl.exp2(tl.load(center + q) - b_lse * log2e()) * b_grad
-            tl.store(p_packed + (packed_row("factor") + q) * stride, tl.where(m_none, 0.0, b_factor))
-    if grad_sum is not None:
-        b_grad_sum = tl.load(grad_sum + o_n, mask=m_n, other=0.0) * b_grad_scale
-        tl.store(p_packed + packed_row("grad_sum") * stride, b_grad_sum)
-    if offset is not None:
-        tl.store(p_packed + packed_row("offset") * stride, tl.load(offset + o_n, mask=m_n, other=0.0))
-    if cutoff is not None:
-        tl.store(p_packed + packed_row("cutoff") * stride, tl.load(cutoff + o_n, mask=m_n, other=0.0))
-    if bias is not None:
-        tl.store(p_packed + packed_row("bias") * stride, tl.load(bias + o_n, mask=m_n, other=0.0) * log2e())
+        p_packed = packed + 2 * q * stride + o_n
+        tl.store(p_packed, tl.where(m_none, float("inf"), b_lse * log2e()))
+        tl.store(p_packed + stride, tl.where(m_none, 0.0, b_grad))
+        if CENTERED:
+            b_factor = tl.exp2(centers[q] - b_lse * log2e()) * b_grad
+            tl.store(packed + (packed_row("factor") + q) * stride + o_n, tl.where(m_none, 0.0, b_factor))
+
+
+@triton.jit
+def _pack_bwd_kernel(
+    row_lse, row_grad, grad_sum, offset, cutoff, col_lse, col_grad, bias, grad_scale, center, rows, columns,
+    N, M, row_stride, col_stride,
+    Q: tl.constexpr, COLUMN_LSE: tl.constexpr, FIND_CENTER: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Write the vectors of the sweep's rows and columns into (PACKED_ROWS, stride), stride a multiple of any tile.
+
+    Padded and converted once, they are loaded without masks by every tile. `grad_scale` scales all gradients, see
+    `gradient_scale`. The second grid index is 1 for the columns. If FIND_CENTER, every program finds the center, which
+    saves a launch, and one writes it.
+    """
+    centers = (0.0, 0.0)
+    if FIND_CENTER:
+        centers, fails = find_centers(row_lse, col_lse, N, M, Q, COLUMN_LSE, BC)
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            store_center(center, centers, fails)
+    elif center is not None:
+        centers, _ = load_center(center)
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    b_grad_scale = 1.0
+    if grad_scale is not None:
+        b_grad_scale = tl.load(grad_scale)
+    if tl.program_id(1) == 0:
+        if tl.program_id(0) * BN < row_stride:
+            m_n = o_n < N
+            pack_statistics(rows, row_lse, row_grad, o_n, N, row_stride, b_grad_scale, centers, Q, center is not None)
+            if grad_sum is not None:
+                b_grad_sum = tl.load(grad_sum + o_n, mask=m_n, other=0.0) * b_grad_scale
+                pack_vector(rows, "grad_sum", b_grad_sum, o_n, row_stride)
+            if offset is not None:
+                pack_vector(rows, "offset", tl.load(offset + o_n, mask=m_n, other=0.0), o_n, row_stride)
+            if cutoff is not None:
+                pack_vector(rows, "cutoff", tl.load(cutoff + o_n, mask=m_n, other=0.0), o_n, row_stride)
+    elif tl.program_id(0) * BN < col_stride:
+        if COLUMN_LSE:
+            pack_statistics(
+                columns, col_lse, col_grad, o_n, M, col_stride, b_grad_scale, centers, 1, center is not None
+            )
+        if bias is not None:
+            b_bias = tl.load(bias + o_n, mask=o_n < M, other=0.0) * log2e()
+            pack_vector(columns, "bias", b_bias, o_n, col_stride)
 
 
 @triton.jit

@@ -46,12 +46,13 @@ from contrastive_kernels.engine.backends.triton.launch import (
     Operands,
     block_count,
     launch_kernel,
+    processors,
     score_store,
     splits_of,
     tiles_of,
 )
 from contrastive_kernels.engine.backends.triton.rows import block_sizes
-from contrastive_kernels.engine.backends.triton.safe_forward import safe_sums_fwd
+from contrastive_kernels.engine.backends.triton.safe_forward import safe_again_fwd, safe_sums_fwd
 from contrastive_kernels.engine.limits import workspace_limit
 
 # Elements per program, and partial results read at a time, of the kernel that adds up.
@@ -59,24 +60,52 @@ FOLD_ROWS, FOLD_SLOTS = 64, 32
 
 
 @triton.jit
-def bound_and_shift(scale, x_square, y_square):
+def largest_norm(square, NORMS: tl.constexpr):
+    """Return the norm whose square `_largest_norm_fwd_kernel` has left in parts."""
+    # A warp at a time: a maximum over all warps costs registers in the whole kernel, and an occupancy.
+    LANES: tl.constexpr = 32 if NORMS > 32 else NORMS
+    b_bits = tl.zeros([LANES], tl.int32)
+    for i_part in tl.static_range(0, NORMS, LANES):
+        b_bits = tl.maximum(b_bits, tl.load(square + i_part + tl.arange(0, LANES)))
+    return tl.sqrt(tl.max(b_bits, 0).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def bound_and_shift(scale, x_square, y_square, NORMS: tl.constexpr):
     """Return a bound of |logit|, and the shift for it: none while logits are safe as they are, the most accurate."""
-    b_x, b_y = tl.load(x_square).to(tl.float32, bitcast=True), tl.load(y_square).to(tl.float32, bitcast=True)
-    b_bound = tl.abs(tl.load(scale)) * log2e() * tl.sqrt(b_x) * tl.sqrt(b_y)
+    b_norms = largest_norm(x_square, NORMS) * largest_norm(y_square, NORMS)
+    b_bound = tl.abs(tl.load(scale)) * log2e() * b_norms
     # exponentials up to 2^100, of which 2^26 may be added
     LARGEST_EXPONENT: tl.constexpr = 100.0
     return b_bound, tl.maximum(b_bound - LARGEST_EXPONENT, 0.0)
 
 
 @triton.jit
-def _largest_norm_fwd_kernel(x, largest_bits, N, stride, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """Raise largest_bits, 0 before, to those of max ||x_n||^2: from 0 on floats are ordered as these, NaN above all."""
-    o_n, o_d = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN), tl.arange(0, BD)
-    b_square = tl.zeros([BN], tl.float32)
-    for i_d in range(0, D, BD):
-        b_x = load_tile(x, o_n, i_d + o_d, N, stride, D).to(tl.float32)
-        b_square += tl.sum(b_x * b_x, 1)
-    tl.atomic_max(largest_bits, tl.max(b_square.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
+def square_bits(x, first, step, N, stride, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """Return the bits of max ||x_n||^2 over every `step`-th block: from 0 on floats are ordered as these, NaN above."""
+    b_bits = tl.zeros([BN], tl.int32)
+    for i_block in range(first, tl.cdiv(N, BN), step):
+        o_n, o_d = i_block * BN + tl.arange(0, BN).to(tl.int64), tl.arange(0, BD)
+        b_square = tl.zeros([BN], tl.float32)
+        for i_d in range(0, D, BD):
+            b_x = load_tile(x, o_n, i_d + o_d, N, stride, D).to(tl.float32)
+            b_square += tl.sum(b_x * b_x, 1)
+        b_bits = tl.maximum(b_bits, b_square.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.max(b_bits, 0)
+
+
+@triton.jit
+def _largest_norm_fwd_kernel(
+    x, y, square, shift_failed, N, M, stride_x, stride_y, D: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr
+):  # fmt: skip
+    """Write into square (2, programs) the bits of the largest squared norm of a part of x, and of y; clear the flag."""
+    i_part, parts = tl.program_id(0), tl.num_programs(0)
+    if tl.program_id(1) == 0:
+        tl.store(square + i_part, square_bits(x, i_part, parts, N, stride_x, D, BN, BD))
+        if i_part == 0:
+            tl.store(shift_failed, 0)
+    else:
+        tl.store(square + parts + i_part, square_bits(y, i_part, parts, M, stride_y, D, BN, BD))
 
 
 @triton.jit
@@ -85,13 +114,14 @@ def _sums_fwd_kernel(
     row_partial, col_partial,
     first_block, N, M, stride_x, stride_y,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, TRIANGLE: tl.constexpr,
-    PAIR_SUM: tl.constexpr, FLAGS: tl.constexpr,
+    PAIR_SUM: tl.constexpr, NORMS: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Sum exp2(logit - shift): a program keeps a block of columns and visits every `splits`-th block of rows.
 
     row_partial (slots, N) has a row per column block from first_block on, col_partial (splits, M). TRIANGLE, for
     symmetric pairs and BN = BM: only row blocks up to the diagonal, where the row sums are complete by themselves.
-    x_square and y_square: the bits of the largest squared norms. x_tiles and y_tiles: x and y as descriptors, or None.
+    x_square and y_square: the bits of the largest squared norms of NORMS parts. x_tiles and y_tiles: x and y as
+    descriptors, or None.
     """
     i_slot, i_split, splits = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     blocks = tl.cdiv(N, BN)
@@ -102,7 +132,7 @@ def _sums_fwd_kernel(
     i_m = (first_block + i_slot.to(tl.int32)) * BM
     o_m, o_d = i_m + tl.arange(0, BM).to(tl.int64), tl.arange(0, BD)
     b_scale = tl.load(scale) * log2e()
-    _, b_shift = bound_and_shift(scale, x_square, y_square)
+    _, b_shift = bound_and_shift(scale, x_square, y_square, NORMS)
     columns = Block(Operand(y, y_tiles, y_ids, M, stride_y), i_m, o_m)
     b_y = load_block(columns, 0, o_d, D)
     column_ids = load_ids(y_ids, o_m, M, 1, FLAGS.IDS)
@@ -140,108 +170,99 @@ def _sums_fwd_kernel(
 
 
 @triton.jit
-def _fold_fwd_kernel(
-    partial, total, lse, shift_failed, scale, x_square, y_square, slots, first_block, N, terms,
-    BLOCK: tl.constexpr, TRIANGLE: tl.constexpr, ACCUMULATE: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """total (+)= partial (slots, N) summed in a fixed order; with lse, finish: its value, and shift_failed if in doubt.
+def add_slots(b_total, partial, slots, first_block, o_n, N, BLOCK: tl.constexpr, BS: tl.constexpr):
+    """Return b_total and the sum of partial (slots, N) in a fixed order.
 
-    TRIANGLE: slot k is of column block first_block + k, and has entries up to the end of that block only.
+    With a BLOCK slot k is of column block first_block + k, and has entries up to the end of that block only.
     """
-    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m_n = o_n < N
-    b_total = tl.zeros([BN], tl.float32)
-    if ACCUMULATE:
-        b_total += tl.load(total + o_n, mask=m_n, other=0.0)
     for i_s in range(0, slots, BS):
         o_s = i_s + tl.arange(0, BS).to(tl.int64)
         m_p = (o_s < slots)[:, None] & m_n[None, :]
-        if TRIANGLE:
+        if BLOCK:
             m_p = m_p & ((first_block + o_s)[:, None] >= (o_n // BLOCK)[None, :])
         b_total += tl.sum(tl.load(partial + o_s[:, None] * N + o_n[None, :], mask=m_p, other=0.0), 0)
-    if lse is None:
-        tl.store(total + o_n, b_total, mask=m_n)
-    else:
-        b_bound, b_shift = bound_and_shift(scale, x_square, y_square)
-        # Exponentials below 2^-126 are flushed. If that of the least possible logit would be, the sum has to be 2^20
-        # times what `terms` of them can amount to. An empty sum is then in doubt too.
-        b_floor = tl.where(b_bound + b_shift <= 126.0, 0.0, terms * 2.0**-106)
-        m_sure = (b_total >= b_floor) & (b_total < float("inf"))
-        if tl.max((m_n & (m_sure == 0)).to(tl.int32), 0) > 0:
-            tl.store(shift_failed, 1)
-        tl.store(lse + o_n, (tl.log2(b_total) + b_shift) * ln2(), mask=m_n)
+    return b_total
 
 
-def largest_norm_fwd(x: Tensor, largest_bits: Tensor) -> None:
-    """Raise largest_bits, see `_largest_norm_fwd_kernel`."""
-    sizes = block_sizes(x.shape[1])
+@triton.jit
+def finish(b_total, lse, shift_failed, b_bound, b_shift, terms, o_n, N):
+    """Write the log-sum-exps of sums of so many terms, and set shift_failed if in doubt."""
+    m_n = o_n < N
+    # Exponentials below 2^-126 are flushed. If that of the least possible logit would be, the sum has to be 2^20
+    # times what `terms` of them can amount to. An empty sum is then in doubt too.
+    b_floor = tl.where(b_bound + b_shift <= 126.0, 0.0, terms * 2.0**-106)
+    m_sure = (b_total >= b_floor) & (b_total < float("inf"))
+    if tl.max((m_n & (m_sure == 0)).to(tl.int32), 0) > 0:
+        tl.store(shift_failed, 1)
+    tl.store(lse + o_n, (tl.log2(b_total) + b_shift) * ln2(), mask=m_n)
+
+
+@triton.jit
+def _fold_fwd_kernel(
+    row_partial, col_partial, row_total, row_lse, col_lse, shift_failed, scale, x_square, y_square,
+    slots, splits, first_block, N, M,
+    BLOCK: tl.constexpr, ACCUMULATE: tl.constexpr, LAST: tl.constexpr, NORMS: tl.constexpr, BN: tl.constexpr,
+    BS: tl.constexpr,
+):  # fmt: skip
+    """row_total (+)= row_partial (slots, N); if LAST finish the rows, and by other programs the columns.
+
+    With a BLOCK, for symmetric pairs, a row's sum goes on in the column sums: those above the diagonal are the row
+    sums below it. col_lse is then row_lse again, or None.
+    """
+    o_n = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    b_total = tl.zeros([BN], tl.float32)
+    if LAST:
+        b_bound, b_shift = bound_and_shift(scale, x_square, y_square, NORMS)
+    if tl.program_id(1) == 0:
+        if ACCUMULATE:
+            b_total += tl.load(row_total + o_n, mask=o_n < N, other=0.0)
+        b_total = add_slots(b_total, row_partial, slots, first_block, o_n, N, BLOCK, BS)
+        if LAST:
+            if BLOCK:
+                b_total = add_slots(b_total, col_partial, splits, 0, o_n, N, 0, BS)
+                if col_lse is not None:
+                    finish(b_total, col_lse, shift_failed, b_bound, b_shift, M, o_n, N)
+            finish(b_total, row_lse, shift_failed, b_bound, b_shift, M, o_n, N)
+        else:
+            tl.store(row_total + o_n, b_total, mask=o_n < N)
+    elif LAST and not BLOCK:
+        b_total = add_slots(b_total, col_partial, splits, 0, o_n, M, 0, BS)
+        finish(b_total, col_lse, shift_failed, b_bound, b_shift, N, o_n, M)
+
+
+def largest_norm_fwd(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the parts of the largest squared norms of x and of y, see `_largest_norm_fwd_kernel`, and a 0 as flag."""
+    # As many parts as keep the device busy, a power of two: each program that needs the maximum reads all.
+    parts, itself = 1 << (processors(x) - 1).bit_length(), x is y
+    state = torch.empty((1 if itself else 2) * parts + 1, dtype=torch.int32, device=x.device)
     launch_kernel(
         _largest_norm_fwd_kernel,
-        (block_count(x.shape[0], sizes["BN"]),),
+        (parts, 1 if itself else 2),
         x=x,
-        largest_bits=largest_bits,
+        y=y,
+        square=state,
+        shift_failed=state[-1:],
         N=x.shape[0],
-        stride=x.stride(0),
+        M=y.shape[0],
+        stride_x=x.stride(0),
+        stride_y=y.stride(0),
         D=x.shape[1],
-        **sizes,
+        **block_sizes(x.shape[1]),
     )
+    return state[:parts], state[:parts] if itself else state[parts:-1], state[-1:]
 
 
-def fold_fwd(
-    partial: Tensor,
-    total: Tensor,
-    terms: int,
-    bound: tuple[Tensor, Tensor, Tensor],
-    *,
-    first_block: int = 0,
-    block: int = 0,
-    accumulate: bool = False,
-    lse: Tensor | None = None,
-    shift_failed: Tensor,
-) -> None:
-    """Add partial (slots, N) to total, or with lse finish it, see `_fold_fwd_kernel`.
-
-    bound: the scale and the bits of the largest squared norms of x and y. A block makes slots triangular.
-    """
-    (slots, n), (scale, x_square, y_square) = partial.shape, bound
-    launch_kernel(
-        _fold_fwd_kernel,
-        (block_count(n, FOLD_ROWS),),
-        partial=partial,
-        total=total,
-        lse=lse,
-        shift_failed=shift_failed,
-        scale=scale,
-        x_square=x_square,
-        y_square=y_square,
-        slots=slots,
-        first_block=first_block,
-        N=n,
-        terms=float(terms),
-        BLOCK=block,
-        TRIANGLE=block > 0,
-        ACCUMULATE=accumulate,
-        BN=FOLD_ROWS,
-        BS=FOLD_SLOTS,
-    )
-
-
-def sums_fwd(operands: Operands, row_lse: Tensor, col_lse: Tensor, scores: Scores | None) -> None:
-    """Fill row_lse (N,), col_lse (M,) if it is wanted, and the scores, by the fast path.
+def sums_fwd(operands: Operands, row_lse: Tensor, col_lse: Tensor | None, scores: Scores | None) -> None:
+    """Fill row_lse (N,), col_lse (M,) unless it is None, and the scores, by the fast path.
 
     One exponential serves a pair, or the unordered pair of a symmetric matrix.
     """
     x, y, (n, d), m = operands.x, operands.y, operands.x.shape, operands.y.shape[0]
     # all pairs are saved
     triangle = operands.symmetric and scores is None
-    # shift_failed and the bits of the largest squared norms
-    state = torch.zeros(3, dtype=torch.int32, device=x.device)
-    shift_failed, x_square = state[:1], state[1:]
-    y_square = x_square if operands.self_similarity else state[2:]
-    largest_norm_fwd(x, x_square)
-    if not operands.self_similarity:
-        largest_norm_fwd(y, y_square)
-    bound, store = (operands.scale, x_square, y_square), score_store(scores)
+    x_square, y_square, shift_failed = largest_norm_fwd(x, y)
+    store = score_store(scores)
     flags = operands.flags()._replace(COLUMN_LSE=False)
 
     def launch(tile: tiles.Tile) -> None:
@@ -279,35 +300,41 @@ def sums_fwd(operands: Operands, row_lse: Tensor, col_lse: Tensor, scores: Score
                 **tile.blocks(d),
                 TRIANGLE=triangle,
                 PAIR_SUM=tile.pair_sum,
+                NORMS=len(x_square),
                 FLAGS=flags,
                 **tile.options(),
             )
-            last = not triangle and first + slots == column_blocks
-            fold_fwd(
-                row_partial[:slots],
-                total,
-                m,
-                bound,
-                first_block=first,
-                block=tile.width if triangle else 0,
-                accumulate=first > 0,
-                lse=row_lse if last else None,
+            last = first + slots == column_blocks
+            columns = last and not triangle
+            launch_kernel(
+                _fold_fwd_kernel,
+                (block_count(max(n, m) if columns else n, FOLD_ROWS), 2 if columns else 1),
+                row_partial=row_partial,
+                col_partial=col_partial,
+                row_total=total,
+                row_lse=row_lse,
+                col_lse=col_lse,
                 shift_failed=shift_failed,
+                scale=operands.scale,
+                x_square=x_square,
+                y_square=y_square,
+                slots=slots,
+                splits=splits,
+                first_block=first,
+                N=n,
+                M=m,
+                BLOCK=tile.width if triangle else 0,
+                ACCUMULATE=first > 0,
+                LAST=last,
+                NORMS=len(x_square),
+                BN=FOLD_ROWS,
+                BS=FOLD_SLOTS,
             )
-        if triangle:
-            # A symmetric matrix: the column sums above the diagonal are the row sums below it.
-            fold_fwd(col_partial, total, m, bound, accumulate=True, lse=row_lse, shift_failed=shift_failed)
-        else:
-            fold_fwd(col_partial, total, n, bound, lse=col_lse, shift_failed=shift_failed)
 
     large_epilogue = operands.x_ids is not None or operands.cutoff is not None
     kernel = "sums" if scores is None else "saved_sums"
     tune.run(tiles.pick(kernel, x, large_epilogue), x, launch, square=triangle)
-    safe_sums_fwd(operands, True, row_lse[None], None, None, shift_failed=shift_failed)
-    if not triangle:
-        safe_sums_fwd(operands, False, col_lse[None], None, None, shift_failed=shift_failed)
-    elif operands.column_lse:
-        col_lse.copy_(row_lse)
+    safe_again_fwd(operands, row_lse, col_lse, shift_failed)
 
 
 def forward(operands: Operands, maximum: bool, scores: Scores | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -323,7 +350,7 @@ def forward(operands: Operands, maximum: bool, scores: Scores | None) -> tuple[T
     both = operands.column_lse or (operands.symmetric and scores is None)
     nothing_else = operands.bias is None and not operands.term and not maximum
     if both and operands.exponents == (1.0,) and nothing_else and n and m:
-        sums_fwd(operands, row_lse[0], col_lse, scores)
+        sums_fwd(operands, row_lse[0], col_lse if operands.column_lse else None, scores)
     else:
         if operands.exponents or operands.term or maximum or scores is not None:
             term_sum, largest = row_sum if operands.term else None, row_max if maximum else None

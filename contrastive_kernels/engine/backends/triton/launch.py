@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ from contrastive_kernels.engine.spec import Description, Inputs, Upstream
 
 # Elements that the one program of `_center_bwd_kernel` reads at a time, and its warps.
 CENTER_ROWS, CENTER_WARPS = 4096, 16
+# Up to how many log-sum-exps all programs of `_pack_bwd_kernel` find the center themselves, which takes no longer than
+# a kernel before it, and how many they read at a time. Predicted, not measured.
+CENTER_TOGETHER, CENTER_ROWS_TOGETHER = 65536, 1024
 
 # The integer that a saved similarity of 1 becomes: less than 2^15, for similarities that rounding has made larger.
 STEPS = 32700.0
@@ -50,10 +54,11 @@ _remembered: dict[tuple[object, ...], tuple[Callable[..., None], Callable[[dict[
 
 
 def launch_kernel(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Launch a kernel like ``kernel[grid](**arguments)``, a launch like an earlier one in less than half the time.
+    """Launch a kernel like ``kernel[grid](**arguments)``, a launch like an earlier one in less time.
 
     Triton binds arguments and looks for compiled code in every launch, 8 to 28 us on a CPU core. A launch that differs
-    in pointers alone takes the compiled kernel at once, by Triton's own interface for that. Kernels take no defaults.
+    from an earlier one in pointers alone takes the compiled kernel at once, 5 to 15 us, by Triton's own interface for
+    that, which reads the current stream and calls Triton's hooks. Every argument is named, none is a default.
     """
     if (
         not REPEATS
@@ -267,28 +272,9 @@ class PackedVectors:
     @classmethod
     def of(cls, operands: Operands, upstream: Upstream, centered: bool) -> PackedVectors:
         """Pack what flows back; `centered` if one exponential may serve the statistics of two sides."""
-        grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse = upstream
-        grad_scale = gradient_scale(operands, grad_row_lse, grad_col_lse, grad_row_sum)
-        center = center_bwd(operands, row_lse, col_lse) if centered else None
-        rows = pack_bwd(
-            size=operands.x.shape[0],
-            lse=row_lse,
-            grad=grad_row_lse,
-            grad_sum=grad_row_sum if operands.term else None,
-            offset=operands.term_offset,
-            cutoff=operands.cutoff,
-            grad_scale=grad_scale,
-            center=center,
-        )
-        none = col_lse.new_empty(0, 0)
-        columns = pack_bwd(
-            size=operands.y.shape[0],
-            lse=col_lse[None] if operands.column_lse else none,
-            grad=grad_col_lse[None] if operands.column_lse else none,
-            bias=operands.bias,
-            grad_scale=grad_scale,
-            center=center,
-        )
+        grad_scale = gradient_scale(operands, upstream)
+        center = upstream.row_lse.new_empty(CENTER_SIZE) if centered else None
+        rows, columns = pack_bwd(operands, upstream, grad_scale, center)
         return cls(rows, columns, grad_scale, center)
 
     def product_factor(self, operands: Operands) -> Tensor | float:
@@ -301,9 +287,7 @@ class PackedVectors:
         return factor
 
 
-def gradient_scale(
-    operands: Operands, grad_row_lse: Tensor, grad_col_lse: Tensor, grad_row_sum: Tensor
-) -> Tensor | None:
+def gradient_scale(operands: Operands, upstream: Upstream) -> Tensor | None:
     """Return a power of two that brings the largest weight below 2^14; None for 1.
 
     float16 holds neither 1 / N^2 nor more than 65504. No softmax probability exceeds 1 and no slope its bound, so the
@@ -311,10 +295,10 @@ def gradient_scale(
     """
     if operands.x.dtype != torch.float16:
         return None
-    soft = _largest(grad_col_lse)
-    for exponent, grad in zip(operands.exponents, grad_row_lse, strict=True):
+    soft = _largest(upstream.grad_col_lse)
+    for exponent, grad in zip(operands.exponents, upstream.grad_row_lse, strict=True):
         soft = soft + abs(exponent) * _largest(grad)
-    slope = _largest(grad_row_sum) * _largest_slope(operands) if operands.term else 0.0
+    slope = _largest(upstream.grad_row_sum) * _largest_slope(operands) if operands.term else 0.0
     if operands.term and operands.soft:
         soft = soft * operands.scale.abs()
         slope = slope if operands.term_scale is None else slope * operands.term_scale.abs()
@@ -323,57 +307,61 @@ def gradient_scale(
     return torch.exp2(14 - bound.clamp(min=2.0**-100).log2().ceil())
 
 
-def center_bwd(operands: Operands, row_lse: Tensor, col_lse: Tensor) -> Tensor:
-    """Return the (CENTER_SIZE,) vector of `_center_bwd_kernel`."""
-    center = row_lse.new_empty(CENTER_SIZE)
-    launch_kernel(
-        _center_bwd_kernel,
-        (1,),
-        row_lse=row_lse.contiguous(),
-        col_lse=col_lse.contiguous(),
-        center=center,
-        N=operands.x.shape[0],
-        M=operands.y.shape[0],
-        Q=len(operands.exponents),
-        COLUMN_LSE=operands.column_lse,
-        BN=CENTER_ROWS,
-        num_warps=CENTER_WARPS,
-    )
-    return center
-
-
 def pack_bwd(
-    *,
-    size: int,
-    lse: Tensor,
-    grad: Tensor,
-    grad_sum: Tensor | None = None,
-    offset: Tensor | None = None,
-    cutoff: Tensor | None = None,
-    bias: Tensor | None = None,
-    grad_scale: Tensor | None,
-    center: Tensor | None,
-) -> Tensor:
-    """Return (PACKED_ROWS, size padded to whole tiles), see `_pack_bwd_kernel`; lse and grad are (Q, size)."""
-    packed = lse.new_empty((PACKED_ROWS, tiles.round_up(size, tiles.ALIGNMENT)))
+    operands: Operands, upstream: Upstream, grad_scale: Tensor | None, center: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the vectors of the rows and of the columns, each (PACKED_ROWS, size padded to whole tiles).
+
+    Fill the center, (CENTER_SIZE,).
+    """
+    row_lse, col_lse = upstream.row_lse.contiguous(), upstream.col_lse.contiguous()
+    n, m = operands.x.shape[0], operands.y.shape[0]
+    rows, columns = (
+        operands.x.new_empty((PACKED_ROWS, tiles.round_up(size, tiles.ALIGNMENT)), dtype=torch.float32)
+        for size in (n, m)
+    )
+    of_columns = operands.column_lse or operands.bias is not None
+    size = max(rows.shape[1], columns.shape[1]) if of_columns else rows.shape[1]
+    together = n + m <= CENTER_TOGETHER
+    of_center = dict(Q=len(operands.exponents), COLUMN_LSE=operands.column_lse)
+    if center is not None and not together:
+        launch_kernel(
+            _center_bwd_kernel,
+            (1,),
+            row_lse=row_lse,
+            col_lse=col_lse,
+            center=center,
+            N=n,
+            M=m,
+            **of_center,
+            BN=CENTER_ROWS,
+            num_warps=CENTER_WARPS,
+        )
     launch_kernel(
         _pack_bwd_kernel,
-        (packed.shape[1] // tiles.ALIGNMENT,),
-        lse=lse.contiguous(),
-        grad=grad.contiguous(),
-        grad_sum=_dense(grad_sum),
-        offset=offset,
-        cutoff=cutoff,
-        bias=bias,
+        (size // tiles.ALIGNMENT, 2 if of_columns else 1),
+        row_lse=row_lse,
+        row_grad=upstream.grad_row_lse.contiguous(),
+        grad_sum=upstream.grad_row_sum.contiguous() if operands.term else None,
+        offset=operands.term_offset,
+        cutoff=operands.cutoff,
+        col_lse=col_lse,
+        col_grad=upstream.grad_col_lse.contiguous(),
+        bias=operands.bias,
         grad_scale=grad_scale,
         center=center,
-        packed=packed,
-        N=size,
-        stride=packed.shape[1],
-        Q=lse.shape[0],
+        rows=rows,
+        columns=columns,
+        N=n,
+        M=m,
+        row_stride=rows.shape[1],
+        col_stride=columns.shape[1],
+        **of_center,
+        FIND_CENTER=center is not None and together,
         BN=tiles.ALIGNMENT,
+        BC=CENTER_ROWS_TOGETHER,
     )
-    return packed
+    return rows, columns
 
 
 def tiles_of(x: Tensor, height: int, tile: tiles.Tile) -> TensorDescriptor | None:
@@ -391,7 +379,12 @@ def tiles_of(x: Tensor, height: int, tile: tiles.Tile) -> TensorDescriptor | Non
 
 def processors(x: Tensor) -> int:
     """Return the multiprocessors (compute units) of x's device; 2 in the interpreter, so that work gets split."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return _processors(x.device) if x.is_cuda else 2
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def splits_of(blocks: int, others: int, x: Tensor) -> int:

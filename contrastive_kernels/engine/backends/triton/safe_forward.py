@@ -2,11 +2,13 @@
 
 When: in all other cases, and behind the fast path, where it returns at once unless `shift_failed` is set.
 How: `_safe_sums_fwd_kernel` keeps a running maximum per row, in one launch for the rows and in another for the
-columns, and computes terms and maxima beside it.
+columns, and computes terms and maxima beside it. Behind the fast path one launch serves both.
 How it fails: it does not; the sum of a row with a kept pair is at least 1.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +18,7 @@ from torch import Tensor
 from contrastive_kernels.engine.backends.triton import tiles, tune
 from contrastive_kernels.engine.backends.triton.bundles import (
     Block,
+    Flags,
     Numbers,
     Operand,
     Pairs,
@@ -86,23 +89,32 @@ def admit(b_v, b_s, pairs, i_m, cutoff, FILL: tl.constexpr, FLAGS: tl.constexpr)
 @triton.jit
 def _safe_sums_fwd_kernel(
     x, y, x_tiles, y_tiles, x_ids, y_ids, scale, bias, cutoff, term_scale, term_offset, store: ScoreStore,
-    shift_failed, lse, partial,
+    shift_failed, lse, other_lse, partial,
     N, M, stride_x, stride_y, numbers: Numbers,
     D: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, AS_ROWS: tl.constexpr,
     MAXIMUM: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """Walk from one block of the owner x over every `splits`-th block of y, into partial (splits, rows, N).
 
-    x acts as the sweep's rows or as its columns; bias and term go with the rows. With shift_failed, and one split, the
-    kernel writes lse (N,) itself, and leaves it to the fast path unless shift_failed is set. x_tiles and y_tiles: x and
-    y as descriptors, or None.
+    x acts as the sweep's rows or as its columns; bias and term go with the rows. x_tiles and y_tiles: x and y as
+    descriptors, or None. With shift_failed the kernel leaves everything to the fast path unless that is set; then it
+    writes lse (N,) itself, and where the second grid index is 1 other_lse (M,), with x and y exchanged.
     """
-    if shift_failed is not None:  # noqa: SIM102 (a compile-time and a run-time condition)
+    i_n, i_split, splits = tl.program_id(0) * BN, tl.program_id(1), tl.num_programs(1)
+    size = N
+    if shift_failed is not None:
         if tl.load(shift_failed) == 0:
             return
+        exchanged = i_split == 1
+        i_split, splits = 0, 1
+        if other_lse is not None:
+            x, y, lse = tl.where(exchanged, y, x), tl.where(exchanged, x, y), tl.where(exchanged, other_lse, lse)
+            N, M = tl.where(exchanged, M, N), tl.where(exchanged, N, M)
+            stride_x, stride_y = tl.where(exchanged, stride_y, stride_x), tl.where(exchanged, stride_x, stride_y)
+            if FLAGS.IDS:
+                x_ids, y_ids = tl.where(exchanged, y_ids, x_ids), tl.where(exchanged, x_ids, y_ids)
     Q: tl.constexpr = FLAGS.Q
     TERM: tl.constexpr = FLAGS.TERM
-    i_n, i_split, splits = tl.program_id(0) * BN, tl.program_id(1), tl.num_programs(1)
     o_n, o_d = i_n + tl.arange(0, BN).to(tl.int64), tl.arange(0, BD)
     b_scale, b_term_scale = tl.load(scale) * log2e(), 1.0
     if term_scale is not None:
@@ -110,7 +122,7 @@ def _safe_sums_fwd_kernel(
     own = Block(Operand(x, x_tiles, x_ids, N, stride_x), i_n, o_n)
     b_x = load_block(own, 0, o_d, D)
     own_ids = load_ids(x_ids, o_n, N, 0, FLAGS.IDS)
-    own_cutoff = load_vector(cutoff, o_n, N, 0) if FLAGS.CUT and AS_ROWS else 0.0
+    own_cutoff = load_vector(cutoff, o_n, size, 0) if FLAGS.CUT and AS_ROWS else 0.0
     b_offset = load_vector(term_offset, o_n, N, 0) if FLAGS.SHIFTED else 0.0
 
     b_max_0, b_sum_0 = tl.full([BN], float("-inf"), tl.float32), tl.zeros([BN], tl.float32)
@@ -125,6 +137,8 @@ def _safe_sums_fwd_kernel(
             store_scores(store, b_s, o_n, o_m, N, M)
         pairs = Pairs(own_ids, load_ids(y_ids, o_m, M, 1, FLAGS.IDS), i_m - i_n, M)
         b_cutoff = load_vector(cutoff, o_m, M, 1) if FLAGS.CUT and not AS_ROWS else own_cutoff
+        if FLAGS.CUT and other_lse is not None:
+            b_cutoff = tl.where(exchanged, load_vector(cutoff, o_m, size, 1), own_cutoff)
         b_bias = load_vector(bias, o_m, M, 1) * log2e() if FLAGS.BIASED else 0.0
         if Q > 0:
             b_u = b_s * (b_scale * numbers.exponent_0) + b_bias
@@ -199,6 +213,64 @@ def _merge_fwd_kernel(
             tl.store(largest + o_n, b_largest * ln2(), mask=m_n)
 
 
+def launch_safe_sums(
+    operands: Operands, tile: tiles.Tile, grid: tuple[int, int], rows: bool, *, flags: Flags, **arguments: Any
+) -> None:
+    """Launch `_safe_sums_fwd_kernel`; rows: x acts as the sweep's rows."""
+    x, y, x_ids, y_ids = operands.x, operands.y, operands.x_ids, operands.y_ids
+    if not rows:
+        x, y, x_ids, y_ids = y, x, y_ids, x_ids
+    launch_kernel(
+        _safe_sums_fwd_kernel,
+        grid,
+        x=x,
+        y=y,
+        x_ids=x_ids,
+        y_ids=y_ids,
+        scale=operands.scale,
+        bias=operands.bias,
+        cutoff=operands.cutoff,
+        term_scale=operands.term_scale,
+        term_offset=operands.term_offset,
+        N=x.shape[0],
+        M=y.shape[0],
+        stride_x=x.stride(0),
+        stride_y=y.stride(0),
+        numbers=operands.numbers(),
+        D=x.shape[1],
+        **tile.blocks(x.shape[1]),
+        AS_ROWS=rows,
+        FLAGS=flags,
+        **arguments,
+        **tile.options(),
+    )
+
+
+def safe_again_fwd(operands: Operands, row_lse: Tensor, col_lse: Tensor | None, shift_failed: Tensor) -> None:
+    """Fill row_lse (N,), and col_lse (M,) unless it is None, once more if shift_failed is set; in one launch.
+
+    The usual launch returns at once, so that descriptors would cost more on the host than they ever gain.
+    """
+    n, m = operands.x.shape[0], operands.y.shape[0]
+    tile = tiles.pick("safe_sums", operands.x, operands.large_epilogue)
+    both = col_lse is not None
+    launch_safe_sums(
+        operands,
+        tile,
+        (block_count(max(n, m) if both else n, tile.height), 2 if both else 1),
+        True,
+        flags=operands.flags()._replace(COLUMN_LSE=False),
+        x_tiles=None,
+        y_tiles=None,
+        store=score_store(None),
+        shift_failed=shift_failed,
+        lse=row_lse,
+        other_lse=col_lse,
+        partial=None,
+        MAXIMUM=False,
+    )
+
+
 def safe_sums_fwd(
     operands: Operands,
     rows: bool,
@@ -207,16 +279,13 @@ def safe_sums_fwd(
     largest: Tensor | None,
     *,
     scores: Scores | None = None,
-    shift_failed: Tensor | None = None,
 ) -> None:
     """Fill lse (Q, n), term_sum and largest of the sweep's rows, or of its columns; None or Q = 0 if not wanted.
 
-    Fill the scores too, with the rows. With shift_failed fill lse alone, Q = 1, and only if that is set.
+    Fill the scores too, with the rows.
     """
-    x, y, x_ids, y_ids = operands.x, operands.y, operands.x_ids, operands.y_ids
-    if not rows:
-        x, y, x_ids, y_ids = y, x, y_ids, x_ids
-    (n, d), m = x.shape, y.shape[0]
+    x, y = (operands.x, operands.y) if rows else (operands.y, operands.x)
+    n, m = x.shape[0], y.shape[0]
     flags = operands.flags()._replace(Q=lse.shape[0], COLUMN_LSE=False)
     if not rows:
         flags = flags._replace(TERM="", BIASED=False, SHIFTED=False)
@@ -224,58 +293,36 @@ def safe_sums_fwd(
 
     def launch(tile: tiles.Tile) -> None:
         blocks, others = block_count(n, tile.height), block_count(m, tile.width)
-        splits, partial = 1, None
-        if shift_failed is None:
-            splits = splits_of(blocks, others, x)
-            partial = x.new_empty((splits, partial_row("end"), n), dtype=torch.float32)
-        launch_kernel(
-            _safe_sums_fwd_kernel,
+        splits = splits_of(blocks, others, x)
+        partial = x.new_empty((splits, partial_row("end"), n), dtype=torch.float32)
+        launch_safe_sums(
+            operands,
+            tile,
             (blocks, splits),
-            x=x,
-            y=y,
+            rows,
+            flags=flags,
             x_tiles=tiles_of(x, tile.height, tile),
             y_tiles=tiles_of(y, tile.width, tile),
-            x_ids=x_ids,
-            y_ids=y_ids,
-            scale=operands.scale,
-            bias=operands.bias,
-            cutoff=operands.cutoff,
-            term_scale=operands.term_scale,
-            term_offset=operands.term_offset,
             store=store,
-            shift_failed=shift_failed,
-            lse=lse,
+            shift_failed=None,
+            lse=None,
+            other_lse=None,
             partial=partial,
-            N=n,
-            M=m,
-            stride_x=x.stride(0),
-            stride_y=y.stride(0),
-            numbers=operands.numbers(),
-            D=d,
-            **tile.blocks(d),
-            AS_ROWS=rows,
             MAXIMUM=maximum,
-            FLAGS=flags,
-            **tile.options(),
         )
-        if partial is not None:
-            launch_kernel(
-                _merge_fwd_kernel,
-                (block_count(n, MERGE_ROWS),),
-                partial=partial,
-                lse=lse,
-                term_sum=term_sum,
-                largest=largest,
-                splits=splits,
-                N=n,
-                Q=flags.Q,
-                TERM=flags.TERM,
-                MAXIMUM=maximum,
-                BN=MERGE_ROWS,
-            )
+        launch_kernel(
+            _merge_fwd_kernel,
+            (block_count(n, MERGE_ROWS),),
+            partial=partial,
+            lse=lse,
+            term_sum=term_sum,
+            largest=largest,
+            splits=splits,
+            N=n,
+            Q=flags.Q,
+            TERM=flags.TERM,
+            MAXIMUM=maximum,
+            BN=MERGE_ROWS,
+        )
 
-    tile = tiles.pick("safe_sums", x, operands.large_epilogue or maximum or scores is not None)
-    if shift_failed is None:
-        tune.run(tile, x, launch)
-    else:
-        launch(tile)  # it usually returns at once, which says nothing about the tile
+    tune.run(tiles.pick("safe_sums", x, operands.large_epilogue or maximum or scores is not None), x, launch)
