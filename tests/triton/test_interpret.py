@@ -206,6 +206,26 @@ def test_sweep_cold(cosine, self_similarity, dtype):
     check(case, tensors._replace(x=x, y=y, scale=scale))
 
 
+@pytest.mark.parametrize(("n", "m"), [(37, 53), (53, 37)])
+def test_sweep_cold_with_cutoff(n, m, monkeypatch):
+    """One launch of the safe path serves rows and columns, whose ids and cutoffs lie on either side of its tiles."""
+    from contrastive_kernels.engine.backends.triton import safe_forward
+
+    flags, launch_kernel = [], safe_forward.launch_kernel
+
+    def seen(kernel, grid, **arguments):
+        flags.append(int(arguments["shift_failed"]))
+        launch_kernel(kernel, grid, **arguments)
+
+    monkeypatch.setattr(safe_forward, "launch_kernel", seen)
+    case = Case(column_lse=True, ids=True, cutoff=True, scale=100.0)
+    tensors = inputs(case, n, m, 24, torch.float32)
+    axis = torch.eye(24, device=DEVICE)
+    x, y = (F.normalize(sign * axis[0] + 0.1 * z, dim=1) for sign, z in ((1, tensors.x), (-1, tensors.y)))
+    check(case, tensors._replace(x=x, y=y, cutoff=(x @ y.T).mean(1)))
+    assert flags == [1]
+
+
 @pytest.mark.parametrize("d", [24, 300])
 def test_sweep_small_gradients(d):
     """float16 gradients of weights near 1e-8 keep their accuracy: the weights carry a power of two."""
