@@ -341,6 +341,17 @@ def test_saved_scores_of_float32(kernel):
     assert aot.compile_kernel(function, 90, torch.float32, constants, row.options()).spilled == 0
 
 
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_behind_the_fast_path(architecture):
+    """The launch for rows and columns together, which takes no descriptors, spills nothing."""
+    row = tiles.find("safe_sums", architecture, 2, 128, False)
+    ((_, function, constants),) = variants(row, {"clip": SMALL["clip"]})
+    for name in ("shift_failed", "other_lse"):
+        del constants[name]
+    constants |= dict.fromkeys(("x_tiles", "y_tiles", "partial"))
+    assert aot.compile_kernel(function, architecture, torch.bfloat16, constants, row.options()).spilled == 0
+
+
 def test_arithmetic():
     """Maxima pass over NaN and functions flush denormals, as the interpreter is made to: see `compute_as_hardware`."""
     code = aot.compiled(_arithmetic_kernel, 90, torch.float32, dict(BN=128), {}).asm["ptx"]

@@ -247,6 +247,17 @@ def test_hooks_of_launches(host, monkeypatch):
     assert [start(), start()] == [1, 1]
 
 
+def test_host_time(monkeypatch, capsys):
+    """The benchmark of the host's time has a row for each of its losses, with launches in all of them."""
+    from benchmarks import host_time
+
+    monkeypatch.setattr(host_time, "STEPS", 1)
+    host_time.main()
+    _, _, _, *rows = (line.split("|") for line in capsys.readouterr().out.splitlines())
+    assert [name.strip() for _, name, *_ in rows] == ["clip", "nt_xent", "info_nce", "siglip"]
+    assert all(int(launches) > 5 for _, _, launches, *_ in rows)
+
+
 def test_remembered_launches_are_bounded(host, monkeypatch):
     """Numbers that change in every step do not fill the memory."""
     monkeypatch.setattr(launch, "REMEMBERED", 8)

@@ -193,9 +193,9 @@ class Operands:
         return float32_precision()
 
     def numbers(self) -> Numbers:
-        """Return the kernels' numbers."""
+        """Return the kernels' numbers, all of them floats: kernels are compiled for the type of a number."""
         exponents, constants = (*self.exponents, 1.0, 1.0), (*self.constants, 0.0, 0.0)
-        return Numbers(exponents[0], exponents[1], constants[0], constants[1])
+        return Numbers(*map(float, (*exponents[:2], *constants[:2])))
 
     def flags(self) -> Flags:
         """Return what the kernels are compiled for."""
