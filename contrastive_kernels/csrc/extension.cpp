@@ -37,13 +37,14 @@ auto cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse
                   const OptionalTensor& y_ids, const OptionalTensor& cutoff, const OptionalTensor& term_scale,
                   const OptionalTensor& term_offset, Numbers exponents, bool column_lse, std::string_view term,
                   Numbers constants, bool keep_equal_ids, int64_t diagonals, const c10::List<bool>& wanted,
-                  const OptionalTensor& scores) {
+                  const OptionalTensor& scores, bool float32_gradients) {
   const at::AutoDispatchBelowADInplaceOrView guard;
   TORCH_CHECK_VALUE(wanted.size() == 7, "wanted must have 7 entries, got ", wanted.size());
   const auto g = backward({grad_row_lse, grad_col_lse, grad_row_sum, row_lse, col_lse},
                           {x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
                           {exponents.vec(), column_lse, term, constants.vec(), keep_equal_ids, diagonals},
-                          {wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5], wanted[6]}, scores);
+                          {wanted[0], wanted[1], wanted[2], wanted[3], wanted[4], wanted[5], wanted[6]}, scores,
+                          float32_gradients);
   return std::make_tuple(g.x, g.y, g.scale, g.bias, g.term_scale, g.term_offset, g.total);
 }
 
@@ -78,7 +79,8 @@ TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
   m.def(
       "cpp_backward(Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, "
       "Tensor col_lse, " INPUTS
-      "bool[] wanted, Tensor? scores=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "bool[] wanted, Tensor? scores=None, bool float32_gradients=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
       "cpp_select(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal) "
       "-> (Tensor, Tensor)");

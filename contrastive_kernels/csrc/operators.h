@@ -50,9 +50,9 @@ struct Gradients {
 
 Statistics forward(const Inputs& inputs, const Description& description, bool maximum, bool save_scores);
 
-// `scores`: those that `forward` saved, or absent.
+// `scores`: those that `forward` saved, or absent. `float32_gradients`: x and y of half precision are not rounded.
 Gradients backward(const Upstream& upstream, const Inputs& inputs, const Description& description, const Wanted& wanted,
-                   const OptionalTensor& scores);
+                   const OptionalTensor& scores, bool float32_gradients);
 
 // The values and the columns, N x k each, of the k largest (smallest) similarities of every row;
 // contrastive_kernels/primitives/select.py defines the order.

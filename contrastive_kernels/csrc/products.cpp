@@ -67,8 +67,7 @@ at::Tensor transposed_panels(const at::Tensor& y) {
 template <typename T>
 class BlasProducts final : public Products<T> {
  public:
-  BlasProducts(const at::Tensor& x, const at::Tensor& y, ProductsWanted wanted)
-      : dtype_(x.scalar_type()), wanted_(wanted) {
+  BlasProducts(const at::Tensor& x, const at::Tensor& y, ProductsWanted wanted) : wanted_(wanted) {
     const auto compute = c10::CppTypeToScalarType<T>::value;
     x_ = with_unit_stride(x.to(compute));
     y_ = y.is_same(x) ? x_ : with_unit_stride(y.to(compute));
@@ -109,9 +108,9 @@ class BlasProducts final : public Products<T> {
                   rows_of(x_, rows));
   }
 
-  std::pair<at::Tensor, at::Tensor> gradients() override {
+  std::pair<at::Tensor, at::Tensor> gradients(at::ScalarType dtype) override {
     if (wanted_.dy && wanted_.self && !wanted_.symmetric) dx_.add_(dy_);
-    return {wanted_.dx ? dx_.to(dtype_) : dx_, wanted_.dy && !wanted_.self ? dy_.to(dtype_) : at::Tensor()};
+    return {wanted_.dx ? dx_.to(dtype) : dx_, wanted_.dy && !wanted_.self ? dy_.to(dtype) : at::Tensor()};
   }
 
  private:
@@ -123,7 +122,6 @@ class BlasProducts final : public Products<T> {
     at::cpu::addmm_out(sum, sum, a, b, 1, 1);
   }
 
-  at::ScalarType dtype_;
   ProductsWanted wanted_;
   at::Tensor x_, y_, y_columns_, dx_, dy_;
 };
@@ -197,13 +195,13 @@ class MatrixUnitProducts final : public Products<float> {
 
   void end_block() override { at::native::cpublas::brgemm_release(); }
 
-  std::pair<at::Tensor, at::Tensor> gradients() override {
+  std::pair<at::Tensor, at::Tensor> gradients(at::ScalarType dtype) override {
     at::Tensor dx, dy;
     if (wanted_.dx) dx = dx_.narrow(1, 0, d_);
     if (wanted_.dy) dy = dy_.transpose(1, 2).reshape({panels_ * kPanel, depth_}).narrow(0, 0, m_).narrow(1, 0, d_);
     if (wanted_.dy && wanted_.self) dx = dx + std::exchange(dy, {});
     for (auto* gradient : {&dx, &dy})
-      if (gradient->defined()) *gradient = gradient->to(at::kBFloat16).contiguous();
+      if (gradient->defined()) *gradient = gradient->to(dtype).contiguous();
     return {dx, dy};
   }
 

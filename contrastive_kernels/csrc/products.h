@@ -39,8 +39,8 @@ class Products {
   // The thread that computed a block calls this at the end of the block.
   virtual void end_block() {}
 
-  // Returns dX and dY in the dtype of x, undefined if not wanted.
-  virtual std::pair<at::Tensor, at::Tensor> gradients() = 0;
+  // Returns dX and dY in this dtype, undefined if not wanted.
+  virtual std::pair<at::Tensor, at::Tensor> gradients(at::ScalarType dtype) = 0;
 };
 
 // Returns whether the products of this dtype run on the processor's matrix unit.

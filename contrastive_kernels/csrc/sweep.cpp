@@ -97,7 +97,8 @@ class Sweep {
 
   // Takes the scores from `saved` unless it is null.
   std::pair<at::Tensor, at::Tensor> backward(const SideUpstream<T>& rows, const SideUpstream<T>& cols,
-                                             const OtherGradients& gradients, const Wanted& wanted, const T* saved) {
+                                             const OtherGradients& gradients, const Wanted& wanted, const T* saved,
+                                             at::ScalarType dtype) {
     const ProductsWanted products_wanted{.scores = !saved,
                                          .dx = wanted.x,
                                          .dy = self_ ? wanted.x : wanted.y,
@@ -116,7 +117,7 @@ class Sweep {
       tile_math<T>().backward(rules_, tile, rows, &cols, diagonal ? 0.5 : 1.0, work_[slot]);
       products->add_gradients(tile.rows, tile.cols, tile.s, !diagonal, slot);
     });
-    return products->gradients();
+    return products->gradients(dtype);
   }
 
   // Returns the sum over all slots.
@@ -258,7 +259,7 @@ Statistics forward_as(const Inputs& in, const Description& description, bool max
 
 template <typename T>
 Gradients backward_as(const Upstream& upstream, const Inputs& in, const Description& description, const Wanted& wanted,
-                      const OptionalTensor& scores) {
+                      const OptionalTensor& scores, bool float32_gradients) {
   Sweep<T> sweep(in, description, false);
   const int64_t channels = sweep.channels(), n = sweep.n(), m = sweep.m();
   const auto none = nothing(at::kDouble);
@@ -267,7 +268,8 @@ Gradients backward_as(const Upstream& upstream, const Inputs& in, const Descript
   const UpstreamTensors<T> cols(description.column_lse ? channels : 0, m, sweep.plain_channel(), upstream.grad_col_lse,
                                 upstream.col_lse, none);
 
-  const auto compute = c10::CppTypeToScalarType<T>::value, exact = at::kDouble, features = in.x.scalar_type();
+  const auto compute = c10::CppTypeToScalarType<T>::value, exact = at::kDouble;
+  const auto features = float32_gradients ? compute : in.x.scalar_type();
   const auto bias = at::zeros({wanted.bias ? m : 0}, exact);
   const auto term_offset = at::zeros({wanted.term_offset ? n : 0}, exact);
   const OtherGradients others{.bias = wanted.bias ? bias.template data_ptr<double>() : nullptr,
@@ -276,7 +278,7 @@ Gradients backward_as(const Upstream& upstream, const Inputs& in, const Descript
                               .term_scale_wanted = wanted.term_scale,
                               .total_wanted = wanted.total};
   const auto [dx, dy] = sweep.backward(rows.pointers(), (sweep.symmetric() ? rows : cols).pointers(), others, wanted,
-                                       scores ? scores->template const_data_ptr<T>() : nullptr);
+                                       scores ? scores->template const_data_ptr<T>() : nullptr, features);
   const auto total = [&](bool wanted, double OtherGradients::* sum, at::ScalarType dtype) {
     return wanted ? at::full({}, sweep.total(sum), dtype) : nothing(dtype);
   };
@@ -298,10 +300,10 @@ Statistics forward(const Inputs& in, const Description& description, bool maximu
 }
 
 Gradients backward(const Upstream& upstream, const Inputs& in, const Description& description, const Wanted& wanted,
-                   const OptionalTensor& scores) {
+                   const OptionalTensor& scores, bool float32_gradients) {
   check(in, description, wanted, scores);
   const auto run = in.x.scalar_type() == at::kDouble ? backward_as<double> : backward_as<float>;
-  return run(upstream, in, description, wanted, scores);
+  return run(upstream, in, description, wanted, scores, float32_gradients);
 }
 
 }  // namespace contrastive_kernels

@@ -165,7 +165,7 @@ def _differentiate_sweep(
 
 
 def _setup_backward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    upstream, tensors, ctx.what, ctx.wanted, _ = BackwardArguments.of(inputs)
+    upstream, tensors, ctx.what, ctx.wanted, *_ = BackwardArguments.of(inputs)
     ctx.arguments = len(inputs)
     ctx.set_materialize_grads(False)
     # with a total come its gradients, ready but for the factor of its own gradient

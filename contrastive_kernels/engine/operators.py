@@ -54,7 +54,8 @@ def _kernel(name: str, function: Function) -> Function:
                 inputs, what, maximum, save_scores = ForwardArguments.of(flat)
                 return tuple(function(inputs, what, maximum=maximum, save_scores=save_scores))
             if name == "backward":
-                return tuple(function(*BackwardArguments.of(flat)))
+                *arguments, float32_gradients = BackwardArguments.of(flat)
+                return tuple(function(*arguments, float32_gradients=float32_gradients))
             return function(*flat)
 
     return kernel
@@ -82,11 +83,12 @@ def _fake_forward(backend: Backend) -> Function:
 
 def _fake_backward(backend: Backend) -> Function:
     def fake(*flat: Any) -> tuple[Tensor, ...]:
-        _, inputs, _, wanted, _ = BackwardArguments.of(flat)
+        _, inputs, _, wanted, _, float32_gradients = BackwardArguments.of(flat)
         x, y = inputs.x, inputs.y
+        features = compute_dtype(x) if float32_gradients else x.dtype
         m = (x if y is None else y).shape[0]
         shapes = (x.shape, (m, x.shape[1]), (), (m,), (), (x.shape[0],), ())
-        dtypes = (x.dtype, x.dtype, *(inputs.scale.dtype,) * 4, backend.statistic_dtype(x))
+        dtypes = (features, features, *(inputs.scale.dtype,) * 4, backend.statistic_dtype(x))
         return tuple(
             x.new_empty(shape if want else (0,), dtype=dtype)
             for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
@@ -163,7 +165,7 @@ def _group_sweep(*flat: Any) -> tuple[Tensor, ...]:
 
 def _group_sweep_backward(*flat: Any) -> tuple[Tensor, ...]:
     arguments, of_group = GroupArguments.split(flat)
-    upstream, inputs, what, wanted, _ = BackwardArguments.of(arguments)
+    upstream, inputs, what, wanted, *_ = BackwardArguments.of(arguments)
     backward = operator(of_group.backend, "backward")
     return tuple(groups.sweep_backward(upstream, inputs, what, wanted, _peers(of_group), backward))
 

@@ -93,7 +93,8 @@ class Upstream(NamedTuple):
 class Gradients(NamedTuple):
     """What a backward sweep computes; empty where not wanted.
 
-    x and y have the dtype of the features, the total the statistic dtype, the others the compute dtype.
+    x and y have the dtype of the features, or float32 for half precision if `float32_gradients` asks for what is added
+    up elsewhere; the total has the statistic dtype, the others the compute dtype.
     """
 
     x: Tensor
@@ -148,13 +149,15 @@ class BackwardArguments(NamedTuple):
     what: Description
     wanted: Wanted
     scores: Tensor | None
+    float32_gradients: bool
 
     @classmethod
     def of(cls, flat: Sequence[Any]) -> BackwardArguments:
-        """Group flat arguments; scores may be missing, as in an exported program."""
+        """Group flat arguments; those after wanted may be missing, as in an exported program."""
         split = len(Upstream._fields)
-        inputs, what, (wanted, *scores) = _grouped(flat[split:])
-        return cls(Upstream(*flat[:split]), inputs, what, Wanted(*wanted), scores[0] if scores else None)
+        inputs, what, (wanted, *rest) = _grouped(flat[split:])
+        scores = rest[0] if rest else None
+        return cls(Upstream(*flat[:split]), inputs, what, Wanted(*wanted), scores, any(rest[1:]))
 
 
 class GroupArguments(NamedTuple):
@@ -202,7 +205,10 @@ def _results(fields: type) -> str:
 _SWEEP = f"{_parameters(Inputs)}, {_parameters(Description)}"
 SCHEMAS = {
     "forward": f"({_SWEEP}, bool maximum, bool save_scores=False) -> {_results(Statistics)}",
-    "backward": f"({_parameters(Upstream)}, {_SWEEP}, bool[] wanted, Tensor? scores=None) -> {_results(Gradients)}",
+    "backward": (
+        f"({_parameters(Upstream)}, {_SWEEP}, bool[] wanted, Tensor? scores=None, bool float32_gradients=False) "
+        f"-> {_results(Gradients)}"
+    ),
     # x / max(|x|, NORM_EPSILON) over the last dimension, and |x| as (..., 1)
     "unit_rows": "(Tensor x) -> (Tensor, Tensor)",
     # 0 for a row below NORM_EPSILON

@@ -64,7 +64,7 @@ def test_operators(backend):
         elif name in ("forward", "backward"):
             schema = {
                 "forward": "inputs, what, *, maximum, save_scores",
-                "backward": "upstream, inputs, what, wanted, scores",
+                "backward": "upstream, inputs, what, wanted, scores, *, float32_gradients",
             }[name]
             kinds = {False: inspect.Parameter.POSITIONAL_OR_KEYWORD, True: inspect.Parameter.KEYWORD_ONLY}
             positional, _, keyword = schema.partition(", *, ")

@@ -48,6 +48,27 @@ def test_sweep(kind, dtype, backend):
     torch.library.opcheck(backward, (*grads, *statistics[:2], *inputs, *what, [*wanted, not what.exponents]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "options", "self", "empty"])
+def test_float32_gradients(kind, dtype, backend):
+    """They are what is otherwise rounded to half precision; nothing else changes."""
+    if not supports(backend, dtype):
+        pytest.skip(f"{backend} does not take {dtype}")
+    backward = operator(backend, "backward")
+    inputs, what, _ = sweep_arguments(kind, dtype, device_of(backend))
+    statistics = operator(backend, "forward")(*inputs, *what, False)
+    wanted = [getattr(inputs, name) is not None for name in spec.DERIVATIVES] + [False]
+    grads = [torch.randn_like(s, dtype=inputs.scale.dtype) for s in statistics[:3]]
+    arguments = (*grads, *statistics[:2], *inputs, *what, wanted, None)
+    torch.library.opcheck(backward, (*arguments, True), test_utils=("test_schema", "test_faketensor"))
+    narrow, wide = spec.Gradients(*backward(*arguments)), spec.Gradients(*backward(*arguments, True))
+    assert (narrow.x.dtype, wide.x.dtype, wide.y.dtype) == (dtype, torch.float32, torch.float32)
+    for before, after in zip(narrow, wide, strict=True):
+        assert torch.equal(before, after.to(before.dtype))
+    if dtype != torch.float32 and wide.x.numel():
+        assert not torch.equal(wide.x, narrow.x.float())
+
+
 def test_sweep_with_saved_scores(backend):
     forward, backward = operator(backend, "forward"), operator(backend, "backward")
     inputs, what, maximum = sweep_arguments("plain", torch.float32, device_of(backend))

@@ -16,7 +16,8 @@ SWEEP = (
 UPSTREAM = "Tensor grad_row_lse, Tensor grad_col_lse, Tensor grad_row_sum, Tensor row_lse, Tensor col_lse, "
 WRITTEN_OUT = {
     "forward": f"({SWEEP}bool maximum, bool save_scores=False) -> ({', '.join(['Tensor'] * 6)})",
-    "backward": f"({UPSTREAM}{SWEEP}bool[] wanted, Tensor? scores=None) -> ({', '.join(['Tensor'] * 7)})",
+    "backward": f"({UPSTREAM}{SWEEP}bool[] wanted, Tensor? scores=None, bool float32_gradients=False) -> "
+    f"({', '.join(['Tensor'] * 7)})",
 }
 
 # importing `operators` has registered them
@@ -64,12 +65,15 @@ def test_grouped_arguments_of_the_forward():
 
 
 def test_grouped_arguments_of_the_backward():
-    *flat, wanted, scores = names("backward")
-    assert (wanted, scores) == ("wanted", "scores")
+    *flat, wanted, scores, float32_gradients = names("backward")
+    assert (wanted, scores, float32_gradients) == ("wanted", "scores", "float32_gradients")
     wanted = spec.Wanted(*(index % 2 == 0 for index in range(len(spec.Wanted._fields))))
     expected = spec.BackwardArguments(
-        named(spec.Upstream), named(spec.Inputs), named(spec.Description), wanted, "scores"
+        named(spec.Upstream), named(spec.Inputs), named(spec.Description), wanted, "scores", True
     )
+    assert spec.BackwardArguments.of([*flat, list(wanted), "scores", True]) == expected
+    # an exported program leaves out defaults
+    expected = expected._replace(float32_gradients=False)
     assert spec.BackwardArguments.of([*flat, list(wanted), "scores"]) == expected
     assert spec.BackwardArguments.of([*flat, list(wanted)]) == expected._replace(scores=None)
 

@@ -494,6 +494,22 @@ def test_empty_scores(d):
     assert all(torch.equal(a, b) for a, b in zip(again, gradients, strict=True))
 
 
+@pytest.mark.parametrize("d", [24, 300])
+@pytest.mark.parametrize("name", ["columns", "self-ids"])
+def test_float32_gradients(name, d):
+    """They are what is otherwise rounded to half precision, from registers and from chunks."""
+    case = CASES[name]
+    tensors = inputs(case, 20, 35, d, torch.float16)
+    statistics, incoming, gradients = check(case, tensors)
+    upstream = Upstream(*incoming, statistics.row_lse, statistics.col_lse)
+    wanted = Wanted(*(g.numel() > 0 for g in gradients))
+    wide = backend.run_backward(upstream, tensors, description(case), wanted, None, float32_gradients=True)
+    assert wide.x.dtype == torch.float32
+    assert not torch.equal(wide.x, gradients.x.float())
+    for before, after in zip(gradients, wide, strict=True):
+        assert torch.equal(before, after.to(before.dtype))
+
+
 def test_exponents_refused():
     """More than two exponents are refused."""
     case = Case(exponents=(3.0, 2.0, 1.0))

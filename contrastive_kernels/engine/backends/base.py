@@ -28,8 +28,8 @@ class Backend(Protocol):
         take grouped arguments:
 
         - ``forward(inputs: Inputs, what: Description, *, maximum: bool, save_scores: bool) -> Statistics``;
-        - ``backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None)
-          -> Gradients``.
+        - ``backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None, *,
+          float32_gradients: bool) -> Gradients``.
         """
 
     def not_supported_reasons(self, x: Tensor) -> list[str]:

@@ -213,7 +213,15 @@ def _chunk_gradients(
     return d_x, d_y, d_scale, d_bias, d_term_scale, d_term_offset, total
 
 
-def backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None) -> Gradients:
+def backward(
+    upstream: Upstream,
+    inputs: Inputs,
+    what: Description,
+    wanted: Wanted,
+    scores: Tensor | None,
+    *,
+    float32_gradients: bool = False,
+) -> Gradients:
     """Return the gradients that `engine.spec` describes; no scores are saved here."""
     matrix, x = _Scores(inputs, what), inputs.x
     dtype, totals_dtype = matrix.dtype, statistic_dtype(x)
@@ -236,7 +244,8 @@ def backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Want
     grads = Gradients(*(torch.cat(total) if isinstance(total, list) else total for total in totals))
     if inputs.y is None and wanted.x:
         grads = grads._replace(x=grads.x + grads.y, y=zeros(0))
-    dtypes = (x.dtype, x.dtype, dtype, dtype, dtype, dtype, totals_dtype)
+    features = dtype if float32_gradients else x.dtype
+    dtypes = (features, features, dtype, dtype, dtype, dtype, totals_dtype)
     cast = (grad.to(own) for grad, own in zip(grads, dtypes, strict=True))
     return Gradients(*(grad if want else grad.new_empty(0) for grad, want in zip(cast, wanted, strict=True)))
 

@@ -79,7 +79,13 @@ def run_forward(inputs: Inputs, what: Description, *, maximum: bool, save_scores
 
 
 def run_backward(
-    upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None
+    upstream: Upstream,
+    inputs: Inputs,
+    what: Description,
+    wanted: Wanted,
+    scores: Tensor | None,
+    *,
+    float32_gradients: bool = False,
 ) -> Gradients:
     """Return the gradients that `engine.spec` describes; empty scores are none."""
     from contrastive_kernels.engine.backends.triton import backward as registers
@@ -87,6 +93,8 @@ def run_backward(
     from contrastive_kernels.engine.backends.triton.launch import Operands, PackedVectors, scores_of
 
     operands, x = Operands.of(inputs, what), inputs.x
+    if float32_gradients:
+        operands = dataclasses.replace(operands, gradient_dtype=torch.float32)
     scores = None if scores is None or not scores.numel() else scores
     names = {name for name, want in zip(Wanted._fields, wanted, strict=True) if want}
     # The library's products in `chunks` keep float32 operands, which autocast would round.

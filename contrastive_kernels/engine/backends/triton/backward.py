@@ -252,7 +252,7 @@ def grad_bwd(
         own = (x.new_empty((*shape, n), dtype=torch.float32) if name in wanted else None for name in Shares._fields)
         return dx, Shares(*own)
 
-    dx, shares = outputs(x.dtype)
+    dx, shares = outputs(operands.gradient_dtype)
     numbers, flags = operands.numbers(), operands.flags()
 
     def run(tile: tiles.Tile) -> None:

@@ -338,7 +338,7 @@ def backward(operands: Operands, packed: PackedVectors, wanted: set[str], scores
     height, width = chunk_shape(n, m, workspace_limit() // x.element_size(), triangle)
     # The GEMMs want rows of whole 16-byte vectors.
     buffer = x.new_empty((min(height, n), tiles.round_up(min(width, m), 8)))
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = x.new_empty((n, d), dtype=operands.gradient_dtype)
     strip = x.new_empty((len(buffer) if "x" in wanted and not triangle else 0, d), dtype=torch.float32)
     sums = y.new_empty((m if triangle or "y" in wanted else 0, d), dtype=torch.float32)
     factor = packed.product_factor(operands)
@@ -371,5 +371,5 @@ def backward(operands: Operands, packed: PackedVectors, wanted: set[str], scores
     if "x" in wanted:
         gradients["x"] = dx
     if "y" in wanted:
-        gradients["y"] = torch.mul(sums, factor, out=torch.empty_like(y, memory_format=torch.contiguous_format))
+        gradients["y"] = torch.mul(sums, factor, out=y.new_empty((m, d), dtype=operands.gradient_dtype))
     return gradients

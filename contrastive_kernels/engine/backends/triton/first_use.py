@@ -116,7 +116,7 @@ def _key(operator: str, x: Tensor, arguments: tuple[Any, ...], options: dict[str
         return *own, _of_sweep(inputs, what), *options.values()
     if operator == "backward":
         _, inputs, what, wanted, scores = arguments
-        return *own, _of_sweep(inputs, what), wanted, scores is None
+        return *own, _of_sweep(inputs, what), wanted, scores is None, *options.values()
     return own if operator != "row_dot_backward" else (*own, *arguments[3])
 
 

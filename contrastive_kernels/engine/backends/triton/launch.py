@@ -136,6 +136,7 @@ class Operands:
     keep_equal_ids: bool
     diagonals: int
     self_similarity: bool
+    gradient_dtype: torch.dtype  # of dX and dY
 
     @classmethod
     def of(cls, inputs: Inputs, what: Description) -> Operands:
@@ -167,6 +168,7 @@ class Operands:
             keep_equal_ids=what.keep_equal_ids,
             diagonals=what.diagonals,
             self_similarity=y is None,
+            gradient_dtype=x.dtype,
         )
 
     @property
