@@ -32,7 +32,7 @@ from contrastive_kernels.engine.spec import (
     compute_dtype,
 )
 
-__all__ = ["apply", "call", "sweep_backward", "sweep_forward", "sweep_total"]
+__all__ = ["apply", "call", "group_total", "sweep_backward", "sweep_forward", "sweep_total"]
 
 # How an operator is called
 
@@ -260,6 +260,12 @@ def sweep_total(weight: Tensor, inputs: Inputs, what: Description, wanted: Wante
     return sweep_backward(_of_row_sums(weight), inputs, what, wanted, None, backend).total.to(weight.dtype)
 
 
+def group_total(weight: Tensor, inputs: Inputs, what: Description, wanted: Wanted, of_group: GroupArguments) -> Tensor:
+    """Return `sweep_total` of this rank's rows with the rows of y, or of x with itself, of all ranks of a group."""
+    arguments = *_of_row_sums(weight), *inputs, *what, list(wanted), *of_group
+    return Gradients(*call("group", "sweep_backward", *arguments)).total.to(weight.dtype)
+
+
 # The rows
 
 
@@ -366,10 +372,36 @@ def _differentiate_group_sweep(backend: str, ctx: Any, *grads: Tensor | None) ->
 
 
 def _setup_group_sweep_backward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    flat, ctx.of_group = GroupArguments.split(inputs)
+    _setup_backward(backend, ctx, tuple(flat), output)
     ctx.arguments = len(inputs)
 
 
 def _differentiate_group_sweep_backward(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    split, end = len(Upstream._fields), len(Upstream._fields) + len(Inputs._fields)
+    *of_gradients, of_total = grads
+    if any(grad is not None for grad in of_gradients) or any(ctx.needs_input_grad[:split]):
+        _refuse_second_derivatives()
+    if of_total is None:
+        return _no_gradients(ctx)
+    saved = ctx.saved_tensors
+    upstream, inputs, ready = Upstream(*saved[:split]), Inputs(*saved[split:end]), Gradients(*(*saved[end:], of_total))
+    needed = Wanted(*(ctx.needs_input_grad[split + position] for position in DIFFERENTIABLE))
+    if torch.is_grad_enabled():
+        flow = _of_row_sums(of_total.to(upstream.grad_row_sum.dtype) * upstream.grad_row_sum)
+        arguments = *flow, *inputs, *ctx.what, list(needed), *ctx.of_group
+        return _spread(call(backend, "sweep_backward", *arguments), needed, ctx.arguments, first=split)
+    factor, itself = of_total.to(inputs.scale.dtype), inputs.y is None
+    found = [grad * factor if need else grad for grad, need in zip(ready, needed, strict=True)]
+    if needed.x if itself else needed.y:
+        of_group = ctx.of_group
+        home = call(backend, "sum_at_home", ready.y, factor, of_group.group, of_group.sizes, of_group.workspace)
+        found[:2] = (found[0] + home, home) if itself else (found[0], home)
+    dtype = inputs.x.dtype
+    return _spread([found[0].to(dtype), found[1].to(dtype), *found[2:]], needed, ctx.arguments, first=split)
+
+
+def _refuse_second_derivatives(*_: Any) -> Any:
     raise NotImplementedError(
         "a loss with group= has no second derivatives; take them in one process, with group=None and the whole batch"
     )
@@ -406,6 +438,7 @@ FORMULAS = {
     "select": Formula(_setup_selection, _differentiate_selection),
     "sweep": Formula(_setup_group_sweep, _differentiate_group_sweep),
     "sweep_backward": Formula(_setup_group_sweep_backward, _differentiate_group_sweep_backward),
+    "sum_at_home": Formula(_setup_plain, _refuse_second_derivatives),
     "sum": Formula(_setup_group_sum, _differentiate_group_sum),
     "class_sums": Formula(_setup_group_class_sums, _differentiate_group_class_sums),
 }

@@ -14,9 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from contrastive_kernels.engine.spec import Description, Gradients, Inputs, Statistics, Upstream, Wanted, compute_dtype
+from contrastive_kernels.engine.spec import Description, Gradients, Inputs, Statistics, Upstream, Wanted
 
-__all__ = ["Peers", "all_sum", "class_sums", "exchange", "process_group", "select", "sweep", "sweep_backward"]
+__all__ = [
+    "Peers",
+    "all_sum",
+    "class_sums",
+    "exchange",
+    "process_group",
+    "select",
+    "sum_at_home",
+    "sweep",
+    "sweep_backward",
+]
 
 Operator = Callable[..., Any]
 
@@ -141,13 +151,22 @@ class _Columns(NamedTuple):
             padded[rank, offset : offset + part.shape[0]] = part
 
 
+# What slices may take on a CPU, whose cache is small and whose operators cost little to call.
+SLICES_ON_A_CPU = 16 << 20
+
+
+def _slice_bytes(x: Tensor, peers: Peers) -> int:
+    """Return what slices may take, the same on all ranks."""
+    return min(peers.workspace, SLICES_ON_A_CPU) if x.device.type == "cpu" else peers.workspace
+
+
 def _slices(y: Tensor, peers: Peers, row_bytes: int) -> Iterator[tuple[int, int, Tensor]]:
     """Yield start, stop and (W, stop - start, D), the rows of all ranks, the next slice under way; first (0, 0, own).
 
     A rank whose rows are used up takes part with none. `row_bytes` is what a row of a slice takes.
     """
     world, group, longest = len(peers.sizes), peers.handle, peers.longest
-    step = min(longest, max(1, peers.workspace // (world * row_bytes)))
+    step = min(longest, max(1, _slice_bytes(y, peers) // (world * row_bytes)))
 
     def begin(start: int) -> tuple[Tensor, Any]:
         length = min(step, longest - start)
@@ -166,103 +185,149 @@ def _slices(y: Tensor, peers: Peers, row_bytes: int) -> Iterator[tuple[int, int,
 
 
 class _Block(NamedTuple):
-    """A sweep of this rank's x with some columns."""
+    """A sweep of this rank's x, or of some of its rows, with some columns."""
 
     inputs: Inputs
     what: Description
     columns: _Columns
+    rows: slice  # of x
     own: bool
+    gathered: range  # the rows of every rank that are there
     ends_slice: bool
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to sweep."""
-        return not self.own and not any(self.columns.lengths())
+        return not self.own and not (self.inputs.x.shape[0] and any(self.columns.lengths()))
 
 
-def _blocks(inputs: Inputs, what: Description, peers: Peers, extra_bytes: int = 0) -> Iterator[_Block]:
-    """Yield the own block, then for every slice the blocks of the ranks before this one and of those after it.
+def _places(peers: Peers, start: int, stop: int, once: bool) -> list[tuple[_Columns, slice]]:
+    """Return the columns of a slice that this rank sweeps, and with which of its rows.
+
+    `once`: what two ranks have in common is swept by one of them, by each with the ranks that follow it in a circle. Of
+    two opposite ones the first takes one half of the other's rows as columns, and the other sweeps the second half.
+    """
+    rank, world, every = peers.rank, len(peers.sizes), slice(None)
+    if not once:
+        return [(_Columns(peers, *ranks, start, stop), every) for ranks in ((0, rank), (rank + 1, world))]
+    end = rank + 1 + (world - 1) // 2
+    following = (rank + 1, min(end, world)), (0, max(0, end - world))
+    places = [(_Columns(peers, *ranks, start, stop), every) for ranks in following]
+    if world % 2 == 0:
+        opposite = (rank + world // 2) % world
+        half = (peers.sizes[max(rank, opposite)] + 1) // 2
+        columns = _Columns(peers, opposite, opposite + 1, start, stop)
+        if rank < opposite:
+            places.append((columns._replace(stop=max(start, min(stop, half))), every))
+        else:
+            places.append((columns, slice(half, None)))
+    return places
+
+
+def _blocks(
+    inputs: Inputs, what: Description, peers: Peers, *, once: bool = False, extra_bytes: int = 0
+) -> Iterator[_Block]:
+    """Yield the own block, then for every slice the blocks of other ranks' columns that this one sweeps.
 
     `extra_bytes` is what a row of a slice takes beside its features.
     """
     x, y = inputs.x, inputs.x if inputs.y is None else inputs.y
     own_ids = inputs.x_ids if inputs.y is None else inputs.y_ids
     ids, bias = _vectors(own_ids, peers), _vectors(inputs.bias, peers)
-    apart = what._replace(diagonals=0)  # a sample lies on one rank
+    apart = what._replace(diagonals=0, column_lse=what.column_lse or once)  # a sample lies on one rank
     # Two slices live at a time, and a block may be a copy of one.
-    for start, stop, rows in _slices(y, peers, 3 * x.shape[1] * x.element_size() + extra_bytes):
+    for start, stop, gathered in _slices(y, peers, 3 * x.shape[1] * x.element_size() + extra_bytes):
         if stop == 0:
-            yield _Block(inputs, what, _Columns.own(peers), True, False)
+            yield _Block(inputs, what, _Columns.own(peers), slice(None), True, range(0), False)
             continue
-        for first, last in ((0, peers.rank), (peers.rank + 1, len(peers.sizes))):
-            columns = _Columns(peers, first, last, start, stop)
+        places = _places(peers, start, stop, once)
+        for place, (columns, rows) in enumerate(places, 1):
             others = inputs._replace(
-                y=columns.of(rows, start),
+                x=x[rows],
+                x_ids=None if inputs.x_ids is None else inputs.x_ids[rows],
+                y=columns.of(gathered, start),
                 y_ids=None if ids is None else columns.of(ids),
                 bias=None if bias is None else columns.of(bias),
             )
-            yield _Block(others, apart, columns, False, last == len(peers.sizes))
+            yield _Block(others, apart, columns, rows, False, range(start, stop), place == len(places))
 
 
 # The sweep
 
 
+def _is_symmetric(inputs: Inputs, what: Description) -> bool:
+    """Return whether one statistic is all, and that of the rows is that of the columns."""
+    only_rows = list(what.exponents) == [1.0] and not what.column_lse and not what.term
+    return only_rows and inputs.y is None and inputs.bias is None and inputs.cutoff is None
+
+
 def sweep(inputs: Inputs, what: Description, maximum: bool, peers: Peers, forward: Operator) -> Statistics:
-    """Return the statistics of this rank's rows over the columns of all ranks, and of its columns over all rows."""
+    """Return the statistics of this rank's rows over the columns of all ranks, and of its columns over all rows.
+
+    Where S is symmetric, the rows of two ranks meet once; what their columns get is for the other's rows.
+    """
     found: Statistics | None = None
     of_columns: list[Tensor] = []
-    for block in _blocks(inputs, what, peers):
+    once = _is_symmetric(inputs, what)
+    for block in _blocks(inputs, what, peers, once=once):
         if block.is_empty:
             continue
         out = Statistics(*forward(*block.inputs, *block.what, maximum, False))
         if found is None:
             found, shape = out, (len(peers.sizes), peers.longest)
-            of_columns = [v.new_full(shape, -torch.inf) for v in (out.col_lse, out.col_max)[: what.column_lse * 2]]
+            count = (what.column_lse or once) * (1 + maximum)
+            of_columns = [out.row_lse.new_full(shape, -torch.inf) for _ in range(count)]
         else:
-            found = found._replace(
-                row_lse=torch.logaddexp(found.row_lse, out.row_lse),
-                row_sum=found.row_sum + out.row_sum,
-                row_max=torch.maximum(found.row_max, out.row_max),
-            )
+            lse, total, most = (v[..., block.rows] for v in (found.row_lse, found.row_sum, found.row_max))
+            torch.logaddexp(lse, out.row_lse, out=lse)
+            total += out.row_sum
+            torch.maximum(most, out.row_max, out=most)
         for padded, values in zip(of_columns, (out.col_lse, out.col_max), strict=False):
             if values.numel():
                 block.columns.put(values, padded)
     assert found is not None  # the own block comes first
-    if what.column_lse:
+    if of_columns:
         own = peers.sizes[peers.rank]
-        found = found._replace(col_lse=_to_owners(of_columns[0], peers).logsumexp(0)[:own])
-        if maximum:
-            found = found._replace(col_max=_to_owners(of_columns[1], peers).amax(0)[:own])
+        by_rank = [_to_owners(padded, peers)[:, :own] for padded in of_columns]
+        lse, most = by_rank[0].logsumexp(0), by_rank[1].amax(0) if maximum else found.col_max
+        if not once:
+            return found._replace(col_lse=lse, col_max=most)
+        found = found._replace(row_lse=torch.logaddexp(found.row_lse, lse))
+        found = found._replace(row_max=torch.maximum(found.row_max, most)) if maximum else found
     return found
+
+
+# From so many rows of a rank on, what two ranks have in common takes one of them less time, gradients that travel
+# included, than both. 8192 is modelled for an H100, not measured.
+ROWS_TO_PUSH = {"cpu": 0, "cuda": 8192}
 
 
 def sweep_backward(
     upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, peers: Peers, backward: Operator
 ) -> Gradients:
     """Return the gradients of what all ranks compute from this rank's rows; scalars' parts of this rank's sweeps."""
-    only_rows = list(what.exponents) == [1.0] and not what.column_lse and not what.term
-    symmetric = inputs.y is None and inputs.bias is None and inputs.cutoff is None
-    gradients = _pull if only_rows and symmetric else _push
+    few = min(peers.sizes) < ROWS_TO_PUSH.get(inputs.x.device.type, 0)
+    gradients = _pull if few and _is_symmetric(inputs, what) else _push
     return gradients(upstream, inputs, what, wanted, peers, backward)
 
 
-class _Totals:
-    """Gradients that add up over blocks, in a dtype that is not rounded in between."""
+class _Totals(dict[str, Tensor]):
+    """Gradients that add up over blocks, by name; not rounded in between."""
 
-    def __init__(self, inputs: Inputs) -> None:
-        self.dtype, self.sums = compute_dtype(inputs.x), dict[str, Tensor]()
-
-    def add(self, grads: Gradients, wanted: Wanted, factors: dict[str, float] | None = None) -> None:
-        """Add what is wanted of some gradients, times a factor."""
+    def add(self, grads: Gradients, wanted: Wanted, rows: slice = slice(None)) -> None:
+        """Add what is wanted of some gradients, that of x to some of its rows."""
         for name, grad, want in zip(Gradients._fields, grads, wanted, strict=True):
-            if want:
-                grad = grad.to(self.dtype) * (factors or {}).get(name, 1.0)
-                self.sums[name] = self.sums[name] + grad if name in self.sums else grad
+            if want and name in self:
+                total = self[name][rows] if name == "x" else self[name]
+                total += grad
+            elif want:
+                self[name] = grad
 
     def gradients(self, inputs: Inputs) -> Gradients:
-        """Return the sums in the dtypes of `Gradients`."""
-        found = Gradients(*(self.sums.get(name, inputs.scale.new_empty(0)) for name in Gradients._fields))
-        return found._replace(x=found.x.to(inputs.x.dtype), y=found.y.to(inputs.x.dtype))
+        """Return the sums; those of features are rounded to their dtype, unless a factor is still to come."""
+        dtype = inputs.scale.dtype if "total" in self else inputs.x.dtype
+        found = Gradients(*(self.get(name, inputs.scale.new_empty(0)) for name in Gradients._fields))
+        return found._replace(x=found.x.to(dtype), y=found.y.to(dtype))
 
 
 def _pull(
@@ -274,59 +339,74 @@ def _pull(
     """
     lse, grad = (_vectors(v[0], peers) for v in (upstream.row_lse, upstream.grad_row_lse))
     assert lse is not None and grad is not None
-    totals = _Totals(inputs)
+    totals = _Totals()
     for block in _blocks(inputs, what, peers):
         if block.own:
-            totals.add(Gradients(*backward(*upstream, *block.inputs, *block.what, list(wanted), None)), wanted)
+            grads = Gradients(*backward(*upstream, *block.inputs, *block.what, list(wanted), None, True))
+            totals.add(grads, wanted)
         elif not block.is_empty:
             both = upstream._replace(col_lse=block.columns.of(lse), grad_col_lse=block.columns.of(grad))
             mirrored = block.what._replace(column_lse=True)
-            grads = Gradients(*backward(*both, *block.inputs, *mirrored, list(wanted), None))
+            grads = Gradients(*backward(*both, *block.inputs, *mirrored, list(wanted), None, True))
             # the other rank sees the same pairs
-            totals.add(grads, wanted, {"scale": 0.5})
+            totals.add(grads._replace(scale=0.5 * grads.scale), wanted)
     return totals.gradients(inputs)
 
 
 def _push(
     upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, peers: Peers, backward: Operator
 ) -> Gradients:
-    """Return the gradients; those of other ranks' rows go home."""
-    itself, totals = inputs.y is None, _Totals(inputs)
+    """Return the gradients; those of other ranks' rows go home.
+
+    Where S is symmetric, columns get the statistics and gradients that their own rank has for them as rows. With a
+    total, nothing goes home before the factor of this rank's loss is known: y is (W, longest, D), for all ranks' rows.
+    """
+    itself, once, totals = inputs.y is None, _is_symmetric(inputs, what), _Totals()
     apart = wanted._replace(y=wanted.x if itself else wanted.y)
-    lse, grad = (_vectors(v if what.column_lse else None, peers) for v in (upstream.col_lse, upstream.grad_col_lse))
+    of_columns = (upstream.row_lse[0], upstream.grad_row_lse[0]) if once else (upstream.col_lse, upstream.grad_col_lse)
+    lse, grad = (_vectors(v if once or what.column_lse else None, peers) for v in of_columns)
     width, world, own = inputs.x.shape[1], len(peers.sizes), peers.sizes[peers.rank]
     bias = inputs.scale.new_zeros(world, peers.longest)
-    parts: Tensor | None = None
-    extra = (width * bias.element_size() * 2) if apart.y else 0
-    for block in _blocks(inputs, what, peers, extra):
-        columns = block.columns
-        if block.own:
-            grads = Gradients(*backward(*upstream, *block.inputs, *block.what, list(wanted), None))
-            totals.add(grads, wanted._replace(bias=False))
-            if wanted.bias:
-                columns.put(grads.bias, bias)
-            continue
-        if apart.y and parts is None:
-            parts = inputs.scale.new_zeros(world, columns.stop - columns.start, width)
+    parts = inputs.scale.new_zeros(world, peers.longest, width) if wanted.total and apart.y else None
+    # The slices do not depend on what is wanted beside a total, so that it has the same bits.
+    extra = (2 * width * bias.element_size()) if apart.y or wanted.total else 0
+    peers = peers._replace(workspace=peers.workspace // 2) if wanted.total else peers  # what is kept has the other half
+    for block in _blocks(inputs, what, peers, once=once, extra_bytes=extra):
+        columns, rows = block.columns, block.rows
+        gathered = range(peers.longest) if wanted.total else block.gathered
         if not block.is_empty:
-            into = upstream
-            if lse is not None and grad is not None:
-                into = upstream._replace(col_lse=columns.of(lse), grad_col_lse=columns.of(grad))
-            grads = Gradients(*backward(*into, *block.inputs, *block.what, list(apart), None))
-            totals.add(grads, apart._replace(y=False, bias=False))
-            if parts is not None:
-                columns.put(grads.y.to(parts.dtype), parts, columns.start)
-            if wanted.bias:
+            into = upstream._replace(grad_row_lse=upstream.grad_row_lse[:, rows], row_lse=upstream.row_lse[:, rows])
+            if not block.own and lse is not None and grad is not None:
+                into = into._replace(col_lse=columns.of(lse), grad_col_lse=columns.of(grad))
+            want, is_home = wanted if block.own else apart, block.own and not wanted.total
+            grads = Gradients(*backward(*into, *block.inputs, *block.what, list(want), None, True))
+            totals.add(grads, want._replace(y=want.y and is_home, bias=False), rows)
+            if want.bias:
                 columns.put(grads.bias, bias)
-        if block.ends_slice and parts is not None:
-            home = _sum_at_owners(parts, peers)[: max(0, own - columns.start)]
-            stop = min(columns.stop, own)
-            if home.numel():
-                totals.sums["x" if itself else "y"][columns.start : stop] += home
+            dy = grads.y
+            del grads  # the parts do not live beside it
+            if want.y and not is_home:  # a total's are there
+                parts = inputs.scale.new_zeros(world, len(gathered), width) if parts is None else parts
+                columns.put(dy, parts, gathered.start)
+            del dy
+        if block.ends_slice and apart.y and not wanted.total:
+            parts = inputs.scale.new_zeros(world, len(gathered), width) if parts is None else parts
+            home = _sum_at_owners(parts, peers)[: max(0, own - gathered.start)]
+            totals["x" if itself else "y"][gathered.start : gathered.start + home.shape[0]] += home
             parts = None
     if wanted.bias:
-        totals.sums["bias"] = _sum_at_owners(bias, peers)[:own]
+        totals["bias"] = _sum_at_owners(bias, peers)[:own]
+    if parts is not None:
+        totals["y"] = parts
     return totals.gradients(inputs)
+
+
+def sum_at_home(parts: Tensor, factor: Tensor, peers: Peers) -> Tensor:
+    """Return the sum over the ranks of their parts for the rows of this one, each times its rank's factor."""
+    # a product, a copy of it that a library may take, and the sum
+    step = max(1, _slice_bytes(parts, peers) // (3 * parts[:, 0].nbytes))
+    sums = [_sum_at_owners(parts[:, i : i + step] * factor, peers) for i in range(0, peers.longest, step)]
+    return torch.cat(sums)[: peers.sizes[peers.rank]]
 
 
 def select(

@@ -177,6 +177,14 @@ def _group_select(*flat: Any) -> tuple[Tensor, Tensor]:
     return found
 
 
+def _group_sum_at_home(parts: Tensor, factor: Tensor, group: str, sizes: Any, workspace: int) -> Tensor:
+    return groups.sum_at_home(parts, factor, groups.Peers(group, tuple(sizes), workspace))
+
+
+def _fake_group_sum_at_home(parts: Tensor, factor: Tensor, group: str, sizes: Any, workspace: int) -> Tensor:
+    return parts.new_empty(sizes[groups.Peers(group, tuple(sizes), workspace).rank], parts.shape[2])
+
+
 def _group_class_sums(
     values: Tensor, value_ids: Tensor, ids: Tensor, group: str, value_sizes: Any, sizes: Any, workspace: int
 ) -> Tensor:
@@ -192,7 +200,13 @@ def _fake_group_sweep(*flat: Any) -> tuple[Tensor, ...]:
 def _fake_group_sweep_backward(*flat: Any) -> tuple[Tensor, ...]:
     arguments, of_group = GroupArguments.split(flat)
     found: tuple[Tensor, ...] = _fake_backward(BACKENDS[of_group.backend])(*arguments)
-    return found
+    _, inputs, _, wanted, *_ = BackwardArguments.of(arguments)
+    if not wanted.total:
+        return found
+    x, sizes, new_empty = inputs.x, of_group.sizes, inputs.scale.new_empty
+    of_columns = wanted.x if inputs.y is None else wanted.y
+    parts = new_empty((len(sizes), max(sizes), x.shape[1]) if of_columns else (0,))
+    return new_empty(x.shape if wanted.x else (0,)), parts, *found[2:]
 
 
 _GROUP_OPERATORS: dict[str, tuple[Function, Function]] = {
@@ -200,6 +214,7 @@ _GROUP_OPERATORS: dict[str, tuple[Function, Function]] = {
     "sweep_backward": (_group_sweep_backward, _fake_group_sweep_backward),
     "select": (_group_select, _fake_select(BACKENDS["torch"])),
     "sum": (groups.all_sum, lambda x, group: x.new_empty(x.shape)),
+    "sum_at_home": (_group_sum_at_home, _fake_group_sum_at_home),
     "class_sums": (_group_class_sums, lambda values, _, ids, *__: values.new_empty(ids.shape[0], values.shape[1])),
 }
 

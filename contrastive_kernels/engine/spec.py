@@ -228,7 +228,11 @@ SCHEMAS = {
 _OF_GROUP = "str backend, str group, SymInt[] sizes, int workspace"
 GROUP_SCHEMAS = {
     "sweep": f"({_SWEEP}, bool maximum, {_OF_GROUP}) -> {_results(Statistics)}",
+    # With a total, the gradients wait for the factor of this rank's loss: x and y have the compute dtype, and y is what
+    # this rank has for the rows of all ranks, (W, longest, D), also of x with itself; `sum_at_home` takes it.
     "sweep_backward": f"({_parameters(Upstream)}, {_SWEEP}, bool[] wanted, {_OF_GROUP}) -> {_results(Gradients)}",
+    # (n, D), the sum over the ranks of their parts for the rows of this one, each times its rank's factor
+    "sum_at_home": "(Tensor parts, Tensor factor, str group, SymInt[] sizes, int workspace) -> Tensor",
     # values and columns as of `select`; columns are numbered view by view, in each rank by rank
     "select": (
         "(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal, int views, "

@@ -7,10 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels.engine.autograd import call, sweep_forward, sweep_total
+from contrastive_kernels.engine.autograd import call, group_total, sweep_forward, sweep_total
 from contrastive_kernels.engine.backends import Backend, choose
 from contrastive_kernels.engine.limits import saved_scores_limit, workspace_limit
-from contrastive_kernels.engine.spec import Description, Inputs, Statistics, Wanted, compute_dtype
+from contrastive_kernels.engine.spec import (
+    Description,
+    GroupArguments,
+    Inputs,
+    Statistics,
+    Wanted,
+    compute_dtype,
+)
 from contrastive_kernels.engine.terms import Term
 from contrastive_kernels.primitives.devices import known
 from contrastive_kernels.primitives.rows import cast_for_autocast
@@ -60,7 +67,7 @@ def sweep(
         save_scores = differentiable and _may_be_saved(inputs, chosen)
         statistics = sweep_forward(inputs, what, maximum, save_scores, chosen.name)
     else:
-        of_group = chosen.name, shards.group, shards.sizes(x if y is None else y), shards.workspace
+        of_group = _of_group(inputs, chosen, shards)
         statistics = Statistics(*call("group", "sweep", *inputs, *what, maximum, *of_group))
     dtype = inputs.scale.dtype
     asked_for = (bool(exponents), column_lse, term is not None, maximum, maximum and column_lse, False)
@@ -80,7 +87,7 @@ def weighted_total(
     """Return ``sum_i weight_i sum_j phi(s_ij)``, 0-dim, with gradients from the same sweep: three products, not four.
 
     The weights (N,) default to 1. The arguments are not checked, as those of `sweep`. With shards the sum is over this
-    rank's rows, and takes two sweeps.
+    rank's rows; it takes two sweeps where half of the workspace does not hold the gradients of all ranks' rows.
     """
     inputs, what, chosen = _prepare(x, y, pairs, 1.0, None, (), False, term, backend)
     x, y = inputs.x, inputs.y
@@ -92,13 +99,26 @@ def weighted_total(
     wanted = Wanted(wants(x), wants(y), False, False, wants(inputs.term_scale), wants(inputs.term_offset))
     # float16 takes two sweeps: a gradient stored before the incoming factor leaves its range
     two_sweeps = x.dtype == torch.float16 or (weight is not None and weight.requires_grad)
-    # other ranks' gradients wait for the factors of their own losses
-    if two_sweeps or not shards.alone:
+    of_group = None if shards.alone else _of_group(inputs, chosen, shards)
+    if of_group is not None:
+        # those of other ranks' rows wait here for the factor of this rank's loss
+        waiting = len(of_group.sizes) * max(of_group.sizes) * x.shape[1] * inputs.scale.element_size()
+        two_sweeps = two_sweeps or not known(2 * waiting <= of_group.workspace)
+    if two_sweeps:
         row_sum = sweep(x, y, pairs, term=term, exponents=(), backend=backend, shards=shards).row_sum
         return (row_sum if weight is None else row_sum * weight).sum()
     # also where no gradient is wanted: the value has the same bits
     weight = inputs.scale.new_ones(x.shape[0]) if weight is None else weight.to(inputs.scale)
-    return sweep_total(weight, inputs, what, wanted._replace(total=True), chosen.name)
+    wanted = wanted._replace(total=True)
+    if of_group is not None:
+        return group_total(weight, inputs, what, wanted, of_group)
+    return sweep_total(weight, inputs, what, wanted, chosen.name)
+
+
+def _of_group(inputs: Inputs, backend: Backend, shards: Shards) -> GroupArguments:
+    """Return how the columns lie on the ranks."""
+    sizes = shards.sizes(inputs.x if inputs.y is None else inputs.y)
+    return GroupArguments(backend.name, shards.group, sizes, shards.workspace)
 
 
 def _prepare(

@@ -184,6 +184,18 @@ def test_pytorch_returns_what_the_kernels_do(operator, dtype):
                 assert (one.shape, one.dtype) == (other.shape, other.dtype)
 
 
+@no_warning
+def test_float32_gradients_are_compared_on_their_own():
+    """Of the same call with half precision they are other code."""
+    kernel = Kernel("backward")
+    run = first_use.checked("backward", kernel)
+    arguments, _ = arguments_of("backward", dtype=torch.float16)
+    run(*arguments, float32_gradients=False)
+    calls = kernel.calls
+    run(*arguments, float32_gradients=True)
+    assert kernel.calls > calls + 1
+
+
 def test_pairs_that_are_none(monkeypatch):
     """A pair out of range is wrong, not an access out of range."""
     for pair in ((0, 4), (-1, 2), (2, 1), (1, 1)):

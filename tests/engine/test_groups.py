@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import contrastive_kernels as ck
+from benchmarks.measure import Step, peak_extra_mib
 from contrastive_kernels.distributed import set_shards
 from contrastive_kernels.engine import groups
 from contrastive_kernels.engine.spec import Description, Inputs, Upstream
@@ -144,11 +145,15 @@ def refused_on_a_rank(group, what):
         return ck.nt_xent_loss(DTensor.from_local(x.detach()[:1], mesh), y, group=group)
     if what == "mmcl":
         return ck.mmcl_loss(x, y, group=group)
-    (grad,) = torch.autograd.grad(ck.nt_xent_loss(x, y, group=group), x, create_graph=True)
+    loss = ck.nt_xent_loss(x, y, group=group) if what == "second" else ck.siglip_loss(x, y, 3.0, group=group)
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
     return grad.square().sum().backward()
 
 
-@pytest.mark.parametrize(("what", "message"), [("mmcl", "gather"), ("second", "second derivatives")])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("mmcl", "gather"), ("second", "second deriv"), ("second of a total", "second deriv")],
+)
 def test_what_is_not_there_is_refused(ranks, what, message):
     for raised in ranks.outcomes(3, refused_on_a_rank, what):
         assert isinstance(raised, Raised)
@@ -206,6 +211,17 @@ def opcheck_on_a_rank(group, itself):
     torch.library.opcheck(operators.group_sum.default, (x, group.group_name))
     arguments = (x, ids, ids, group.group_name, [4], [4], 1 << 20)
     torch.library.opcheck(operators.group_class_sums.default, arguments)
+    two = (x, x, ids, ids) if not itself else (x, None, ids, None)
+    for k in (2, 6):
+        arguments = (*two[:2], k, True, *two[2:], True, 1, *of_group)
+        torch.library.opcheck(operators.group_select.default, arguments)
+    total = what._replace(exponents=(), column_lse=False, term="softplus")
+    none, empty = x.new_empty(0, 4).detach(), x.new_empty(0).detach()
+    upstream = Upstream(none, empty, torch.ones(4).double(), none, empty)
+    wanted = [True, not itself, False, False, False, False, True]
+    torch.library.opcheck(operators.group_sweep_backward.default, (*upstream, *detached, *total, wanted, *of_group))
+    parts, factor = torch.randn(1, 4, 5), torch.tensor(2.0)
+    torch.library.opcheck(operators.group_sum_at_home.default, (parts, factor, group.group_name, [4], 1 << 20))
     return True
 
 
@@ -235,18 +251,137 @@ def test_slices_take_what_the_limit_allows(ranks, limit):
     assert max(shape[1] for shape in shapes) == min(max(SIZES), max(1, limit // (3 * 3 * 8 * 8)))
 
 
-def transfers_on_a_rank(group):
-    """Return how often gradients of other ranks' rows go home: of x with itself, and of x with y."""
+def counted_on_a_rank(group, loss, rows_to_push):
+    """Return how often gradients of other ranks' rows go home, and the pairs that this rank sweeps there and back."""
     x, y = (own(v, group).requires_grad_() for v in batch())
-    home, counts = groups._sum_at_owners, []
-    for loss in (ck.nt_xent_loss, ck.info_nce_loss):
-        calls = []
-        groups._sum_at_owners = lambda *a, calls=calls: calls.append(a) or home(*a)
-        loss(x, y, group=group).backward()
-        counts.append(len(calls))
-    groups._sum_at_owners = home
-    return counts
+    pairs, calls, home, rows = [], [], groups._sum_at_owners, groups.ROWS_TO_PUSH
+
+    def counted(sweep):
+        def run(*arguments):
+            def operator(*flat):
+                n, m = (flat[k] for k in (5, 6)) if len(flat) > 20 else flat[:2]
+                pairs.append(n.shape[0] * (n if m is None else m).shape[0])
+                return arguments[-1](*flat)
+
+            return sweep(*arguments[:-1], operator)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "_sum_at_owners", lambda *a: calls.append(a) or home(*a))
+        patch.setattr(groups, "ROWS_TO_PUSH", rows if rows_to_push is None else {"cpu": rows_to_push})
+        for name in ("sweep", "sweep_backward"):
+            patch.setattr(groups, name, counted(getattr(groups, name)))
+        value = loss(x, y, group=group)
+        value.backward()
+    return len(calls), sum(pairs), value.detach(), x.grad, y.grad
 
 
-def test_no_gradient_travels_of_rows_with_themselves(ranks):
-    assert ranks.run(3, transfers_on_a_rank) == [[0, 1]] * 3
+def test_pairs_of_rows_with_themselves_are_met_once(ranks):
+    """Or twice, without gradients that travel, where the rows are few and gradients are slow."""
+    sizes = [2 * n for n in SIZES]
+    alone, together = sum(n * n for n in sizes), sum(sizes) ** 2
+    pushed = ranks.run(3, counted_on_a_rank, ck.nt_xent_loss, None)
+    pulled = ranks.run(3, counted_on_a_rank, ck.nt_xent_loss, 1000)
+    assert [calls for calls, *_ in pushed] == [1] * 3
+    assert [calls for calls, *_ in pulled] == [0] * 3
+    assert sum(pairs for _, pairs, *_ in pushed) == together + alone
+    assert sum(pairs for _, pairs, *_ in pulled) == (together + alone) // 2 + together
+    for one, other in zip(pushed, pulled, strict=True):
+        for a, b in zip(one[2:], other[2:], strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+
+
+def place(rank, sizes):
+    """Return a rank of a group that is not there."""
+    return type("Place", (groups.Peers,), {"rank": rank})("", sizes, 0)
+
+
+@pytest.mark.parametrize("sizes", [(4, 3), (1, 5), (2, 3, 4), (3, 1, 4, 2), (1, 1, 1, 1, 1), (2, 5, 1, 3, 4, 2)])
+@pytest.mark.parametrize("step", [2, 5])
+def test_every_pair_of_other_ranks_rows_has_its_place(sizes, step):
+    """Whatever the number of ranks: with `once` on one of the two ranks, otherwise on both."""
+    offsets = [sum(sizes[:rank]) for rank in range(len(sizes))]
+    apart = 1 - torch.block_diag(*(torch.ones(n, n) for n in sizes))
+    for once in (False, True):
+        met = torch.zeros(sum(sizes), sum(sizes))
+        for rank, (size, offset) in enumerate(zip(sizes, offsets, strict=True)):
+            for start in range(0, max(sizes), step):
+                stop = min(start + step, max(sizes))
+                for columns, rows in groups._places(place(rank, sizes), start, stop, once):
+                    for other, length in enumerate(columns.lengths(), columns.first):
+                        first = offsets[other] + columns.start
+                        met[offset : offset + size][rows, first : first + length] += 1
+        assert torch.equal(met + met.T if once else met, apart)
+
+
+# Totals
+
+FACTORS = [0.5, 2.0, -1.5]
+
+
+def total_on_a_rank(group, itself, limit):
+    """Return how many forward sweeps a total takes, whether its bits are those without gradients, and the gradients."""
+    x, y = (own(v, group).requires_grad_() for v in batch())
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    sweeps, sweep = [], groups.sweep
+
+    def total():
+        return ck.similarity_sum(x, None if itself else y, term=ck.Softplus(scale, 0.3), reduction="sum", group=group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "sweep", lambda *a: sweeps.append(a) or sweep(*a))
+        ck.set_workspace_limit(limit)
+        value = total()
+        leaves = (x, scale) if itself else (x, y, scale)
+        first, grads = (torch.autograd.grad(f * value, leaves, retain_graph=True) for f in (1.0, FACTORS[group.rank()]))
+        of_x = torch.autograd.grad(value, x, retain_graph=True)
+        count = len(sweeps)
+        with torch.no_grad():
+            same = torch.equal(total(), value) and torch.equal(of_x[0], first[0])
+        ck.set_workspace_limit(None)
+    return count, same, value.detach(), *grads
+
+
+@pytest.mark.parametrize(("limit", "sweeps"), [(None, 0), (1500, 0), (1, 1)], ids=["whole", "slices", "two sweeps"])
+@pytest.mark.parametrize("itself", [False, True])
+def test_a_total_takes_one_sweep(ranks, itself, limit, sweeps):
+    """As far as the workspace holds the gradients of all ranks' rows, which wait for the factor of each rank's loss."""
+    x, y = (v.requires_grad_() for v in batch())
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    sums = ck.similarity_sum(x, None if itself else y, term=ck.Softplus(scale, 0.3)).split(SIZES)
+    leaves = (x, scale) if itself else (x, y, scale)
+    expected = torch.autograd.grad(sum(f * v.sum() for f, v in zip(FACTORS, sums, strict=True)), leaves)
+    counts, same, values, *grads, of_scale = zip(*ranks.run(3, total_on_a_rank, itself, limit), strict=True)
+    assert counts == (sweeps,) * 3
+    assert all(same)
+    torch.testing.assert_close(torch.stack(values), torch.stack([v.sum() for v in sums]), **EXACT)
+    torch.testing.assert_close(sum(of_scale), expected[-1], **EXACT)
+    for parts, whole in zip(grads, expected, strict=False):
+        torch.testing.assert_close(torch.cat(parts), whole, **EXACT)
+
+
+def peak_on_a_rank(group, name, n, d):
+    """Return the peak of forward and backward, beyond inputs and gradients, in units of this rank's rows of x."""
+    x, y = (torch.randn(n, d).div(d**0.5).requires_grad_() for _ in range(2))
+
+    def gradients(value):
+        return dict(zip("xy", torch.autograd.grad(value, (x, y)), strict=True))
+
+    ck.set_workspace_limit(4 * x.nbytes)
+    peak = peak_extra_mib(Step(lambda: PEAKS[name][0](x, y, group=group), gradients), torch.device("cpu"))
+    ck.set_workspace_limit(None)
+    return peak * 2**20 / x.nbytes
+
+
+PEAKS = {
+    "clip": (lambda x, y, **o: ck.clip_loss(x, y, 5.0, **o), 5.5),
+    "nt_xent": (lambda x, y, **o: ck.nt_xent_loss(x, y, normalize=False, **o), 9.0),
+    "siglip": (lambda x, y, **o: ck.siglip_loss(x, y, 5.0, -5.0, **o), 8.5),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_peak_is_bounded(ranks, name):
+    """Beyond the workspace of four there are few copies of the rows of x."""
+    assert max(ranks.run(2, peak_on_a_rank, name, 512, 256)) <= PEAKS[name][1]
