@@ -407,6 +407,14 @@ def _refuse_second_derivatives(*_: Any) -> Any:
     )
 
 
+def _setup_group_same_rows(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _differentiate_group_same_rows(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return grad, None, None
+
+
 def _setup_group_sum(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.group = inputs[1]
 
@@ -439,6 +447,7 @@ FORMULAS = {
     "sweep": Formula(_setup_group_sweep, _differentiate_group_sweep),
     "sweep_backward": Formula(_setup_group_sweep_backward, _differentiate_group_sweep_backward),
     "sum_at_home": Formula(_setup_plain, _refuse_second_derivatives),
+    "same_rows": Formula(_setup_group_same_rows, _differentiate_group_same_rows),
     "sum": Formula(_setup_group_sum, _differentiate_group_sum),
     "class_sums": Formula(_setup_group_class_sums, _differentiate_group_class_sums),
 }

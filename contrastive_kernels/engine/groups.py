@@ -21,7 +21,9 @@ __all__ = [
     "all_sum",
     "class_sums",
     "exchange",
+    "header_device",
     "process_group",
+    "same_rows",
     "select",
     "sum_at_home",
     "sweep",
@@ -78,6 +80,33 @@ def exchange(own: Tensor, group: Any) -> Tensor:
     out = own.new_empty((dist.get_world_size(group), *own.shape))
     _gather_flat(out.view(-1).view(torch.uint8), own.contiguous().view(-1).view(torch.uint8), group).wait()
     return out
+
+
+def header_device(x: Any, group: Any) -> torch.device:
+    """Return a CPU if the group reaches it, so that no one waits for a device; else that of x."""
+    if torch.device("cpu") in group._device_types:
+        return torch.device("cpu")
+    return x.device if isinstance(x, Tensor) else torch.device("cuda")
+
+
+def same_rows(x: Tensor, rows: list[int], group: str) -> Tensor:
+    """Return a copy of x, once all ranks are known to have as many rows of everything.
+
+    On a device nothing is read back: the assertion fails ahead of transfers of what depends on the copy.
+    """
+    handle = process_group(group)
+    device = header_device(x, handle)
+    own = torch.stack([torch.full((), n, device=device) for n in rows])
+    everyone = exchange(own, handle)
+    equal = (everyone == own).all()
+    what = "the ranks of a group pass different numbers of rows to a loss under torch.compile, which takes equal shards"
+    then = "drop the last incomplete batch, or call the loss uncompiled; see contrastive_kernels.distributed.set_shards"
+    if device.type != "cpu":
+        torch._assert_async(equal, f"{what}: {then}")
+    elif not equal:
+        shown = ", ".join(f"rank {rank}: {sizes[sizes > 0].tolist()}" for rank, sizes in enumerate(everyone))
+        raise RuntimeError(f"{what} ({shown}): {then}")
+    return x.clone()
 
 
 def _padded(rows: Tensor, length: int) -> Tensor:

@@ -213,6 +213,7 @@ _GROUP_OPERATORS: dict[str, tuple[Function, Function]] = {
     "sweep": (_group_sweep, _fake_group_sweep),
     "sweep_backward": (_group_sweep_backward, _fake_group_sweep_backward),
     "select": (_group_select, _fake_select(BACKENDS["torch"])),
+    "same_rows": (groups.same_rows, lambda x, rows, group: torch.empty_like(x)),
     "sum": (groups.all_sum, lambda x, group: x.new_empty(x.shape)),
     "sum_at_home": (_group_sum_at_home, _fake_group_sum_at_home),
     "class_sums": (_group_class_sums, lambda values, _, ids, *__: values.new_empty(ids.shape[0], values.shape[1])),

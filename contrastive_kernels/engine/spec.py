@@ -238,6 +238,8 @@ GROUP_SCHEMAS = {
         "(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal, int views, "
         f"{_OF_GROUP}) -> (Tensor, Tensor)"
     ),
+    # a copy of x; an error unless these numbers are the same on all ranks
+    "same_rows": "(Tensor x, SymInt[] rows, str group) -> Tensor",
     # the sum over the ranks
     "sum": "(Tensor x, str group) -> Tensor",
     # (n, D), for every one of the ids (n,) the sum of the values (m, D) of all ranks that have it as value id; both

@@ -24,7 +24,7 @@ from typing_extensions import ParamSpec
 
 from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.backends import choose
-from contrastive_kernels.engine.groups import exchange, process_group
+from contrastive_kernels.engine.groups import exchange, header_device, process_group
 from contrastive_kernels.engine.limits import workspace_limit
 from contrastive_kernels.engine.terms import Term
 
@@ -54,7 +54,8 @@ def set_shards(mode: Literal["exchange", "even"] | None) -> None:
         mode: ``"exchange"``: nothing; with every call of a loss the ranks exchange one small vector, learn each other's
             number of rows, and raise the same error if their calls do not fit. ``"even"``: a promise that all ranks
             have the same number of rows, the same workspace limit and make the same calls; nothing is exchanged, and
-            a broken promise hangs or gives wrong values. Under ``torch.compile`` it is taken as given. None: what the
+            a broken promise hangs or gives wrong values. Without it, ``torch.compile`` takes equal shards too, but
+            compares the numbers of rows in every call, and raises on all ranks if they differ. None: what the
             environment variable ``CONTRASTIVE_KERNELS_SHARDS`` says, or ``"exchange"``.
 
     Raises:
@@ -72,8 +73,11 @@ def set_shards(mode: Literal["exchange", "even"] | None) -> None:
 
 
 def _are_even() -> bool:
-    if torch.compiler.is_compiling():
-        return True
+    """Return whether all ranks have as many rows: by promise, or compiled."""
+    return torch.compiler.is_compiling() or _are_promised()
+
+
+def _are_promised() -> bool:
     mode = _mode or os.environ.get(ENVIRONMENT_VARIABLE) or MODES[0]
     if mode not in MODES:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}={mode!r} must be one of {', '.join(map(repr, MODES))}")
@@ -105,7 +109,7 @@ class Shards:
         if self.alone or _are_even():
             return self if self.alone else replace(self, rows=(x.shape[0],) * self.world, batch=self)
         group = process_group(self.group)
-        own = torch.tensor([x.shape[0]], device=_header_device(x, group))
+        own = torch.tensor([x.shape[0]], device=header_device(x, group))
         return replace(self, rows=tuple(exchange(own, group).flatten().tolist()), batch=self)
 
     def own(self, x: Tensor, like: Tensor) -> Tensor:
@@ -199,12 +203,16 @@ def over_ranks(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
         if not isinstance(group, Shards):
             group, rows = _resolved(group), args[0] if args else kwargs.get(batch)
-            if _are_even():
+            given = {name: p.default for name, p in parameters.items() if name != "group"}
+            given |= dict(zip(parameters, args, strict=False)) | kwargs
+            if not _are_even():
+                group = _agreed(function.__name__, given, rows, group)
+            elif group.size() == 1 or _are_promised():
                 group = _even(rows, group)
             else:
-                given = {name: p.default for name, p in parameters.items() if name != "group"}
-                given |= dict(zip(parameters, args, strict=False)) | kwargs
-                group = _agreed(function.__name__, given, rows, group)
+                sizes = [value.shape[0] if isinstance(value, Tensor) and value.dim() else 0 for value in given.values()]
+                given[batch] = call("group", "same_rows", rows, sizes, group.group_name)
+                args, kwargs, group = (), given, _even(rows, group)
         return function(*args, **kwargs, group=group)
 
     return wrapper
@@ -262,7 +270,7 @@ def _agreed(name: str, given: dict[str, Any], rows: Any, group: Any) -> Shards:
     n = rows.shape[0] if isinstance(rows, Tensor) and rows.dim() else 0
     call_of_rank = _described(name, given, n)
     digest = hashlib.blake2b(repr(call_of_rank).encode(), digest_size=7).digest()
-    header = torch.tensor([n, workspace_limit(), int.from_bytes(digest, "big")], device=_header_device(rows, group))
+    header = torch.tensor([n, workspace_limit(), int.from_bytes(digest, "big")], device=header_device(rows, group))
     headers = exchange(header, group).tolist()
     sizes, limits, digests = zip(*headers, strict=True)
     if 0 in sizes:
@@ -273,13 +281,6 @@ def _agreed(name: str, given: dict[str, Any], rows: Any, group: Any) -> Shards:
         dist.all_gather_object(calls, call_of_rank, group=group)
         _raise_difference(calls)
     return Shards(group.group_name, group.rank(), sizes, min(limits))
-
-
-def _header_device(rows: Any, group: Any) -> torch.device:
-    """Return a CPU if the group reaches it, so that no one waits for a device."""
-    if torch.device("cpu") in group._device_types:
-        return torch.device("cpu")
-    return rows.device if isinstance(rows, Tensor) else torch.device("cuda")
 
 
 def _described(name: str, given: dict[str, Any], n: int) -> dict[str, str]:

@@ -220,6 +220,7 @@ def opcheck_on_a_rank(group, itself):
     upstream = Upstream(none, empty, torch.ones(4).double(), none, empty)
     wanted = [True, not itself, False, False, False, False, True]
     torch.library.opcheck(operators.group_sweep_backward.default, (*upstream, *detached, *total, wanted, *of_group))
+    torch.library.opcheck(operators.group_same_rows.default, (x, [4, 0], group.group_name))
     parts, factor = torch.randn(1, 4, 5), torch.tensor(2.0)
     torch.library.opcheck(operators.group_sum_at_home.default, (parts, factor, group.group_name, [4], 1 << 20))
     return True

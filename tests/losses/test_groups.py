@@ -370,6 +370,30 @@ def test_compiles(ranks, name):
             torch.testing.assert_close(grad, of_eager[key], **EXACT)
 
 
+def uneven_on_a_rank(group, name):
+    case, rank = EVERY[name], group.rank()
+    tensors, others = inputs(case, "mean", 11)
+    mine = parts(tensors, SHARDS[3])[rank]
+    compiled = torch.compile(lambda **t: case(ck, t, **others, group=group), backend="aot_eager", fullgraph=True)
+    try:
+        compiled(**mine)
+    except RuntimeError as error:
+        return str(error), case(ck, mine, **others, group=group)
+    return "", None
+
+
+@pytest.mark.parametrize("name", ["clip", "alignment"])
+def test_compiled_losses_refuse_unequal_shards(ranks, name):
+    """On all ranks, with a way out; the group serves the next loss."""
+    tensors, others = inputs(EVERY[name], "mean", 11)
+    expected = EVERY[name](ck, tensors, **others)
+    errors, values = zip(*ranks.run(3, uneven_on_a_rank, name), strict=True)
+    assert len(set(errors)) == 1
+    assert "rank 1: [1" in errors[0]
+    assert "set_shards" in errors[0]
+    torch.testing.assert_close(torch.stack(values).mean(), expected, **EXACT)
+
+
 # Rounding, NaN
 
 
