@@ -195,7 +195,7 @@ def _slices(y: Tensor, peers: Peers, row_bytes: int) -> Iterator[tuple[int, int,
     A rank whose rows are used up takes part with none. `row_bytes` is what a row of a slice takes.
     """
     world, group, longest = len(peers.sizes), peers.handle, peers.longest
-    step = min(longest, max(1, _slice_bytes(y, peers) // (world * row_bytes)))
+    step = max(1, min(longest, _slice_bytes(y, peers) // (world * row_bytes)))
 
     def begin(start: int) -> tuple[Tensor, Any]:
         length = min(step, longest - start)
@@ -468,7 +468,8 @@ def select(
         tensors, of_block = block.inputs, block.columns.of(numbers)
         arguments = tensors.x, tensors.y, k, largest, tensors.x_ids, tensors.y_ids, bool(block.what.diagonals)
         values, columns = select_own(*arguments)
-        columns = torch.where(columns < 0, columns, of_block[columns.clamp(min=0)])
+        if of_block.numel():  # a rank may have no rows of y
+            columns = torch.where(columns < 0, columns, of_block[columns.clamp(min=0)])
         found = [_leading([*found, (values, columns)], k, largest)]
     return found[0]
 

@@ -7,7 +7,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from contrastive_kernels.primitives import checks
-from contrastive_kernels.primitives.shards import Group, over_ranks, shards_of
+from contrastive_kernels.primitives.shards import Group, over_ranks, shards_of_columns
 from contrastive_kernels.primitives.sweep import Pairs, sweep
 
 __all__ = ["similarity_logsumexp"]
@@ -96,6 +96,7 @@ def similarity_logsumexp(
     if columns and (y_bias is not None or cutoff is not None):
         raise ValueError("columns=True takes neither y_bias nor cutoff; call twice with x and y exchanged")
     pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
-    out = sweep(x, y, pairs, scale=scale, bias=y_bias, column_lse=columns, backend=backend, shards=shards_of(group))
+    shards = shards_of_columns(group, y)
+    out = sweep(x, y, pairs, scale=scale, bias=y_bias, column_lse=columns, backend=backend, shards=shards)
     row_lse = out.row_lse.squeeze(0)
     return (row_lse, out.col_lse) if columns else row_lse

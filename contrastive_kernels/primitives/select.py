@@ -10,7 +10,7 @@ from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.backends import choose
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.rows import cast_for_autocast
-from contrastive_kernels.primitives.shards import ALONE, Group, Shards, over_ranks, shards_of
+from contrastive_kernels.primitives.shards import ALONE, Group, Shards, over_ranks, shards_of_columns
 
 __all__ = ["row_select", "select_over", "selecting_cutoff"]
 
@@ -66,7 +66,7 @@ def row_select(
     """
     x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, None)
     checks.count("k", k)
-    return select_over(shards_of(group), x, y, k, largest, x_ids, y_ids, exclude_diagonal)
+    return select_over(shards_of_columns(group, y), x, y, k, largest, x_ids, y_ids, exclude_diagonal)
 
 
 @torch.no_grad()

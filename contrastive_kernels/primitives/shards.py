@@ -28,7 +28,7 @@ from contrastive_kernels.engine.groups import exchange, header_device, process_g
 from contrastive_kernels.engine.limits import workspace_limit
 from contrastive_kernels.engine.terms import Term
 
-__all__ = ["ALONE", "Group", "Shards", "one_process_only", "over_ranks", "set_shards", "shards_of"]
+__all__ = ["ALONE", "Group", "Shards", "one_process_only", "over_ranks", "set_shards", "shards_of", "shards_of_columns"]
 
 Group = Union[ProcessGroup, DeviceMesh, Literal["world"]]  # noqa: UP007, | takes no class that is a stub
 
@@ -229,6 +229,12 @@ def shards_for(group: object, name: str, rows: Tensor) -> Shards:
 def shards_of(group: object) -> Shards:
     """Return what `over_ranks` has passed on in place of a group."""
     return group if isinstance(group, Shards) else ALONE
+
+
+def shards_of_columns(group: object, y: Tensor | None) -> Shards:
+    """Return how the rows of y lie, of which every rank has its own number, or those of x with itself."""
+    shards = shards_of(group)
+    return shards if y is None else shards.of(y)
 
 
 def one_process_only(name: str, group: object, alternative: str = INSTEAD) -> None:

@@ -11,7 +11,7 @@ from contrastive_kernels.engine.spec import compute_dtype
 from contrastive_kernels.engine.terms import Count, Identity, Term
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.rows import gather_rows, row_dot, wide_sums
-from contrastive_kernels.primitives.shards import ALONE, Group, Shards, over_ranks, shards_of
+from contrastive_kernels.primitives.shards import ALONE, Group, Shards, over_ranks, shards_of_columns
 from contrastive_kernels.primitives.sweep import Pairs, sweep, weighted_total
 
 __all__ = ["kept_counts", "kept_sums", "similarity_sum"]
@@ -59,9 +59,10 @@ def similarity_sum(
     checks.term_operands(term, x)
     checks.choice("reduction", reduction, ("none", "sum"))
     pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
+    shards = shards_of_columns(group, y)
     if reduction == "sum":
-        return weighted_total(x, y, pairs, term=term, backend=backend, shards=shards_of(group))
-    return sweep(x, y, pairs, term=term, exponents=(), backend=backend, shards=shards_of(group)).row_sum
+        return weighted_total(x, y, pairs, term=term, backend=backend, shards=shards)
+    return sweep(x, y, pairs, term=term, exponents=(), backend=backend, shards=shards).row_sum
 
 
 def kept_counts(

@@ -76,6 +76,30 @@ def test_primitive(ranks, name, limit, backend):
         torch.testing.assert_close(whole, torch.zeros_like(tensor) if tensor.grad is None else tensor.grad, **EXACT)
 
 
+def columns_on_a_rank(group, sizes):
+    """Return primitives of x and of a y that has another number of rows, and the gradients of a sum of them."""
+    x, y = batch()[0], batch()[1].repeat(2, 1)[: sum(sizes)]
+    if group is not None:
+        x, y = own(x, group), y.split(sizes)[group.rank()]
+    x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+    rows, columns = ck.similarity_logsumexp(x, y, columns=True, group=group)
+    sums = ck.similarity_sum(x, y, term=ck.Band(0.1, 0.9), group=group)
+    total = ck.similarity_sum(x, y, term=ck.Softplus(), reduction="sum", group=group)
+    selected, _ = ck.row_select(x, y, 3, group=group)
+    grads = torch.autograd.grad(rows.sum() + columns.square().sum() + sums.sum() + total, (x, y))
+    return rows.detach(), columns.detach(), sums.detach(), selected, total.detach()[None], *grads
+
+
+@pytest.mark.parametrize("sizes", [(7, 3, 2), (5, 0, 7)])
+def test_columns_have_numbers_of_their_own(ranks, sizes):
+    """The rows of y need not be as many to a row of x on all ranks; a rank may have none."""
+    for k, (parts, whole) in enumerate(
+        zip(zip(*ranks.run(3, columns_on_a_rank, sizes), strict=True), columns_on_a_rank(None, sizes), strict=True)
+    ):
+        found = torch.cat(parts)
+        torch.testing.assert_close(found.sum(0, keepdim=True) if k == 4 else found, whole, **EXACT)
+
+
 def select_on_a_rank(group, k, largest, limit, itself):
     x, y = (own(v.round(), group) for v in batch(2))
     ids = own(IDS, group)
