@@ -128,7 +128,7 @@ def test_selection(ranks, k, largest, limit, itself):
 DIFFERENCES = {
     "function": (lambda x, y, rank, **o: (ck.clip_loss if rank else ck.siglip_loss)(x, y, 3.0, **o)),
     "image_features": (lambda x, y, rank, **o: ck.clip_loss(x[:, : 5 - rank], y[:, : 5 - rank], 3.0, **o)),
-    "text_features": (lambda x, y, rank, **o: ck.clip_loss(x, y[rank:] if rank == 2 else y, 3.0, **o)),
+    "text_features": (lambda x, y, rank, **o: ck.clip_loss(x, y[1:] if rank == 1 else y, 3.0, **o)),
     "torch.float32": (lambda x, y, rank, **o: ck.clip_loss(*((x, y) if rank else (x.float(), y.float())), 3.0, **o)),
     "requires_grad": (lambda x, y, rank, **o: ck.clip_loss(x.clone().requires_grad_(rank == 1), y, 3.0, **o)),
     "label_smoothing": (lambda x, y, rank, **o: ck.clip_loss(x, y, 3.0, label_smoothing=0.1 * rank, **o)),
@@ -149,17 +149,19 @@ def difference_on_a_rank(group, name):
     return error, seconds, ck.clip_loss(x, y, 3.0, group=group)
 
 
+@pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_ranks_that_differ_raise_the_same_error(ranks, name):
+def test_ranks_that_differ_raise_the_same_error(ranks, name, world):
     """On all of them, at once, and the group serves the next loss."""
-    errors, seconds, losses = zip(*ranks.run(3, difference_on_a_rank, name), strict=True)
+    errors, seconds, losses = zip(*ranks.run(world, difference_on_a_rank, name), strict=True)
     assert len(set(errors)) == 1
     kind, text = errors[0]
     assert kind == ("ValueError" if name == "empty" else "RuntimeError")
     assert name in text
     assert "rank" in text
-    assert max(seconds) < 10
-    torch.testing.assert_close(torch.stack(losses).mean(), ck.clip_loss(*batch(), 3.0), **EXACT)
+    assert max(seconds) < 5  # hundredths of a second, but for another load of the machine
+    expected = ck.clip_loss(*(v[: sum(SIZES[:world])] for v in batch()), 3.0)
+    torch.testing.assert_close(torch.stack(losses).mean(), expected, **EXACT)
 
 
 def refused_on_a_rank(group, what):
@@ -276,10 +278,10 @@ def test_slices_take_what_the_limit_allows(ranks, limit):
     assert max(shape[1] for shape in shapes) == min(max(SIZES), max(1, limit // (3 * 3 * 8 * 8)))
 
 
-def counted_on_a_rank(group, loss, rows_to_push):
+def counted_on_a_rank(group, rows_to_push):
     """Return how often gradients of other ranks' rows go home, and the pairs that this rank sweeps there and back."""
     x, y = (own(v, group).requires_grad_() for v in batch())
-    pairs, calls, home, rows = [], [], groups._sum_at_owners, groups.ROWS_TO_PUSH
+    pairs, calls, home = [], [], groups._sum_at_owners
 
     def counted(sweep):
         def run(*arguments):
@@ -294,27 +296,31 @@ def counted_on_a_rank(group, loss, rows_to_push):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(groups, "_sum_at_owners", lambda *a: calls.append(a) or home(*a))
-        patch.setattr(groups, "ROWS_TO_PUSH", rows if rows_to_push is None else {"cpu": rows_to_push})
+        if rows_to_push is not None:
+            patch.setattr(groups, "ROWS_TO_PUSH", {"cpu": rows_to_push})
         for name in ("sweep", "sweep_backward"):
             patch.setattr(groups, name, counted(getattr(groups, name)))
-        value = loss(x, y, group=group)
+        scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+        value = ck.nt_xent_loss(x, y, temperature=1 / scale, group=group)
         value.backward()
-    return len(calls), sum(pairs), value.detach(), x.grad, y.grad
+    return len(calls), sum(pairs), value.detach(), x.grad, y.grad, scale.grad
 
 
 def test_pairs_of_rows_with_themselves_are_met_once(ranks):
     """Or twice, without gradients that travel, where the rows are few and gradients are slow."""
     sizes = [2 * n for n in SIZES]
     alone, together = sum(n * n for n in sizes), sum(sizes) ** 2
-    pushed = ranks.run(3, counted_on_a_rank, ck.nt_xent_loss, None)
-    pulled = ranks.run(3, counted_on_a_rank, ck.nt_xent_loss, 1000)
+    pushed = ranks.run(3, counted_on_a_rank, None)
+    pulled = ranks.run(3, counted_on_a_rank, 1000)
     assert [calls for calls, *_ in pushed] == [1] * 3
     assert [calls for calls, *_ in pulled] == [0] * 3
     assert sum(pairs for _, pairs, *_ in pushed) == together + alone
     assert sum(pairs for _, pairs, *_ in pulled) == (together + alone) // 2 + together
     for one, other in zip(pushed, pulled, strict=True):
-        for a, b in zip(one[2:], other[2:], strict=True):
+        for a, b in zip(one[2:5], other[2:5], strict=True):
             torch.testing.assert_close(a, b, **EXACT)
+    of_scale = [sum(grads[5] for grads in found) for found in (pushed, pulled)]
+    torch.testing.assert_close(*of_scale, **EXACT)
 
 
 def place(rank, sizes):
