@@ -48,7 +48,8 @@ def set_workspace_limit(size: int | None) -> None:
 
     A GPU uses it for partial sums and, where the gradient does not fit in registers, for a chunk of dL/dS. The PyTorch
     backend takes 32 MiB for its chunks or what the limit allows. Not counted are the C++ backend's tiles, about 1 MiB a
-    thread, and gradients that are summed in float32 before they are rounded. The default is 512 MiB, or what the
+    thread, and gradients that are summed in float32 before they are rounded. Over a group of processes a weighted sum
+    over all pairs keeps gradients for its backward, up to half of the limit. The default is 512 MiB, or what the
     environment variable ``CONTRASTIVE_KERNELS_WORKSPACE_MB`` says.
 
     Args:
