@@ -55,4 +55,13 @@ void check(const Inputs& in, const Description& description, const Wanted& wante
   TORCH_CHECK_VALUE(!scores || scores->is_contiguous(), "scores must be contiguous");
 }
 
+void check(const at::Tensor& weight, const at::Tensor& own, const Inputs& in, const Description& description) {
+  check(in, description);
+  check_tensor(weight, "weight", compute_dtype(in.x), {in.x.size(0)});
+  check_tensor(own, "own", compute_dtype(in.x), {in.x.size(0)});
+  TORCH_CHECK_VALUE(
+      description.exponents == std::vector{1.0} && !description.column_lse && description.term.empty() && !in.bias,
+      "the total of a softmax is that of one log-sum-exp of the rows, without a bias");
+}
+
 }  // namespace contrastive_kernels

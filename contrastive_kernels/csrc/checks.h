@@ -11,4 +11,6 @@ void check(const Inputs& inputs, const Description& description);
 
 void check(const Inputs& inputs, const Description& description, const Wanted& wanted, const OptionalTensor& scores);
 
+void check(const at::Tensor& weight, const at::Tensor& own, const Inputs& inputs, const Description& description);
+
 }  // namespace contrastive_kernels

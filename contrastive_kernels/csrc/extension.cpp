@@ -48,6 +48,19 @@ auto cpp_backward(const at::Tensor& grad_row_lse, const at::Tensor& grad_col_lse
   return std::make_tuple(g.x, g.y, g.scale, g.bias, g.term_scale, g.term_offset, g.total);
 }
 
+auto cpp_softmax_total(const at::Tensor& weight, const at::Tensor& own, const at::Tensor& x, const OptionalTensor& y,
+                       const at::Tensor& scale, const OptionalTensor& bias, const OptionalTensor& x_ids,
+                       const OptionalTensor& y_ids, const OptionalTensor& cutoff, const OptionalTensor& term_scale,
+                       const OptionalTensor& term_offset, Numbers exponents, bool column_lse, std::string_view term,
+                       Numbers constants, bool keep_equal_ids, int64_t diagonals, const c10::List<bool>& wanted) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK_VALUE(wanted.size() == 3, "wanted must have 3 entries, got ", wanted.size());
+  const auto t = softmax_total(weight, own, {x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_offset},
+                               {exponents.vec(), column_lse, term, constants.vec(), keep_equal_ids, diagonals},
+                               {wanted[0], wanted[1], wanted[2]});
+  return std::make_tuple(t.x, t.y, t.scale, t.own, t.total);
+}
+
 std::tuple<at::Tensor, at::Tensor> cpp_select(const at::Tensor& x, const OptionalTensor& y, int64_t k, bool largest,
                                               const OptionalTensor& x_ids, const OptionalTensor& y_ids,
                                               bool exclude_diagonal) {
@@ -81,6 +94,8 @@ TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
       "Tensor col_lse, " INPUTS
       "bool[] wanted, Tensor? scores=None, bool float32_gradients=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
+  m.def("cpp_softmax_total(Tensor weight, Tensor own, " INPUTS
+        "bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cpp_select(Tensor x, Tensor? y, int k, bool largest, Tensor? x_ids, Tensor? y_ids, bool exclude_diagonal) "
       "-> (Tensor, Tensor)");
@@ -92,6 +107,7 @@ TORCH_LIBRARY_FRAGMENT(contrastive_kernels, m) {
 TORCH_LIBRARY_IMPL(contrastive_kernels, CPU, m) {
   m.impl("cpp_forward", TORCH_FN(contrastive_kernels::cpp_forward));
   m.impl("cpp_backward", TORCH_FN(contrastive_kernels::cpp_backward));
+  m.impl("cpp_softmax_total", TORCH_FN(contrastive_kernels::cpp_softmax_total));
   m.impl("cpp_select", TORCH_FN(contrastive_kernels::cpp_select));
   m.impl("cpp_unit_rows", TORCH_FN(contrastive_kernels::cpp_unit_rows));
   m.impl("cpp_unit_rows_backward", TORCH_FN(contrastive_kernels::cpp_unit_rows_backward));

@@ -54,6 +54,18 @@ Statistics forward(const Inputs& inputs, const Description& description, bool ma
 Gradients backward(const Upstream& upstream, const Inputs& inputs, const Description& description, const Wanted& wanted,
                    const OptionalTensor& scores, bool float32_gradients);
 
+// The total of a softmax and its gradients; empty where not wanted.
+struct SoftmaxTotal {
+  at::Tensor total, own, x, y, scale;
+};
+
+struct SoftmaxWanted {
+  bool x, y, scale;
+};
+
+SoftmaxTotal softmax_total(const at::Tensor& weight, const at::Tensor& own, const Inputs& inputs,
+                           const Description& description, const SoftmaxWanted& wanted);
+
 // The values and the columns, N x k each, of the k largest (smallest) similarities of every row;
 // contrastive_kernels/primitives/select.py defines the order.
 std::tuple<at::Tensor, at::Tensor> row_select(const at::Tensor& x, const OptionalTensor& y, int64_t k, bool largest,

@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <vector>
 
+#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/zeros.h>
@@ -47,18 +50,20 @@ constexpr int64_t kFloatPanel = 64;
 static_assert(kFloatPanel % kBlock == 0);
 static_assert(kTileRows % kFloatPanel == 0 && kTileCols % kFloatPanel == 0);
 
-// Returns the panels of kFloatPanel rows of y, each transposed, the last one filled up with zeros: [panels, d,
+// Writes the panels of kFloatPanel rows of y, each transposed, the last one filled up with zeros: [panels, d,
 // kFloatPanel].
-at::Tensor transposed_panels(const at::Tensor& y) {
-  const int64_t m = y.size(0), d = y.size(1), whole = m / kFloatPanel, rest = m % kFloatPanel;
-  auto panels = at::empty({whole + (rest > 0), d, kFloatPanel}, y.options());
-  panels.narrow(0, 0, whole).copy_(y.narrow(0, 0, whole * kFloatPanel).view({whole, kFloatPanel, d}).transpose(1, 2));
-  if (rest) {
-    auto last = panels.select(0, whole);
-    last.narrow(1, 0, rest).copy_(y.narrow(0, m - rest, rest).t());
-    last.narrow(1, rest, kFloatPanel - rest).zero_();
+void transpose_panels(const at::Tensor& y, Range range, float* panels) {
+  constexpr int64_t kStep = 16;  // a cache line
+  const int64_t d = y.size(1);
+  for (int64_t begin = range.begin; begin < range.end; begin += kFloatPanel, panels += d * kFloatPanel) {
+    const int64_t height = std::min(kFloatPanel, range.end - begin);
+    if (height < kFloatPanel) std::fill_n(panels, d * kFloatPanel, 0.f);
+    for (int64_t first = 0; first < d; first += kStep)
+      for (int64_t j = 0; j < height; ++j) {
+        const float* row = static_cast<const float*>(row_data(y, begin + j));
+        for (int64_t k = first; k < std::min(d, first + kStep); ++k) panels[k * kFloatPanel + j] = row[k];
+      }
   }
-  return panels;
 }
 
 // Products by the BLAS in the compute dtype, to which float16 and bfloat16 operands are converted beforehand. oneDNN's
@@ -67,25 +72,35 @@ at::Tensor transposed_panels(const at::Tensor& y) {
 template <typename T>
 class BlasProducts final : public Products<T> {
  public:
-  BlasProducts(const at::Tensor& x, const at::Tensor& y, ProductsWanted wanted) : wanted_(wanted) {
+  BlasProducts(const at::Tensor& x, const at::Tensor& y, ProductsWanted wanted, int64_t slots)
+      : wanted_(wanted), packed_(slots) {
     const auto compute = c10::CppTypeToScalarType<T>::value;
     x_ = with_unit_stride(x.to(compute));
     y_ = y.is_same(x) ? x_ : with_unit_stride(y.to(compute));
-    if (std::is_same_v<T, float> && wanted.scores && y.numel()) y_columns_ = transposed_panels(y_);
+    if constexpr (std::is_same_v<T, float>) {
+      if (wanted.scores && wanted.columns_return && y.numel()) {
+        const int64_t panels = (y.size(0) + kFloatPanel - 1) / kFloatPanel, d = y.size(1);
+        y_columns_ = at::empty({panels, d, kFloatPanel}, y_.options());
+        at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+          transpose_panels(y_, {begin * kFloatPanel, std::min(end * kFloatPanel, y_.size(0))},
+                           y_columns_.data_ptr<float>() + begin * d * kFloatPanel);
+        });
+      }
+    }
     if (wanted.dx) dx_ = at::zeros(x.sizes(), x_.options());
     if (wanted.dy) dy_ = wanted.symmetric ? dx_ : at::zeros(y.sizes(), y_.options());
   }
 
-  void scores(Range rows, Range cols, T* s) override {
+  void scores(Range rows, Range cols, T* s, int64_t slot) override {
     if constexpr (std::is_same_v<T, float>) {
-      if (y_columns_.defined()) {
+      if (y_.numel()) {
         const int64_t d = x_.size(1);
+        const float* y = packed(cols, slot);
         for_each_block(wanted_, rows, [&](Range block, int64_t offset) {
           const float* x = static_cast<const float*>(row_data(x_, block.begin));
           for (int64_t j = cols.begin; j < cols.end; j += kFloatPanel)
             at::native::cpublas::brgemm(block.size(), kFloatPanel, d, x_.stride(0), kFloatPanel, kTileCols, false, x,
-                                        y_columns_.data_ptr<float>() + j * d,
-                                        s + offset * kTileCols + (j - cols.begin));
+                                        y + (j - cols.begin) * d, s + offset * kTileCols + (j - cols.begin));
         });
         return;
       }
@@ -99,14 +114,22 @@ class BlasProducts final : public Products<T> {
     });
   }
 
-  void add_gradients(Range rows, Range cols, T* g, bool transposed, int64_t /*slot*/) override {
-    const at::AutoDispatchBelowADInplaceOrView guard;
-    const auto& options = x_.options();
-    if (wanted_.dx) add_product(rows_of(dx_, rows), tile_of(rows, cols, g), rows_of(y_, cols));
-    if (wanted_.dy && transposed)
-      add_product(rows_of(dy_, cols), at::from_blob(g, {cols.size(), rows.size()}, {1, kTileCols}, options),
-                  rows_of(x_, rows));
+  void add_gradients(Range rows, Range cols, T* g, bool transposed, int64_t slot) override {
+    if (wanted_.dx) add_dx(rows, cols, g, dx_row(rows.begin), slot);
+    if (wanted_.dy && transposed) add_dy(rows, cols, g, slot);
   }
+
+  void add_dx(Range rows, Range cols, T* g, T* sum, int64_t /*slot*/) override {
+    add_product(at::from_blob(sum, {rows.size(), depth()}, x_.options()), tile_of(rows, cols, g), rows_of(y_, cols));
+  }
+
+  void add_dy(Range rows, Range cols, T* g, int64_t /*slot*/) override {
+    add_product(rows_of(dy_, cols), at::from_blob(g, {cols.size(), rows.size()}, {1, kTileCols}, x_.options()),
+                rows_of(x_, rows));
+  }
+
+  int64_t depth() const override { return x_.size(1); }
+  T* dx_row(int64_t row) override { return static_cast<T*>(row_data(dx_, row)); }
 
   std::pair<at::Tensor, at::Tensor> gradients(at::ScalarType dtype) override {
     if (wanted_.dy && wanted_.self && !wanted_.symmetric) dx_.add_(dy_);
@@ -114,16 +137,36 @@ class BlasProducts final : public Products<T> {
   }
 
  private:
+  // The columns of a tile as `scores` reads them, and whose they are.
+  struct Packed {
+    Range range{0, 0};
+    std::unique_ptr<float[]> panels;
+  };
+
+  const float* packed(Range cols, int64_t slot) {
+    const int64_t d = x_.size(1);
+    if (y_columns_.defined()) return y_columns_.data_ptr<float>() + cols.begin * d;
+    auto& own = packed_[slot];
+    if (cols.begin < own.range.begin || cols.end > own.range.end) {
+      if (!own.panels) own.panels.reset(new float[kTileCols * d]);
+      transpose_panels(y_, cols, own.panels.get());
+      own.range = cols;
+    }
+    return own.panels.get() + (cols.begin - own.range.begin) * d;
+  }
+
   at::Tensor tile_of(Range rows, Range cols, T* data) const {
     return at::from_blob(data, {rows.size(), cols.size()}, {kTileCols, 1}, x_.options());
   }
 
   static void add_product(at::Tensor sum, const at::Tensor& a, const at::Tensor& b) {
+    const at::AutoDispatchBelowADInplaceOrView guard;
     at::cpu::addmm_out(sum, sum, a, b, 1, 1);
   }
 
   ProductsWanted wanted_;
   at::Tensor x_, y_, y_columns_, dx_, dy_;
+  std::vector<Packed> packed_;  // [slots]
 };
 
 // bfloat16 products with float sums on the processor's matrix unit. A right-hand operand of the unit holds pairs of
@@ -161,7 +204,7 @@ class MatrixUnitProducts final : public Products<float> {
     }
   }
 
-  void scores(Range rows, Range cols, float* s) override {
+  void scores(Range rows, Range cols, float* s, int64_t /*slot*/) override {
     for_each_block(wanted_, rows, [&](Range block, int64_t offset) {
       for (int64_t j = cols.begin; j < cols.end; j += kPanel)
         at::native::cpublas::brgemm(block.size(), kPanel, depth_, depth_, kPanel, kTileCols, false,
@@ -171,27 +214,23 @@ class MatrixUnitProducts final : public Products<float> {
 
   void add_gradients(Range rows, Range cols, float* g, bool transposed, int64_t slot) override {
     if (!wanted_.dx && !wanted_.dy) return;
-    const int64_t height = round_up(rows.size(), 2), width = round_up(cols.size(), kPanel);
-    auto& buffer = buffers_[slot];
-    // The columns past the last one are multiplied by zeros, but have to be numbers, as does the partner of an odd row.
-    for (int64_t i = 0; i < rows.size(); ++i)
-      std::fill(g + i * kTileCols + cols.size(), g + i * kTileCols + width, 0.f);
-    if (height > rows.size()) std::fill_n(g + rows.size() * kTileCols, width, 0.f);
-    for (int64_t i = 0; i < height; i += 2)
-      tile_math<float>().round_rows(width, g + i * kTileCols, g + (i + 1) * kTileCols, buffer.rows + i * kTileCols,
-                                    buffer.rows + (i + 1) * kTileCols, buffer.pairs + i / 2 * kTileCols);
-    if (wanted_.dx)
-      at::native::cpublas::brgemm(rows.size(), depth_, width, kTileCols, depth_, depth_, true,
-                                  reinterpret_cast<const BFloat16*>(buffer.rows), row(y_rows_, cols.begin),
-                                  dx_.data_ptr<float>() + rows.begin * depth_);
-    if (wanted_.dy && transposed)
-      for (int64_t j = 0; j < width; j += kPanel)
-        for (int64_t i = 0; i < height; i += kPanel)
-          at::native::cpublas::brgemm(depth_, kPanel, std::min(kPanel, height - i), kPanel, kTileCols, kPanel, true,
-                                      row(x_transposed_, rows.begin + i),
-                                      reinterpret_cast<const BFloat16*>(buffer.pairs + i / 2 * kTileCols + j),
-                                      dy_.data_ptr<float>() + (cols.begin + j) * depth_);
+    round(rows, cols, g, slot);
+    if (wanted_.dx) add_rounded_dx(rows, cols, dx_row(rows.begin), slot);
+    if (wanted_.dy && transposed) add_rounded_dy(rows, cols, slot);
   }
+
+  void add_dx(Range rows, Range cols, float* g, float* sum, int64_t slot) override {
+    round(rows, cols, g, slot);
+    add_rounded_dx(rows, cols, sum, slot);
+  }
+
+  void add_dy(Range rows, Range cols, float* g, int64_t slot) override {
+    round(rows, cols, g, slot);
+    add_rounded_dy(rows, cols, slot);
+  }
+
+  int64_t depth() const override { return depth_; }
+  float* dx_row(int64_t row) override { return dx_.data_ptr<float>() + row * depth_; }
 
   void end_block() override { at::native::cpublas::brgemm_release(); }
 
@@ -210,6 +249,33 @@ class MatrixUnitProducts final : public Products<float> {
     alignas(64) uint16_t rows[kTileRows * kTileCols];
     alignas(64) uint32_t pairs[kTileRows / 2 * kTileCols];
   };
+
+  void round(Range rows, Range cols, float* g, int64_t slot) {
+    const int64_t height = round_up(rows.size(), 2), width = round_up(cols.size(), kPanel);
+    auto& buffer = buffers_[slot];
+    // The columns past the last one are multiplied by zeros, but have to be numbers, as does the partner of an odd row.
+    for (int64_t i = 0; i < rows.size(); ++i)
+      std::fill(g + i * kTileCols + cols.size(), g + i * kTileCols + width, 0.f);
+    if (height > rows.size()) std::fill_n(g + rows.size() * kTileCols, width, 0.f);
+    for (int64_t i = 0; i < height; i += 2)
+      tile_math<float>().round_rows(width, g + i * kTileCols, g + (i + 1) * kTileCols, buffer.rows + i * kTileCols,
+                                    buffer.rows + (i + 1) * kTileCols, buffer.pairs + i / 2 * kTileCols);
+  }
+
+  void add_rounded_dx(Range rows, Range cols, float* sum, int64_t slot) {
+    at::native::cpublas::brgemm(rows.size(), depth_, round_up(cols.size(), kPanel), kTileCols, depth_, depth_, true,
+                                reinterpret_cast<const BFloat16*>(buffers_[slot].rows), row(y_rows_, cols.begin), sum);
+  }
+
+  void add_rounded_dy(Range rows, Range cols, int64_t slot) {
+    const int64_t height = round_up(rows.size(), 2), width = round_up(cols.size(), kPanel);
+    for (int64_t j = 0; j < width; j += kPanel)
+      for (int64_t i = 0; i < height; i += kPanel)
+        at::native::cpublas::brgemm(depth_, kPanel, std::min(kPanel, height - i), kPanel, kTileCols, kPanel, true,
+                                    row(x_transposed_, rows.begin + i),
+                                    reinterpret_cast<const BFloat16*>(buffers_[slot].pairs + i / 2 * kTileCols + j),
+                                    dy_.data_ptr<float>() + (cols.begin + j) * depth_);
+  }
 
   at::Tensor padded(const at::Tensor& matrix, int64_t rows) const {
     // A pair is read as a 32-bit unit.
@@ -244,7 +310,7 @@ std::unique_ptr<Products<T>> make_products(const at::Tensor& x, const at::Tensor
   if constexpr (std::is_same_v<T, float>)
     if (has_matrix_unit(x.scalar_type()) && x.numel() && y.numel())
       return std::make_unique<MatrixUnitProducts>(x, y, wanted, slots);
-  return std::make_unique<BlasProducts<T>>(x, y, wanted);
+  return std::make_unique<BlasProducts<T>>(x, y, wanted, slots);
 }
 
 template std::unique_ptr<Products<float>> make_products(const at::Tensor&, const at::Tensor&, ProductsWanted, int64_t);

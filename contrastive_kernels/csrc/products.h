@@ -22,6 +22,8 @@ struct ProductsWanted {
   // A score has the same bits in every tile that holds it: a cutoff is compared with what was selected before, and
   // with what the backward computes again.
   bool same_bits = false;
+  // The columns of a tile return after those of other tiles: they are packed once, all of them, and not when they come.
+  bool columns_return = false;
 };
 
 template <typename T>
@@ -30,11 +32,19 @@ class Products {
   virtual ~Products() = default;
 
   // The tile of scores, with kTileCols values from row to row.
-  virtual void scores(Range rows, Range cols, T* s) = 0;
+  virtual void scores(Range rows, Range cols, T* s, int64_t slot) = 0;
 
   // Adds the products of the tile g, a gradient of the scores, to dX and, if `transposed`, to dY, as far as wanted. May
   // overwrite the tile and one row past its end.
   virtual void add_gradients(Range rows, Range cols, T* g, bool transposed, int64_t slot) = 0;
+
+  // The two products of `add_gradients`, one at a time; that of dX is added to `sum`, [rows, depth()].
+  virtual void add_dx(Range rows, Range cols, T* g, T* sum, int64_t slot) = 0;
+  virtual void add_dy(Range rows, Range cols, T* g, int64_t slot) = 0;
+
+  // The length of the rows of dX as they are stored until the end, and such a row.
+  virtual int64_t depth() const = 0;
+  virtual T* dx_row(int64_t row) = 0;
 
   // The thread that computed a block calls this at the end of the block.
   virtual void end_block() {}

@@ -3,9 +3,7 @@
 #include <utility>
 
 namespace contrastive_kernels {
-namespace {
 
-// Returns `count` groups of about equal size, or fewer if there are not enough rows.
 std::vector<Range> groups(int64_t n, int64_t count, int64_t granule) {
   const int64_t granules = (n + granule - 1) / granule;
   count = std::min(count, granules);
@@ -14,8 +12,6 @@ std::vector<Range> groups(int64_t n, int64_t count, int64_t granule) {
     result.push_back({granules * g / count * granule, std::min(n, granules * (g + 1) / count * granule)});
   return result;
 }
-
-}  // namespace
 
 Schedule all_pairs(int64_t n, int64_t m, int64_t threads, int64_t granule) {
   const auto rows = groups(n, threads, granule), cols = groups(m, threads, granule);

@@ -24,21 +24,29 @@ struct Block {
 
 using Schedule = std::vector<std::vector<Block>>;
 
+// Returns `count` groups of about equal size, or fewer if there are not enough rows for multiples of `granule`.
+std::vector<Range> groups(int64_t n, int64_t count, int64_t granule);
+
 // Returns the blocks of all pairs of n rows and m columns, in groups whose sizes are multiples of `granule`.
 Schedule all_pairs(int64_t n, int64_t m, int64_t threads, int64_t granule);
 
 // Returns the blocks of all unordered pairs of n rows, the pairs (i, i) included.
 Schedule unordered_pairs(int64_t n, int64_t threads, int64_t granule);
 
-// Calls f(rows, cols, diagonal) for every tile of a block. A diagonal tile is square, and no other tile of a triangle
-// holds pairs (i, i).
+// Calls f(rows, cols, diagonal) for every tile of a block, all rows of some columns before the next columns. A diagonal
+// tile is square, and no other tile of a triangle holds pairs (i, i).
 template <typename F>
 void for_each_tile(const Block& block, const F& f) {
-  for (int64_t i = block.rows.begin; i < block.rows.end; i += kTileRows) {
-    const Range rows{i, std::min(i + kTileRows, block.rows.end)};
-    if (block.triangle) f(rows, rows, true);
-    for (int64_t j = block.triangle ? rows.end : block.cols.begin; j < block.cols.end; j += kTileCols)
-      f(rows, Range{j, std::min(j + kTileCols, block.cols.end)}, false);
+  for (int64_t j = block.cols.begin; j < block.cols.end; j += kTileCols) {
+    const Range cols{j, std::min(j + kTileCols, block.cols.end)};
+    const int64_t above = block.triangle ? j : block.rows.end;
+    for (int64_t i = block.rows.begin; i < above; i += kTileRows) f({i, std::min(i + kTileRows, above)}, cols, false);
+    if (!block.triangle) continue;
+    for (int64_t i = j; i < cols.end; i += kTileRows) {
+      const Range rows{i, std::min(i + kTileRows, cols.end)};
+      f(rows, rows, true);
+      if (rows.end < cols.end) f(rows, Range{rows.end, cols.end}, false);
+    }
   }
 }
 

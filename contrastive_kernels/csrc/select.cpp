@@ -27,7 +27,7 @@ std::tuple<at::Tensor, at::Tensor> row_select_as(const at::Tensor& x, const at::
   auto columns = at::full({n, k}, -1, at::kLong);
   if (!n || !m) return {values, columns};
 
-  const auto products = make_products<T>(x, y, {.scores = true, .same_bits = true}, 1);
+  const auto products = make_products<T>(x, y, {.scores = true, .same_bits = true, .columns_return = true}, 1);
   const int64_t fitting = kCandidateBytes / (room * static_cast<int64_t>(sizeof(Candidate<T>)));
   // As many rows in a tile as fit, but enough tiles for all threads: whole blocks of the products, or an even part of
   // one.
@@ -47,7 +47,7 @@ std::tuple<at::Tensor, at::Tensor> row_select_as(const at::Tensor& x, const at::
       std::fill(thresholds.begin(), thresholds.end(), -std::numeric_limits<T>::infinity());
       for (int64_t j = 0; j < m; j += kTileCols) {
         const Range cols{j, std::min(m, j + kTileCols)};
-        products->scores(blocks, cols, work->scores);
+        products->scores(blocks, cols, work->scores, 0);
         const bool masked = rules.x_ids || (rules.diagonals && rows.overlaps(cols));
         T* scores = work->scores + (rows.begin - blocks.begin) * kTileCols;
         tile_math<T>().select(rules, {scores, rows, cols, masked}, largest ? T(1) : T(-1), selection, *work);

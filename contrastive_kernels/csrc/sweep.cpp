@@ -11,6 +11,7 @@
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <utility>
 
 #include "checks.h"
 #include "products.h"
@@ -35,6 +36,62 @@ Term term_named(std::string_view name) {
   if (name == "gaussian") return Term::gaussian;
   TORCH_CHECK_VALUE(false, "unknown term '", name, "'");
 }
+
+// The rows of a strip without gradients of the columns; a tile of columns is packed once for all of them.
+constexpr int64_t kTallStrip = 4 * kTileRows;
+
+// What one thread has of a strip of rows and of its share of the columns.
+template <typename T>
+struct Strip {
+  Strip(int64_t height, Range share, int64_t depth, bool exponentials)
+      : share(share), height(height), depth(depth), tiles((share.size() + kTileCols - 1) / kTileCols), shift(height),
+        sum(height), similarity(height), shifts(exponentials ? tiles * height : 0),
+        product(at::empty({height * depth}, c10::CppTypeToScalarType<T>::value)),
+        kept(at::empty({exponentials ? tiles * height * kTileCols : 0}, product.options())) {}
+
+  void clear() {
+    std::fill(shift.begin(), shift.end(), -std::numeric_limits<T>::infinity());
+    std::fill(sum.begin(), sum.end(), 0.0);
+    std::fill(similarity.begin(), similarity.end(), 0.0);
+    std::fill_n(product_at(0), height * depth, T(0));
+  }
+
+  StripSums<T> sums_at(int64_t i) { return {&shift[i], &sum[i], &similarity[i]}; }
+  T* product_at(int64_t i) { return product.template data_ptr<T>() + i * depth; }
+  T* shifts_at(Range cols) { return &shifts[(cols.begin - share.begin) / kTileCols * height]; }
+  T* exponentials_at(Range cols) {
+    return kept.template data_ptr<T>() + (cols.begin - share.begin) / kTileCols * height * kTileCols;
+  }
+
+  Range share;
+  int64_t height, depth, tiles;
+  std::vector<T> shift;
+  std::vector<double> sum, similarity;
+  std::vector<T> shifts;  // of every tile's exponentials, [tiles, height]
+  // What the BLAS adds up depends on the alignment, which is that of a tensor.
+  at::Tensor product;  // of the exponentials with y, [height, depth]
+  at::Tensor kept;     // the exponentials, [tiles, height, kTileCols]
+};
+
+// The rows of a strip when all threads are through.
+struct StripRows {
+  explicit StripRows(int64_t height) : lse(height), gradient(height) {}
+
+  template <typename T>
+  double log_sum_exp(std::vector<Strip<T>>& strips, int64_t i) {
+    double top = -kInfinity, sum = 0;
+    for (auto& strip : strips) top = std::max<double>(top, strip.shift[i]);
+    for (auto& strip : strips) sum += strip.sum[i] * (strip.shift[i] == top ? 1.0 : std::exp(strip.shift[i] - top));
+    return lse[i] = top + std::log(sum);
+  }
+
+  // What an exponential with this shift is multiplied by; 0 in a row without kept pairs.
+  double factor(int64_t i, double shift) const {
+    return lse[i] == -kInfinity ? 0.0 : gradient[i] * std::exp(shift - lse[i]);
+  }
+
+  std::vector<double> lse, gradient;
+};
 
 // One call of an operator: the inputs as the tile functions take them, the schedule, and a workspace for each slot.
 template <typename T>
@@ -84,8 +141,8 @@ class Sweep {
     const ProductsWanted products_wanted{
         .scores = true, .self = self_, .symmetric = symmetric_, .same_bits = rules_.cutoff != nullptr};
     auto products = make_products<T>(x_, y_, products_wanted, slots_);
-    const auto scores = [&](Range rows, Range cols, T* s) {
-      products->scores(rows, cols, s);
+    const auto scores = [&](Range rows, Range cols, T* s, int64_t slot) {
+      products->scores(rows, cols, s, slot);
       if (!saved) return;
       for (int64_t i = 0; i < rows.size(); ++i)
         std::copy_n(s + i * kTileCols, cols.size(), saved + (rows.begin + i) * m() + cols.begin);
@@ -107,8 +164,8 @@ class Sweep {
                                          .same_bits = rules_.cutoff != nullptr};
     auto products = make_products<T>(x_, y_, products_wanted, slots_);
     for (int64_t slot = 0; slot < slots_; ++slot) work_[slot].gradients = gradients;
-    const auto scores = [&](Range rows, Range cols, T* s) {
-      if (!saved) return products->scores(rows, cols, s);
+    const auto scores = [&](Range rows, Range cols, T* s, int64_t slot) {
+      if (!saved) return products->scores(rows, cols, s, slot);
       for (int64_t i = 0; i < rows.size(); ++i)
         std::copy_n(saved + (rows.begin + i) * m() + cols.begin, cols.size(), s + i * kTileCols);
     };
@@ -118,6 +175,89 @@ class Sweep {
       products->add_gradients(tile.rows, tile.cols, tile.s, !diagonal, slot);
     });
     return products->gradients(dtype);
+  }
+
+  // Strips of rows come one after the other, and the threads share the columns. A strip's rows are complete before its
+  // columns get their gradients, for which its exponentials are kept; a strip is taller where they are not.
+  SoftmaxTotal softmax_total(const at::Tensor& weight, const at::Tensor& own, const SoftmaxWanted& wanted) {
+    const bool dy = self_ ? wanted.x : wanted.y;
+    const ProductsWanted products_wanted{.scores = true,
+                                         .dx = wanted.x,
+                                         .dy = dy,
+                                         .self = self_,
+                                         .same_bits = rules_.cutoff != nullptr,
+                                         .columns_return = dy && n() > kTileRows};
+    const auto shares = groups(m(), at::get_num_threads(), granule(x_.scalar_type()));
+    const int64_t slots = shares.size(), height = std::min(dy ? kTileRows : kTallStrip, n() + n() % 2);
+    auto products = make_products<T>(x_, y_, products_wanted, slots);
+    const std::unique_ptr<Workspace<T>[]> work(new Workspace<T>[slots]);
+    std::vector<Strip<T>> strips;
+    for (const Range& share : shares) strips.emplace_back(height, share, wanted.x ? products->depth() : 0, dy);
+    StripRows strip_rows(height);
+
+    const at::Tensor weights = weight.contiguous(), owns = own.contiguous();
+    const at::Tensor own_gradient = at::empty({n()}, weights.options());
+    double total = 0, scale_gradient = 0;
+    const auto in_parallel = [&](const auto& f) {
+      at::parallel_for(0, slots, 1, [&](int64_t first, int64_t last) {
+        for (int64_t slot = first; slot < last; ++slot) f(strips[slot], slot);
+        products->end_block();
+      });
+    };
+    for (int64_t begin = 0; begin < n(); begin += height) {
+      const Range rows{begin, std::min(n(), begin + height)};
+      in_parallel([&](Strip<T>& strip, int64_t slot) {
+        strip.clear();
+        for_each_tile({rows, strip.share}, [&](Range tile_rows, Range cols, bool) {
+          T* s = dy ? strip.exponentials_at(cols) : work[slot].scores;
+          const int64_t i = tile_rows.begin - begin;
+          T* product = wanted.x ? strip.product_at(i) : nullptr;
+          products->scores(tile_rows, cols, s, slot);
+          tile_math<T>().exponentials(rules_, {s, tile_rows, cols, masked(tile_rows, cols)}, strip.sums_at(i), product,
+                                      products->depth(), work[slot]);
+          if (dy) std::copy_n(strip.sums_at(0).shift, rows.size(), strip.shifts_at(cols));
+          if (product) products->add_dx(tile_rows, cols, s, product, slot);
+        });
+      });
+      double part = 0;
+      for (int64_t i = 0; i < rows.size(); ++i) {
+        const double w = weights.const_data_ptr<T>()[begin + i];
+        const double excess = strip_rows.log_sum_exp(strips, i) - owns.const_data_ptr<T>()[begin + i];
+        part += w * (excess > 0 ? excess + std::log1p(std::exp(-excess)) : std::log1p(std::exp(excess)));
+        // Of the same rows in every strip, so that the bits of the total do not depend on what is wanted.
+        if ((i + 1) % kTileRows == 0 || i + 1 == rows.size()) total += std::exchange(part, 0.0);
+        strip_rows.gradient[i] = w / (1 + std::exp(-excess));
+        own_gradient.data_ptr<T>()[begin + i] = static_cast<T>(-strip_rows.gradient[i]);
+        for (size_t k = 0; wanted.scale && k < strips.size(); ++k)
+          scale_gradient += strip_rows.factor(i, *strips[k].sums_at(i).shift) * *strips[k].sums_at(i).similarity;
+      }
+      if (!wanted.x && !dy) continue;
+      in_parallel([&](Strip<T>& strip, int64_t slot) {
+        for (int64_t i = rows.size() * slot / slots; wanted.x && i < rows.size() * (slot + 1) / slots; ++i)
+          for (Strip<T>& other : strips) {
+            const T factor = static_cast<T>(rules_.scale * strip_rows.factor(i, *other.sums_at(i).shift));
+            tile_math<T>().add_scaled(products->depth(), factor, other.product_at(i), products->dx_row(begin + i));
+          }
+        if (!dy) return;
+        for_each_tile({rows, strip.share}, [&](Range, Range cols, bool) {
+          T* g = strip.exponentials_at(cols);
+          // This pass also brings the tile back into the cache, which the product alone would do slowly.
+          for (int64_t i = 0; i < rows.size(); ++i) {
+            const T factor = static_cast<T>(rules_.scale * strip_rows.factor(i, strip.shifts_at(cols)[i]));
+            tile_math<T>().scaled(cols.size(), factor, g + i * kTileCols, g + i * kTileCols);
+          }
+          products->add_dy(rows, cols, g, slot);
+        });
+      });
+    }
+    const auto [dx, dy_or_none] = products->gradients(x_.scalar_type());
+    const auto nothing = [](at::ScalarType dtype) { return at::empty({0}, dtype); };
+    const auto compute = c10::CppTypeToScalarType<T>::value;
+    return {.total = at::full({}, total, at::kDouble),
+            .own = own_gradient,
+            .x = dx.defined() ? dx : nothing(x_.scalar_type()),
+            .y = dy_or_none.defined() ? dy_or_none : nothing(x_.scalar_type()),
+            .scale = wanted.scale ? at::full({}, scale_gradient, compute) : nothing(compute)};
   }
 
   // Returns the sum over all slots.
@@ -140,14 +280,17 @@ class Sweep {
   void visit(Products<T>& products, const S& scores, const F& f) {
     run(schedule_, [&](const Block& block, int64_t slot) {
       for_each_tile(block, [&](Range rows, Range cols, bool diagonal) {
-        const bool ids_meet = rules_.x_ids && may_be_equal(rows, cols);
-        if (rules_.x_ids && rules_.keep_equal_ids && !ids_meet) return;
-        scores(rows, cols, work_[slot].scores);
-        const bool masked = ids_meet || rules_.cutoff || on_diagonal(rows, cols);
-        f(Tile<T>{work_[slot].scores, rows, cols, masked}, diagonal, slot);
+        if (rules_.x_ids && rules_.keep_equal_ids && !may_be_equal(rows, cols)) return;
+        scores(rows, cols, work_[slot].scores, slot);
+        f(Tile<T>{work_[slot].scores, rows, cols, masked(rows, cols)}, diagonal, slot);
       });
       products.end_block();
     });
+  }
+
+  bool masked(Range rows, Range cols) const {
+    const bool by_ids = rules_.x_ids && (rules_.keep_equal_ids || may_be_equal(rows, cols));
+    return by_ids || rules_.cutoff || on_diagonal(rows, cols);
   }
 
   bool on_diagonal(Range rows, Range cols) const {
@@ -304,6 +447,14 @@ Gradients backward(const Upstream& upstream, const Inputs& in, const Description
   check(in, description, wanted, scores);
   const auto run = in.x.scalar_type() == at::kDouble ? backward_as<double> : backward_as<float>;
   return run(upstream, in, description, wanted, scores, float32_gradients);
+}
+
+SoftmaxTotal softmax_total(const at::Tensor& weight, const at::Tensor& own, const Inputs& in,
+                           const Description& description, const SoftmaxWanted& wanted) {
+  check(weight, own, in, description);
+  if (in.x.scalar_type() == at::kDouble)
+    return Sweep<double>(in, description, false).softmax_total(weight, own, wanted);
+  return Sweep<float>(in, description, false).softmax_total(weight, own, wanted);
 }
 
 }  // namespace contrastive_kernels

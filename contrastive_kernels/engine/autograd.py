@@ -26,13 +26,15 @@ from contrastive_kernels.engine.spec import (
     Gradients,
     GroupArguments,
     Inputs,
+    SoftmaxArguments,
+    SoftmaxTotal,
     Statistics,
     Upstream,
     Wanted,
     compute_dtype,
 )
 
-__all__ = ["apply", "call", "group_total", "sweep_backward", "sweep_forward", "sweep_total"]
+__all__ = ["apply", "call", "group_total", "softmax_total", "sweep_backward", "sweep_forward", "sweep_total"]
 
 # How an operator is called
 
@@ -266,6 +268,53 @@ def group_total(weight: Tensor, inputs: Inputs, what: Description, wanted: Wante
     return Gradients(*call("group", "sweep_backward", *arguments)).total.to(weight.dtype)
 
 
+# The total of a softmax
+
+
+def _setup_softmax_total(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    weight, own, tensors, ctx.what, ctx.wanted = SoftmaxArguments.of(inputs)
+    ready = output[:-1]
+    ctx.arguments = len(inputs)
+    ctx.mark_non_differentiable(*ready)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, own, *tensors, *ready)
+
+
+def _differentiate_softmax_total(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    *_, of_total = grads
+    if of_total is None:
+        return _no_gradients(ctx)
+    weight, own, *tensors = ctx.saved_tensors[: 2 + len(Inputs._fields)]
+    if torch.is_grad_enabled():
+        composed = partial(_composed_softmax_total, what=ctx.what, backend=backend)
+        return _derivative_of(composed, (weight, own, *tensors), ctx, (of_total,))
+    ready, (needs_own, *needed) = ctx.saved_tensors[-4:], ctx.needs_input_grad[1:5]
+    if any(need and not want for need, want in zip(needed, ctx.wanted, strict=True)):  # as above, an exported program
+        ready = call(backend, "softmax_total", weight, own, *tensors, *ctx.what, needed)[:-1]
+    factor = of_total.to(own.dtype)
+    found: list[Tensor | None] = [None] * ctx.arguments
+    for position, grad, need in zip((2, 3, 4, 1), ready, (*needed, needs_own), strict=True):
+        found[position] = (grad.to(factor.dtype) * factor).to(grad.dtype) if need else None
+    return tuple(found)
+
+
+def _composed_softmax_total(
+    weight: Tensor, own: Tensor, *tensors: Tensor | None, what: Description, backend: str
+) -> Tensor:
+    """Return the total from the statistics of a forward sweep, which have derivatives of all orders."""
+    statistics = sweep_forward(Inputs(*tensors), what, False, False, backend)  # type: ignore[arg-type]  # may be None
+    row_lse = statistics.row_lse.squeeze(0)
+    excess = row_lse - own.to(row_lse.dtype)
+    return (weight.to(row_lse.dtype) * torch.nn.functional.softplus(excess, threshold=37.0)).sum()
+
+
+def softmax_total(
+    weight: Tensor, own: Tensor, inputs: Inputs, what: Description, wanted: tuple[bool, bool, bool], backend: str
+) -> Tensor:
+    """Return the total of `SoftmaxTotal`, differentiable in all but the weight, from one visit of every row."""
+    return SoftmaxTotal(*call(backend, "softmax_total", weight, own, *inputs, *what, list(wanted))).total.to(own.dtype)
+
+
 # The rows
 
 
@@ -317,12 +366,21 @@ def _differentiate_plain(
     function: Callable[..., Any], backend: str, ctx: Any, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the derivative of the same function of the tensors in plain PyTorch."""
+    return _derivative_of(function, ctx.saved_tensors, ctx, grads)
+
+
+def _derivative_of(
+    function: Callable[..., Any], tensors: Sequence[Tensor | None], ctx: Any, grads: Sequence[Tensor | None]
+) -> tuple[Tensor | None, ...]:
+    """Return what a differentiable function of the first arguments gives for the gradients of its results."""
     create_graph = torch.is_grad_enabled()
     needed = [position for position, need in enumerate(ctx.needs_input_grad) if need]
     with torch.enable_grad():
         leaves = [
-            tensor.view_as(tensor) if create_graph and need else tensor.detach().requires_grad_(need)
-            for tensor, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            tensor
+            if tensor is None
+            else (tensor.view_as(tensor) if create_graph and need else tensor.detach().requires_grad_(need))
+            for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False)
         ]
         results = function(*leaves)
         pairs = [
@@ -333,7 +391,7 @@ def _differentiate_plain(
     found: list[Tensor | None] = [None] * ctx.arguments
     if pairs:
         outputs, upstream = zip(*pairs, strict=True)
-        wanted = [leaves[position] for position in needed]
+        wanted = [leaf for leaf, need in zip(leaves, ctx.needs_input_grad, strict=False) if leaf is not None and need]
         derived = torch.autograd.grad(outputs, wanted, upstream, create_graph=create_graph, allow_unused=True)
         for position, grad in zip(needed, derived, strict=True):
             found[position] = grad
@@ -438,6 +496,7 @@ def _differentiate_group_class_sums(backend: str, ctx: Any, grad: Tensor) -> tup
 FORMULAS = {
     "forward": Formula(_setup_forward, _differentiate_forward),
     "backward": Formula(_setup_backward, _differentiate_backward),
+    "softmax_total": Formula(_setup_softmax_total, _differentiate_softmax_total),
     "unit_rows": Formula(_setup_unit_rows, _differentiate_unit_rows),
     "unit_rows_backward": Formula(_setup_plain, partial(_differentiate_plain, torch_backend.unit_rows_backward)),
     "row_dot": Formula(_setup_row_dot, _differentiate_row_dot),

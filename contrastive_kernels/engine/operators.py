@@ -19,6 +19,7 @@ from contrastive_kernels.engine.spec import (
     BackwardArguments,
     ForwardArguments,
     GroupArguments,
+    SoftmaxArguments,
     compute_dtype,
 )
 
@@ -56,6 +57,8 @@ def _kernel(name: str, function: Function) -> Function:
             if name == "backward":
                 *arguments, float32_gradients = BackwardArguments.of(flat)
                 return tuple(function(*arguments, float32_gradients=float32_gradients))
+            if name == "softmax_total":
+                return tuple(function(*SoftmaxArguments.of(flat)))
             return function(*flat)
 
     return kernel
@@ -97,6 +100,19 @@ def _fake_backward(backend: Backend) -> Function:
     return fake
 
 
+def _fake_softmax_total(backend: Backend) -> Function:
+    def fake(*flat: Any) -> tuple[Tensor, ...]:
+        _, own, inputs, _, wanted = SoftmaxArguments.of(flat)
+        x, y = inputs.x, inputs.y
+        results = x, x if y is None else y, inputs.scale, own
+        return (
+            *(r.new_empty(r.shape if want else (0,)) for r, want in zip(results, (*wanted, True), strict=True)),
+            x.new_empty((), dtype=backend.statistic_dtype(x)),
+        )
+
+    return fake
+
+
 def _fake_unit_rows(backend: Backend) -> Function:
     return lambda x: (x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x)))
 
@@ -128,6 +144,7 @@ def _fake_select(backend: Backend) -> Function:
 FAKES = {
     "forward": _fake_forward,
     "backward": _fake_backward,
+    "softmax_total": _fake_softmax_total,
     "unit_rows": _fake_unit_rows,
     "unit_rows_backward": _fake_unit_rows_backward,
     "row_dot": _fake_row_dot,

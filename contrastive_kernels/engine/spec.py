@@ -21,7 +21,10 @@ With ``save_scores`` a backend may also return the similarities for its own back
 The backward sweep recomputes every tile, or reads it from the saved ``scores``, forms ``G_ij = dL/ds_ij`` from the
 statistics and returns ``dx = G y``, ``dy = G^T x`` and the gradients of the scalars and vectors. The G of a term alone
 needs no statistics: the same sweep can then return the weighted total of the row sums too, and no forward sweep is
-needed. ``y = None`` means x against itself: S and its mask are then symmetric unless there is a bias, a cutoff or a
+needed. So can the rows of a log-sum-exp whose loss is known: `SoftmaxTotal` comes from one visit of each strip of rows,
+three products, of which the last two wait for the sums of the rows.
+
+``y = None`` means x against itself: S and its mask are then symmetric unless there is a bias, a cutoff or a
 term offset, and a backend may visit the upper triangle only.
 """
 
@@ -34,7 +37,16 @@ from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-__all__ = ["Description", "Gradients", "Inputs", "Statistics", "Upstream", "Wanted", "compute_dtype"]
+__all__ = [
+    "Description",
+    "Gradients",
+    "Inputs",
+    "SoftmaxTotal",
+    "Statistics",
+    "Upstream",
+    "Wanted",
+    "compute_dtype",
+]
 
 NORM_EPSILON = 1e-12
 
@@ -118,6 +130,20 @@ class Wanted(NamedTuple):
     total: bool = False
 
 
+class SoftmaxTotal(NamedTuple):
+    """``sum_i weight[i] * log(1 + exp(row_lse[0, i] - own[i]))`` and its gradients; empty where not wanted.
+
+    Of one log-sum-exp, without bias, term or `column_lse`. x and y have the dtype of the features, the total the
+    statistic dtype, the others the compute dtype.
+    """
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    own: Tensor  # always
+    total: Tensor
+
+
 # The fields of Gradients that are derivatives, and where each of them stands among the inputs.
 DERIVATIVES = tuple(name for name in Gradients._fields if name in Inputs._fields)
 DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in DERIVATIVES)
@@ -158,6 +184,22 @@ class BackwardArguments(NamedTuple):
         inputs, what, (wanted, *rest) = _grouped(flat[split:])
         scores = rest[0] if rest else None
         return cls(Upstream(*flat[:split]), inputs, what, Wanted(*wanted), scores, any(rest[1:]))
+
+
+class SoftmaxArguments(NamedTuple):
+    """The arguments of a softmax_total operator."""
+
+    weight: Tensor  # (N,) in the compute dtype, as own; no gradient
+    own: Tensor
+    inputs: Inputs
+    what: Description
+    wanted: tuple[bool, bool, bool]  # the gradients of x, y and scale
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> SoftmaxArguments:
+        """Group flat arguments."""
+        inputs, what, ((of_x, of_y, of_scale),) = _grouped(flat[2:])
+        return cls(flat[0], flat[1], inputs, what, (of_x, of_y, of_scale))
 
 
 class GroupArguments(NamedTuple):
@@ -209,6 +251,7 @@ SCHEMAS = {
         f"({_parameters(Upstream)}, {_SWEEP}, bool[] wanted, Tensor? scores=None, bool float32_gradients=False) "
         f"-> {_results(Gradients)}"
     ),
+    "softmax_total": f"(Tensor weight, Tensor own, {_SWEEP}, bool[] wanted) -> {_results(SoftmaxTotal)}",
     # x / max(|x|, NORM_EPSILON) over the last dimension, and |x| as (..., 1)
     "unit_rows": "(Tensor x) -> (Tensor, Tensor)",
     # 0 for a row below NORM_EPSILON

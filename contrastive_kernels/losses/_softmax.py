@@ -9,9 +9,18 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.losses._arguments import ContrastiveStats
-from contrastive_kernels.losses._options import SoftmaxOptions, reduce, softplus
+from contrastive_kernels.losses._options import SoftmaxOptions, reduce, row_factors, softplus
 from contrastive_kernels.losses._polarization import add_polarization
-from contrastive_kernels.primitives import ALONE, Pairs, Shards, Statistics, kept_counts, kept_sums, sweep
+from contrastive_kernels.primitives import (
+    ALONE,
+    Pairs,
+    Shards,
+    Statistics,
+    kept_counts,
+    kept_sums,
+    softmax_total,
+    sweep,
+)
 
 
 class Negatives(NamedTuple):
@@ -158,6 +167,41 @@ def softmax_loss(
     """Return the reduced loss, and its statistics if the options ask for them; (2, N) anchors of two directions."""
     loss = softmax_value(directions, positives, options)
     return (loss, softmax_stats(directions, positives, options.shards)) if options.return_stats else loss
+
+
+def one_direction_loss(
+    x: Tensor,
+    y: Tensor | None,
+    pairs: Pairs,
+    positives: Positives,
+    options: SoftmaxOptions,
+    columns: Shards | None = None,
+) -> Tensor | tuple[Tensor, ContrastiveStats]:
+    """Return `softmax_loss` of the rows of x alone, with the negatives of `sweep_negatives`.
+
+    `columns` are the shards of y, if they are not those of the options. Where nothing but the mean or the sum is asked
+    for, value and gradients come from one visit of the rows.
+    """
+    own, target, weight = positives.lse, positives.target, options.weight
+    plain = not (options.label_smoothing or options.return_stats) and options.polarization is None
+    if plain and own is not None and options.reduction in ("mean", "sum"):
+        if weight is not None:
+            weight = weight.repeat(x.shape[0] // weight.shape[0])
+        factors = row_factors(x, weight, options.reduction, options.shards)
+        total = weighted_row_losses(x, y, pairs, own, factors, options)
+        if total is not None:
+            return total if own is target else total + (factors * (own - target)).sum()
+    swept = options if columns is None else replace(options, shards=columns)
+    return softmax_loss([sweep_negatives(x, y, pairs, swept)], positives, options)
+
+
+def weighted_row_losses(
+    x: Tensor, y: Tensor | None, pairs: Pairs, own: Tensor, factors: Tensor, options: SoftmaxOptions
+) -> Tensor | None:
+    """Return the sum of the factors times ``softplus(negatives - own)``; None where two sweeps have to compute it."""
+    if not options.shards.alone:
+        return None
+    return softmax_total(x, y, pairs, scale=options.scale, own=own, weight=factors, backend=options.backend)
 
 
 def softmax_value(directions: list[Negatives], positives: Positives, options: SoftmaxOptions) -> Tensor:

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArguments, Loss, SoftmaxArguments
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
-from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_negatives, union
+from contrastive_kernels.losses._softmax import Positives, one_direction_loss, softmax_loss, sweep_negatives, union
 from contrastive_kernels.primitives import (
     Group,
     Pairs,
@@ -142,10 +142,6 @@ def arcl_loss(
     aligned = min_view_similarity(views, reduce=positive, backend=backend)[0]
     first, second = views[:, 0], views[:, 1]
     pairs = Pairs(ids, None, cutoff_from(cutoff, cutoff_margin, aligned), diagonals=int(ids is None))
-    negatives = sweep_negatives(first, None, pairs, options)
-    if denominator in ("two_view", "positive+two_view"):
-        negatives = union(negatives, sweep_negatives(first, second, pairs._replace(y_ids=ids), options))
-
     target = options.scale * aligned
     if denominator == "two_view":
         own = options.scale * row_dot(first, second, backend)
@@ -154,6 +150,10 @@ def arcl_loss(
         positives = Positives.outside(target)
     else:
         positives = Positives.single(target)
+    if denominator not in ("two_view", "positive+two_view"):
+        return one_direction_loss(first, None, pairs, positives, options)
+    negatives = sweep_negatives(first, None, pairs, options)
+    negatives = union(negatives, sweep_negatives(first, second, pairs._replace(y_ids=ids), options))
     return softmax_loss([negatives], positives, options)
 
 

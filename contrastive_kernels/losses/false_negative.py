@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import ContrastiveStats, Loss, SoftmaxArguments
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions
-from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_negatives
+from contrastive_kernels.losses._softmax import Positives, one_direction_loss
 from contrastive_kernels.losses._views import check_views, other_views, stack_views
 from contrastive_kernels.primitives import (
     Group,
@@ -183,7 +183,7 @@ def false_negative_loss(
         target = options.scale * ((similarities.sum(1) + flagged) / (v - 1 + counts))
         positives = positives._replace(target=target)
         pairs = Pairs(ids)
-    out = softmax_loss([sweep_negatives(z, None, pairs, options)], positives, options)
+    out = one_direction_loss(z, None, pairs, positives, options)
     return (factor * out[0], out[1]) if isinstance(out, tuple) else factor * out
 
 

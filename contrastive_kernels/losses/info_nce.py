@@ -16,6 +16,7 @@ from contrastive_kernels.losses._softmax import (
     Negatives,
     Positives,
     list_negatives,
+    one_direction_loss,
     softmax_loss,
     sweep_both_directions,
     sweep_negatives,
@@ -171,9 +172,12 @@ def info_nce_loss(
     query, positive_key = unit_rows(query, normalize, backend), unit_rows(positive_key, normalize, backend)
     positive_similarity = row_dot(query, positive_key, backend)
     limit = cutoff_from(cutoff, cutoff_margin, positive_similarity)
+    positives = Positives.single(options.scale * positive_similarity)
     directions: list[Negatives] = []
     if in_batch:
         pairs = Pairs(query_ids, batch_ids, limit, diagonals=1)
+        if not symmetric and negative_keys is None:
+            return one_direction_loss(query, positive_key, pairs, positives, options)
         if symmetric:
             directions = sweep_both_directions(query, positive_key, pairs, options)
         else:
@@ -185,10 +189,12 @@ def info_nce_loss(
             further = list_negatives(similarity, _dropped(similarity, query_ids, negative_ids, limit), options)
         else:
             pairs = Pairs(None if negative_ids is None else query_ids, negative_ids, limit)
-            keys = replace(options, shards=options.shards.of(negative_keys))
-            further = sweep_negatives(query, negative_keys, pairs, keys)
+            columns = options.shards.of(negative_keys)
+            if not in_batch:
+                return one_direction_loss(query, negative_keys, pairs, positives, options, columns)
+            further = sweep_negatives(query, negative_keys, pairs, replace(options, shards=columns))
         directions[:1] = [union(directions[0], further) if directions else further]
-    return softmax_loss(directions, Positives.single(options.scale * positive_similarity), options)
+    return softmax_loss(directions, positives, options)
 
 
 class InfoNCELoss(LossModule):

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import BackendArguments, ReductionArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import UNLABELLED, SoftmaxOptions, mean_over, reduce
-from contrastive_kernels.losses._softmax import Positives, softmax_value, sweep_negatives
+from contrastive_kernels.losses._softmax import Positives, softmax_value, sweep_negatives, weighted_row_losses
 from contrastive_kernels.primitives import ALONE, Group, Pairs, checks, gather_rows, over_ranks, row_dot, unit_rows
 
 __all__ = ["LabelPullLoss", "label_pull_loss"]
@@ -104,17 +104,26 @@ def label_pull_loss(
     z, embeddings = unit_rows(z, normalize, backend), unit_rows(label_embeddings, normalize, backend)
     classes = embeddings.shape[0]
     similarity = row_dot(z, gather_rows(embeddings, labels.clamp(0, classes - 1)), backend)
+    labelled = labels != UNLABELLED
+    unknown = labelled & ((labels < 0) | (labels >= classes))
     if form == "pull":
         losses = 1 - similarity
     else:
-        pairs = Pairs(labels, torch.arange(classes, device=z.device))
+        pairs, logit = Pairs(labels, torch.arange(classes, device=z.device)), options.scale * similarity
+        if reduction != "none" and options.shards.alone:
+            share = labelled.to(logit.dtype) if weight is None else labelled * weight.to(logit.dtype)
+            if reduction == "mean":
+                number = share.sum()
+                share = share / number.masked_fill(number == 0, 1)
+            total = weighted_row_losses(z, embeddings, pairs, logit, share.masked_fill(unknown, 0), options)
+            if total is not None:
+                return total + torch.zeros_like(total).masked_fill(unknown.any(), torch.nan)
         negatives = sweep_negatives(z, embeddings, pairs, replace(options, shards=ALONE))
         each = replace(options, reduction="none", weight=None)
-        losses = softmax_value([negatives], Positives.single(options.scale * similarity), each)
-    labelled = labels != UNLABELLED
+        losses = softmax_value([negatives], Positives.single(logit), each)
     # A product, so that a NaN in a row without label is not lost.
     losses = losses * labelled.to(losses.dtype)
-    losses = losses.masked_fill(labelled & ((labels < 0) | (labels >= classes)), torch.nan)
+    losses = losses.masked_fill(unknown, torch.nan)
     return (
         mean_over(losses, labelled, weight, options.shards)
         if reduction == "mean"

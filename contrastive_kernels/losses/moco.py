@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal, overload
 
 from torch import Tensor
@@ -11,7 +10,7 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArguments, Loss, SoftmaxArguments
 from contrastive_kernels.losses._module import KeyQueue
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
-from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_negatives
+from contrastive_kernels.losses._softmax import Positives, one_direction_loss
 from contrastive_kernels.losses.info_nce import split_ids
 from contrastive_kernels.primitives import ALONE, Group, Pairs, checks, over_ranks, row_dot, unit_rows
 
@@ -139,8 +138,8 @@ def moco_loss(
     positive_similarity = row_dot(query, key, backend)
     pairs = Pairs(query_ids, key_ids, cutoff_from(cutoff, cutoff_margin, positive_similarity))
     # every rank has the same queue
-    negatives = sweep_negatives(query, queue, pairs, replace(options, shards=ALONE))
-    return softmax_loss([negatives], Positives.single(options.scale * positive_similarity), options)
+    positives = Positives.single(options.scale * positive_similarity)
+    return one_direction_loss(query, queue, pairs, positives, options, ALONE)
 
 
 class MoCoLoss(KeyQueue):

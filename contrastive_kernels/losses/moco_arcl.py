@@ -13,7 +13,13 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArguments, Loss, SoftmaxArguments
 from contrastive_kernels.losses._module import KeyQueue
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
-from contrastive_kernels.losses._softmax import Positives, softmax_loss, softmax_stats, softmax_value, sweep_negatives
+from contrastive_kernels.losses._softmax import (
+    Positives,
+    one_direction_loss,
+    softmax_stats,
+    softmax_value,
+    sweep_negatives,
+)
 from contrastive_kernels.primitives import ALONE, Group, Pairs, checks, over_ranks, row_dot, unit_rows
 
 __all__ = ["MoCoArCLLoss", "moco_arcl_loss"]
@@ -160,9 +166,9 @@ def moco_arcl_loss(
     else:
         aligned = similarities.mean(1)
     kept = Pairs(query_ids, key_ids, cutoff_from(cutoff, cutoff_margin, aligned))
-    negatives = sweep_negatives(query, queue, kept, replace(options, shards=ALONE))
     if positive != "mean_loss":
-        return softmax_loss([negatives], Positives.single(options.scale * aligned), options)
+        return one_direction_loss(query, queue, kept, Positives.single(options.scale * aligned), options, ALONE)
+    negatives = sweep_negatives(query, queue, kept, replace(options, shards=ALONE))
     losses = [softmax_value([negatives], Positives.single(options.scale * s), options) for s in similarities.unbind(1)]
     loss = torch.stack(losses).mean(0)
     return (

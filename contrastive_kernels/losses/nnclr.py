@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import ContrastiveStats, CutoffArguments, Loss, SoftmaxArguments
 from contrastive_kernels.losses._module import KeyQueue
 from contrastive_kernels.losses._options import SoftmaxOptions, check_cutoff, cutoff_from
-from contrastive_kernels.losses._softmax import Positives, softmax_loss, sweep_negatives
+from contrastive_kernels.losses._softmax import Positives, one_direction_loss, softmax_loss, sweep_negatives
 from contrastive_kernels.primitives import (
     Group,
     Pairs,
@@ -146,15 +146,24 @@ def nnclr_loss(
     infinite = 0.0 if normalize else nan_unless_finite(z) + nan_unless_finite(support)
     both = z.dim() == 3
     directions = list(zip(z.unbind(1), predictions.unbind(1)[::-1], strict=True)) if both else [(z, predictions)]
-    negatives, similarities = [], []
+    sweeps, similarities = [], []
     for projection, prediction in directions:
         nearest = _nearest(projection, support)
         similarity = row_dot(nearest, prediction, backend) + infinite
         pairs = Pairs(ids, ids, cutoff_from(cutoff, cutoff_margin, similarity), diagonals=int(ids is None))
-        negatives.append(sweep_negatives(nearest, prediction, pairs, options))
+        sweeps.append((nearest, prediction, pairs))
         similarities.append(similarity)
-    positives = Positives.single(options.scale * (torch.stack(similarities) if both else similarities[0]))
-    return softmax_loss(negatives, positives, options)
+    if both and return_stats:
+        negatives = [sweep_negatives(*rows, options) for rows in sweeps]
+        return softmax_loss(negatives, Positives.single(options.scale * torch.stack(similarities)), options)
+    losses = [
+        one_direction_loss(*rows, Positives.single(options.scale * similarity), options)
+        for rows, similarity in zip(sweeps, similarities, strict=True)
+    ]
+    if not both:
+        return losses[0]
+    first, second = (loss for loss in losses if isinstance(loss, Tensor))
+    return torch.stack([first, second]) if reduction == "none" else (first + second) / (2 if reduction == "mean" else 1)
 
 
 class NNCLRLoss(KeyQueue):

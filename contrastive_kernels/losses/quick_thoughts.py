@@ -18,6 +18,7 @@ from contrastive_kernels.losses._softmax import (
     Negatives,
     Positives,
     list_negatives,
+    one_direction_loss,
     softmax_value,
     sweep_negatives,
     union,
@@ -133,13 +134,17 @@ def quick_thoughts_loss(
     x, y = unit_rows(first, normalize, backend), unit_rows(second, normalize, backend)
     similarity = _neighbours(x, y, context_size, context, shards)
     target = options.scale * (similarity.sum(1) / context.valid.sum(1))
+    zero = torch.zeros_like(target)
+    own = zero if diagonal == "zero" else None
+    positives = Positives(target=target, lse=own, total=zero, number=int(own is not None))
+    if ids is None and polarization is None:
+        loss = one_direction_loss(x, y, pairs, positives, options)
+        assert isinstance(loss, torch.Tensor)  # there are no statistics
+        return loss
     swept = sweep_negatives(x, y, pairs, fused)
     negatives = swept
     if ids is not None:
         negatives = union(negatives, list_negatives(similarity, ~context.dropped, fused))
-    zero = torch.zeros_like(target)
-    own = zero if diagonal == "zero" else None
-    positives = Positives(target=target, lse=own, total=zero, number=int(own is not None))
     loss = softmax_value([negatives], positives, options)
     if polarization is None:
         return loss

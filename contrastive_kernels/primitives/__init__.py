@@ -39,7 +39,7 @@ from contrastive_kernels.primitives.shards import (
     shards_of,
 )
 from contrastive_kernels.primitives.sums import kept_counts, kept_sums, similarity_sum
-from contrastive_kernels.primitives.sweep import ALL_PAIRS, Pairs, Statistics, sweep, weighted_total
+from contrastive_kernels.primitives.sweep import ALL_PAIRS, Pairs, Statistics, softmax_total, sweep, weighted_total
 from contrastive_kernels.primitives.views import min_view_similarity
 
 __all__ = [
@@ -84,6 +84,7 @@ __all__ = [
     "shards_of",
     "similarity_logsumexp",
     "similarity_sum",
+    "softmax_total",
     "sweep",
     "takes_double",
     "unit_rows",

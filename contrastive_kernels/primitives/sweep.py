@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from contrastive_kernels.engine import autograd
 from contrastive_kernels.engine.autograd import call, group_total, sweep_forward, sweep_total
 from contrastive_kernels.engine.backends import Backend, choose
 from contrastive_kernels.engine.limits import saved_scores_limit, workspace_limit
@@ -23,7 +24,7 @@ from contrastive_kernels.primitives.devices import known
 from contrastive_kernels.primitives.rows import cast_for_autocast
 from contrastive_kernels.primitives.shards import ALONE, Shards
 
-__all__ = ["ALL_PAIRS", "Pairs", "Statistics", "sweep", "weighted_total"]
+__all__ = ["ALL_PAIRS", "Pairs", "Statistics", "softmax_total", "sweep", "weighted_total"]
 
 
 class Pairs(NamedTuple):
@@ -119,6 +120,43 @@ def _of_group(inputs: Inputs, backend: Backend, shards: Shards) -> GroupArgument
     """Return how the columns lie on the ranks."""
     sizes = shards.sizes(inputs.x if inputs.y is None else inputs.y)
     return GroupArguments(backend.name, shards.group, sizes, shards.workspace)
+
+
+# The rows that are visited together by `softmax_total`, csrc/tile/tile_math.h.
+STRIP_ROWS = 256
+
+
+def softmax_total(
+    x: Tensor,
+    y: Tensor | None,
+    pairs: Pairs,
+    *,
+    scale: float | Tensor,
+    own: Tensor,
+    weight: Tensor,
+    backend: str | None = None,
+) -> Tensor | None:
+    """Return ``sum_i weight_i log(1 + exp(row_lse_i - own_i))``, 0-dim, with gradients from the same visit of the rows.
+
+    None where two sweeps serve better or have to: on a GPU; of x with itself where one triangle holds all pairs; for
+    float16, as in `weighted_total`; for a weight with a gradient; and where the exponentials of some rows do not fit in
+    the workspace. The arguments are not checked.
+    """
+    if weight.requires_grad or (y is None and pairs.cutoff is None):
+        return None
+    inputs, what, chosen = _prepare(x, y, pairs, scale, None, (1.0,), False, None, backend)
+    x, y = inputs.x, inputs.y
+    strip = STRIP_ROWS * (x if y is None else y).shape[0] * inputs.scale.dtype.itemsize
+    if "softmax_total" not in chosen.operators or x.dtype == torch.float16 or not known(strip <= workspace_limit()):
+        return None
+    differentiable = torch.is_grad_enabled()
+    wanted = (
+        differentiable and x.requires_grad,
+        differentiable and y is not None and y.requires_grad,
+        differentiable and inputs.scale.requires_grad,
+    )
+    own, weight = own.to(inputs.scale), weight.to(inputs.scale)
+    return autograd.softmax_total(weight, own, inputs, what, wanted, chosen.name)
 
 
 def _prepare(

@@ -68,6 +68,28 @@ print(peak_beyond(lambda: (x @ x.T).exp().sum()))
     assert int(process.stdout) > LIMIT
 
 
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif("cpp" not in backends(), reason="the other backends do not pack the columns")
+def test_few_rows_take_no_copy_of_the_columns():
+    """Two sweeps, and one visit of the rows: the results, and tiles that do not grow with the columns."""
+    code = """
+import torch
+import contrastive_kernels as ck
+from tests.support.memory_probe import peak_beyond
+torch.set_grad_enabled(False)
+x, y = torch.randn(32, 512), torch.randn(16384, 512)
+for function in (lambda y: ck.similarity_logsumexp(x, y), lambda y: ck.moco_loss(x, x, y, normalize=False)):
+    function(y[:1024])
+    print(peak_beyond(lambda: function(y)))
+"""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment
+    )
+    packed = 4 * 16384 * 512
+    assert all(int(line) < packed / 4 for line in process.stdout.split()), process.stdout
+
+
 def bytes_saved(case, n, backend) -> int:
     """Return the bytes saved for the backward: each storage once, without those of the inputs."""
     features = case.features((n, n, 32), torch.float32, device_of(backend))

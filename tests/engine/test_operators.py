@@ -69,6 +69,20 @@ def test_float32_gradients(kind, dtype, backend):
         assert not torch.equal(wide.x, narrow.x.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "transposed", "empty", "no columns", "ids", "self"])
+def test_softmax_total(kind, dtype, backend):
+    if "softmax_total" not in BACKENDS[backend].operators:
+        pytest.skip(f"{backend} has no softmax_total")
+    inputs, *_ = sweep_arguments("options" if kind == "ids" else kind, dtype, device_of(backend))
+    inputs = inputs._replace(bias=None, term_scale=None, term_offset=None)
+    weight, own = torch.randn(2, inputs.x.shape[0], dtype=inputs.scale.dtype, device=inputs.x.device).unbind(0)
+    what = spec.Description([1.0], False, "", [], False, 0)
+    for wanted in ([True, inputs.y is not None, True], [False, False, False]):
+        arguments = (weight, own, *inputs, *what, wanted)
+        torch.library.opcheck(operator(backend, "softmax_total"), arguments)
+
+
 def test_sweep_with_saved_scores(backend):
     forward, backward = operator(backend, "forward"), operator(backend, "backward")
     inputs, what, maximum = sweep_arguments("plain", torch.float32, device_of(backend))

@@ -71,6 +71,14 @@ struct SideUpstream {
   const T* grad_term_sum;  // [n] or null
 };
 
+// What rows have of the columns so far, for the total of a softmax: of each row the sum of exp(logit - shift), and that
+// of the exponentials times the similarities.
+template <typename T>
+struct StripSums {
+  T* shift;
+  double *sum, *similarity;
+};
+
 // The gradients besides dX and dY. Each slot has its own sums over pairs; all slots share the vectors, which are null
 // if not wanted. `total` is the sum of the term's values times their gradients, for a sweep without log-sum-exps.
 struct OtherGradients {
@@ -144,6 +152,13 @@ struct TileMath {
   // unless `cols` is null. `weight` multiplies what the tile adds to the sums.
   void (*backward)(const Rules<T>&, const Tile<T>&, const SideUpstream<T>& rows, const SideUpstream<T>* cols,
                    double weight, Workspace<T>&);
+  // Replaces the scores of a tile by exp(logit - shift), 0 where a pair is dropped, and adds it to the sums of its
+  // rows. A shift is the largest logit so far: where it moves, the row of `product`, [rows, depth] or null, follows.
+  void (*exponentials)(const Rules<T>&, const Tile<T>&, StripSums<T>, T* product, int64_t depth, Workspace<T>&);
+  // sum += factor v
+  void (*add_scaled)(int64_t n, T factor, const T* v, T* sum);
+  // out = factor v
+  void (*scaled)(int64_t n, T factor, const T* v, T* out);
   // Rounds the n values of two rows to bfloat16: into a row each, and into pairs of one column.
   void (*round_rows)(int64_t n, const float* first, const float* second, uint16_t* first_out, uint16_t* second_out,
                      uint32_t* pairs);

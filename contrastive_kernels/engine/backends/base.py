@@ -30,6 +30,9 @@ class Backend(Protocol):
         - ``forward(inputs: Inputs, what: Description, *, maximum: bool, save_scores: bool) -> Statistics``;
         - ``backward(upstream: Upstream, inputs: Inputs, what: Description, wanted: Wanted, scores: Tensor | None, *,
           float32_gradients: bool) -> Gradients``.
+
+        So does ``softmax_total(weight: Tensor, own: Tensor, inputs: Inputs, what: Description, wanted) ->
+        SoftmaxTotal``.
         """
 
     def not_supported_reasons(self, x: Tensor) -> list[str]:

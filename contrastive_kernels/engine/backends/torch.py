@@ -19,6 +19,7 @@ from contrastive_kernels.engine.spec import (
     Description,
     Gradients,
     Inputs,
+    SoftmaxTotal,
     Statistics,
     Upstream,
     Wanted,
@@ -250,6 +251,43 @@ def backward(
     return Gradients(*(grad if want else grad.new_empty(0) for grad, want in zip(cast, wanted, strict=True)))
 
 
+def softmax_total(
+    weight: Tensor, own: Tensor, inputs: Inputs, what: Description, wanted: tuple[bool, bool, bool]
+) -> SoftmaxTotal:
+    """Return the total and the gradients that `engine.spec` describes."""
+    matrix, (of_x, of_y, of_scale) = _Scores(inputs, what), wanted
+    itself, dtype, wide = inputs.y is None, matrix.dtype, statistic_dtype(inputs.x)
+    total = matrix.x.new_zeros((), dtype=wide)
+    d_own, d_scale = torch.empty_like(own), torch.zeros_like(total)
+    d_x = matrix.x.new_zeros(matrix.x.shape if of_x else 0)
+    d_y = matrix.x.new_zeros(matrix.y.shape if of_y or (of_x and itself) else 0)
+    for rows in matrix.chunks:
+        s, dropped = matrix.similarities(rows)
+        logits = matrix.logits(s, dropped)
+        lse = _logsumexp(logits, 1, wide)
+        excess = lse - own[rows]
+        weights = weight[rows].to(wide)
+        total += (weights * torch.logaddexp(excess, torch.zeros_like(excess))).sum()
+        grad = weights * excess.sigmoid()
+        d_own[rows] = -grad.to(dtype)
+        if not any(wanted):
+            continue
+        high, low = _split(lse, dtype)
+        g = grad.to(dtype)[:, None] * (logits - high[:, None] - low[:, None]).exp()
+        if of_scale:
+            d_scale += (s * g).sum(dtype=wide)
+        g = g * inputs.scale
+        if d_x.numel():
+            d_x[rows] = g @ matrix.y
+        if d_y.numel():
+            d_y += g.T @ matrix.x[rows]
+    if itself and of_x:
+        d_x, d_y = d_x + d_y, matrix.x.new_zeros(0)
+    features = inputs.x.dtype
+    scale = d_scale.to(dtype) if of_scale else matrix.x.new_zeros(0)
+    return SoftmaxTotal(d_x.to(features), d_y.to(features), scale, d_own, total)
+
+
 def derivative(
     tensors: Sequence[Tensor | None], what: Description, wanted: Wanted, needed: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -417,6 +455,7 @@ def _leading(key: Tensor, k: int) -> Tensor:
 operators: Mapping[str, Callable[..., Any]] = {
     "forward": forward,
     "backward": backward,
+    "softmax_total": softmax_total,
     "unit_rows": unit_rows,
     "unit_rows_backward": unit_rows_backward,
     "views": view_minimum,

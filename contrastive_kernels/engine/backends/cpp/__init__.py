@@ -100,7 +100,9 @@ def warn_once() -> None:
 
 # The extension registers the operators itself.
 operators: Mapping[str, None] = (
-    {} if missing else dict.fromkeys(("forward", "backward", "unit_rows", "unit_rows_backward", "views", "select"))
+    {}
+    if missing
+    else dict.fromkeys(("forward", "backward", "softmax_total", "unit_rows", "unit_rows_backward", "views", "select"))
 )
 
 
