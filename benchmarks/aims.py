@@ -1,16 +1,18 @@
-"""The aims for a GPU, the predictions of a cost model, and the report of both beside the measurements."""
+"""The aims for a GPU, and the report of them and of the predictions of `gpu_model` beside the measurements."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from . import peers, report
+from . import gpu_model, peers, report
+from .cases import LOSSES
 from .run import Row
 
 DIMS = (128, 256, 512, 1024)
 PAIR = ("clip", "nt_xent")
-AIM_N, LARGE_N, MILLION = 32768, 65536, 2**20
+BATCH = (*PAIR, "info_nce")
+AIM_N, LARGE_N, MILLION, QUERIES = 32768, 65536, 2**20, 256
 SMALL_SIZES = (256, 512, 1024, 2048)
 SMALL_PROVIDERS = ("ours", "graph", "ours-torch", "eager", "compile")
 BASELINES = ("eager", "autocast", "compile", "linear_cross_entropy")
@@ -37,8 +39,9 @@ class Aim:
 
 
 _AT_AIM_N = {
-    "clip": [(3.0, 5.0), (4.5, 3.5), (8.0, 2.4), (15.5, 1.6)],
-    "nt_xent": [(1.8, 8.0), (2.5, 5.0), (4.5, 3.8), (8.5, 2.6)],
+    "clip": [(2.2, 5.0), (4.3, 3.5), (7.5, 2.4), (14.5, 1.6)],
+    "nt_xent": [(1.2, 8.0), (2.2, 5.0), (3.9, 3.8), (7.5, 2.6)],
+    "info_nce": [(2.1, None), (4.4, None), (7.5, None), (14.5, None)],
 }
 AIMS = [
     *(
@@ -53,36 +56,38 @@ AIMS = [
     ),
     Aim("siglip", LARGE_N, 768, ms=38.0, public="48.8 ms, 1,400 MB on a GH200"),
     Aim("siglip", LARGE_N, 768, "ours-512MB", ms=50.0, mb=640, public="54.3 ms, 640 MB on a GH200"),
-    Aim("clip", MILLION, 512),
+    Aim("clip", MILLION, 512, ms=9000.0),
+    Aim("moco", QUERIES, 128, ms=0.1),
+    Aim("moco", QUERIES, 128, "graph", ms=0.1),
 ]
 
-# Milliseconds at N = M = 65,536 for each D by a model of an H100 (arithmetic, memory traffic, exponentials); they grow
-# with N · M. Ours takes the best strategy of the kernels for each D. The model has no SigLIP.
-_MODEL_DIMS = (128, 256, 512, 768, 1024)
-_MODEL_MS = {
-    ("clip", "ours"): (10.7, 16.0, 30.1, 44.2, 58.3),
-    ("clip", "eager"): (66.6, 68.0, 78.7, 89.4, 100.1),
-    ("clip", "autocast"): (154, 156, 166, 177, 188),
-    ("clip", "compile"): (29.5, 30.9, 41.6, 52.3, 63.0),
-    ("clip", "inf-cl"): (148, 296, 591, 887, 1182),
-    ("nt_xent", "ours"): (5.4, 8.4, 15.8, 23.1, 30.5),
-    ("nt_xent", "eager"): (56.5, 57.9, 68.6, 79.3, 90.0),
-    ("nt_xent", "autocast"): (96.9, 98.3, 109, 120, 130),
-    ("nt_xent", "compile"): (19.4, 20.8, 31.5, 42.2, 52.9),
-}
 
-
-def modelled_ms(loss: str, provider: str, n: int, d: int) -> float | None:
+def predicted_ms(loss: str, provider: str, n: int, d: int) -> float | None:
     """Return the milliseconds that the model predicts; None outside the model."""
-    times = _MODEL_MS.get((loss, provider))
-    return times[_MODEL_DIMS.index(d)] * (n / LARGE_N) ** 2 if times and d in _MODEL_DIMS else None
+    seconds = gpu_model.seconds(loss, provider, n, LOSSES[loss].columns(n), d)
+    return None if seconds is None else 1e3 * seconds
 
 
 _EXPLANATION = (
-    'Forward + backward, bfloat16, medians. "model" and "aim" belong to the measured column on their left: what a',
-    "cost model of an H100 predicts, and what an H100 should reach. Memory is beyond inputs and gradients, 1 MB = 10⁶",
-    f"bytes. Public kernels ({', '.join(peers.KERNELS)}) have a row where they were installed.",
+    'Forward + backward, bfloat16, medians. "predicted" and "aim" belong to the measured column on their left: what a',
+    "cost model of an H100 predicts (`benchmarks/gpu_model.py`, errors of 15 % are likely), and what an H100 should",
+    "reach. Memory is beyond inputs and gradients, 1 MB = 10⁶ bytes. Public kernels",
+    f"({', '.join(peers.KERNELS)}) have a row where they were installed.",
 )
+_PREDICTION = (
+    "Milliseconds by the model, none measured: what the kernels were → what they are. They had few programs for few",
+    "rows, most of them a multiprocessor to themselves, which hides nothing, and strips of rows for chunks. Device:",
+    "the sum, what a CUDA graph takes; a call takes no less than its host time.",
+)
+# Where the predictions are shown part by part.
+_PREDICTED = [
+    *((loss, AIM_N, d) for loss in (*BATCH, "siglip") for d in DIMS),
+    ("clip", LARGE_N, 512),
+    ("siglip", LARGE_N, 768),
+    ("clip", MILLION, 512),
+    ("moco", QUERIES, 128),
+    *(("clip", n, 128) for n in (*SMALL_SIZES, 4096, 8192)),
+]
 
 
 class Measured:
@@ -124,6 +129,7 @@ def markdown(
     lines += ["", *_EXPLANATION]
     if size(AIM_N) != AIM_N:
         lines += ["", "**A rehearsal at reduced sizes: no figure here says anything about a GPU.**"]
+    lines += ["", "## Predictions", "", *_PREDICTION, "", *_table(*_predictions())]
     devices = list(dict.fromkeys(row.device for row in rows)) or [None]
     for device in devices:
         own = [row for row in rows if row.device == device]
@@ -174,58 +180,80 @@ def _megabytes(row: Row | None) -> float | None:
 Rows = tuple[Sequence[str], list[list[str]]]
 
 
+def _predictions() -> Rows:
+    headers = ["loss", "N", "M", "D", "forward", "gradients or weights", "products", "sums of chunks", "small kernels",
+               "device", "host", "call", "aim"]  # fmt: skip
+    aims = {(aim.loss, aim.n, aim.d): aim.ms for aim in AIMS if aim.provider == "ours"}
+    body = []
+    for loss, n, d in _PREDICTED:
+        m = LOSSES[loss].columns(n)
+        steps = [gpu_model.step(loss, n, m, d, design) for design in (gpu_model.BEFORE, gpu_model.AFTER)]
+        parts = ("sums", "gradients", "products", "traffic", "small", "device", "host", "total")
+        cells = [" → ".join(dict.fromkeys(_number(1e3 * getattr(found, part)) for found in steps)) for part in parts]
+        aim = _at_most(aims.get((loss, n, d)))
+        body.append([loss, f"{n:,}", f"{m:,}", str(d), *("" if cell == "0" else cell for cell in cells), aim])
+    return headers, body
+
+
 def _aims(measured: Measured) -> Rows:
-    headers = ["loss", "N", "D", "ms", "model", "aim", "× eager", "model", "aim", "extra MB", "aim", "met", "published"]
+    headers = ["loss", "N", "D", "ms", "predicted", "aim", "× eager", "predicted", "aim",
+               "extra MB", "aim", "met", "published"]  # fmt: skip
     body = []
     for aim in AIMS:
         case = aim.loss, aim.n, aim.d
         ms, mb = measured.ms(*case, aim.provider), _megabytes(measured.row(*case, aim.provider))
-        model = modelled_ms(aim.loss, aim.provider, aim.n, aim.d)
+        predicted = predicted_ms(aim.loss, aim.provider, aim.n, aim.d)
         gain = _ratio(measured.ms(*case, "eager"), ms)
-        modelled_gain = _ratio(modelled_ms(aim.loss, "eager", aim.n, aim.d), model) if aim.gain else None
+        predicted_gain = _ratio(predicted_ms(aim.loss, "eager", aim.n, aim.d), predicted) if aim.gain else None
         tests = [(ms, aim.ms, -1), (gain, aim.gain, 1), (mb, aim.mb, -1)]
         verdicts = [value is not None and value * sign >= limit * sign for value, limit, sign in tests if limit]
         body.append([
             aim.loss + ("" if aim.provider == "ours" else f" ({aim.provider})"), f"{measured.size(aim.n):,}",
-            str(aim.d), measured.cell(*case, aim.provider), _number(model), _at_most(aim.ms), _number(gain, ".1f"),
-            _number(modelled_gain, ".1f"), "" if aim.gain is None else f"≥ {aim.gain:g}", _number(mb), _at_most(aim.mb),
+            str(aim.d), measured.cell(*case, aim.provider), _number(predicted), _at_most(aim.ms),
+            _number(gain, ".1f"), _number(predicted_gain, ".1f"), "" if aim.gain is None else f"≥ {aim.gain:g}",
+            _number(mb), _at_most(aim.mb),
             "" if ms is None else "yes" if all(verdicts) else "no", aim.public,
         ])  # fmt: skip
     return headers, body
 
 
 def _limited(measured: Measured) -> Rows:
-    headers = ["loss", "N", "D", "ms", "ms within 128 MB", "slower", "aim", "extra MB"]
+    headers = ["loss", "N", "D", "ms", "ms within 128 MB", "slower", "predicted", "aim", "extra MB"]
     body = []
     for loss in PAIR:
         for d in DIMS:
             free, limited = (measured.ms(loss, LARGE_N, d, provider) for provider in ("ours", "ours-128MB"))
             slower = _ratio(limited, free)
+            predicted = _ratio(*(predicted_ms(loss, provider, LARGE_N, d) for provider in ("ours-128MB", "ours")))
             mb = _megabytes(measured.row(loss, LARGE_N, d, "ours-128MB"))
             body.append([
                 loss, f"{measured.size(LARGE_N):,}", str(d), _number(free),
                 measured.cell(loss, LARGE_N, d, "ours-128MB"),
-                "" if slower is None else f"{slower - 1:.0%}", f"≤ {LIMITED_SLOWDOWN - 1:.0%}", _number(mb),
+                "" if slower is None else f"{slower - 1:.0%}", f"{predicted - 1:.0%}",
+                f"≤ {LIMITED_SLOWDOWN - 1:.0%}", _number(mb),
             ])  # fmt: skip
     return headers, body
 
 
 def _others(measured: Measured) -> Rows:
-    headers = ["loss", "N", "D", "", "ms", "20–80 %", "model", "ours is × as fast", "model", "extra MB", "of matmul"]
+    headers = ["loss", "N", "D", "", "ms", "20–80 %", "predicted", "ours is × as fast", "predicted", "extra MB",
+               "of matmul"]  # fmt: skip
     body = []
-    cases = [(loss, AIM_N, d, BASELINES) for loss in PAIR for d in DIMS]
+    cases = [(loss, AIM_N, d, BASELINES) for loss in BATCH for d in DIMS]
     cases += [(loss, LARGE_N, d, ("compile",)) for loss in PAIR for d in DIMS]
-    for loss, n, d, baselines in [*cases, ("siglip", LARGE_N, 768, ("compile",)), ("clip", MILLION, 512, ())]:
-        ours, modelled_ours = measured.ms(loss, n, d, "ours"), modelled_ms(loss, "ours", n, d)
-        expected = [name for name in baselines if name != "linear_cross_entropy" or loss == "clip"]
+    cases += [("siglip", LARGE_N, 768, ("compile",)), ("clip", MILLION, 512, ())]
+    cases += [("moco", QUERIES, 128, ("graph", "eager", "compile"))]
+    for loss, n, d, baselines in cases:
+        ours, predicted_ours = measured.ms(loss, n, d, "ours"), predicted_ms(loss, "ours", n, d)
+        expected = [name for name in baselines if name != "linear_cross_entropy" or name in LOSSES[loss].others]
         for provider in dict.fromkeys(["ours", *expected, *measured.providers(loss, n, d)]):
-            row, model = measured.row(loss, n, d, provider), modelled_ms(loss, provider, n, d)
+            row, predicted = measured.row(loss, n, d, provider), predicted_ms(loss, provider, n, d)
             itself = provider == "ours"
             body.append([
                 loss, f"{measured.size(n):,}", str(d), provider, measured.cell(loss, n, d, provider),
-                f"{_number(row.ms_20)}–{_number(row.ms_80)}" if row else "", _number(model),
+                f"{_number(row.ms_20)}–{_number(row.ms_80)}" if row else "", _number(predicted),
                 "" if itself else _number(_ratio(row and row.ms_50, ours), ".1f"),
-                "" if itself else _number(_ratio(model, modelled_ours), ".1f"), _number(_megabytes(row)),
+                "" if itself else _number(_ratio(predicted, predicted_ours), ".1f"), _number(_megabytes(row)),
                 f"{row.matmul_fraction:.0%}" if row and row.matmul_fraction else "",
             ])  # fmt: skip
     return headers, body

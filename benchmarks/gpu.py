@@ -33,7 +33,7 @@ from rich.console import Console
 from contrastive_kernels.engine.backends.triton import tiles
 
 from . import aims, peers, report, smoke
-from .aims import AIM_N, BASELINES, DIMS, LARGE_N, MILLION, PAIR, SMALL_PROVIDERS, SMALL_SIZES
+from .aims import AIM_N, BASELINES, BATCH, DIMS, LARGE_N, MILLION, PAIR, QUERIES, SMALL_PROVIDERS, SMALL_SIZES
 from .cases import SAVED, Case, Unavailable, dtype_name, gradients, provider_function
 from .measure import kernel_launches
 from .run import Grid, Row, Settings, environment, make_step, measure
@@ -41,12 +41,13 @@ from .run import Grid, Row, Settings, environment, make_step, measure
 BF16 = (torch.bfloat16,)
 OTHERS = (*BASELINES, *peers.importable())
 GRIDS = {
-    **{f"d{d}": [Grid(PAIR, [AIM_N], [d], BF16, ["ours", *([SAVED] if d > 256 else []), *OTHERS])] for d in DIMS},
+    **{f"d{d}": [Grid(BATCH, [AIM_N], [d], BF16, ["ours", *([SAVED] if d > 256 else []), *OTHERS])] for d in DIMS},
     "large": [
         Grid(["siglip"], [LARGE_N], [768], BF16, ["ours", "ours-512MB", "compile", *peers.importable()]),
         Grid(PAIR, [LARGE_N], DIMS, BF16, ["ours", "ours-128MB", "compile"]),
     ],
     "million": [Grid(["clip"], [MILLION], [512], BF16, ["ours"])],
+    "queue": [Grid(["moco"], [QUERIES], [128], BF16, ["ours", "graph", "eager", "compile"])],
     "small": [Grid(PAIR, SMALL_SIZES, [128], BF16, SMALL_PROVIDERS)],
 }
 # What is worth most comes first, what may disturb others last: the profiler, the sanitizers.
