@@ -347,18 +347,23 @@ def run_tests_with_newer_ptxas(run: Run) -> Ended:
     if bundled is None or found is None or found[0] <= bundled:
         return Ended("no ptxas newer than that of Triton here: pip install nvidia-cuda-nvcc brings one")
     version, path = found
-    # The second name is that for sm_100 and later.
-    ended = run_tests(run, TRITON_PTXAS_PATH=path, TRITON_PTXAS_BLACKWELL_PATH=path)
+    # The second name is that for sm_100 and later, since Triton 3.9 for sm_90 too.
+    variables = dict(TRITON_PTXAS_PATH=path, TRITON_PTXAS_BLACKWELL_PATH=path)
+    if version >= (13,):
+        variables["PTXAS_OPTIONS"] = "--regAllocOptLevel=2"  # as Triton 3.7 and later call it, for a fault of 13.x
+    ended = run_tests(run, **variables)
     text = f"ptxas {'.'.join(map(str, version))}, Triton's is {'.'.join(map(str, bundled))}: {ended.summary}"
     return Ended(text, ended.status)
 
 
 def _bundled_ptxas() -> tuple[int, ...] | None:
-    """Return the version of the assembler that Triton brings, None without one."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:
+    """Return the version of the assembler that Triton takes for this device, an H100 without one; None without any."""
+    try:
+        from triton.backends.nvidia.compiler import get_ptxas
+    except ImportError:
         return None
-    return ptxas_version(str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "ptxas"))
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    return ptxas_version(get_ptxas(10 * major + minor).path)
 
 
 def _newest_ptxas() -> tuple[tuple[int, ...], str] | None:

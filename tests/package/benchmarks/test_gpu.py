@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,14 +283,28 @@ def test_newer_ptxas(rehearse, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "nothing"))
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert gpu._newest_ptxas() == ((13, 4, 31), str(assembler))
-    monkeypatch.setattr(gpu, "TEST_COMMAND", ["-c", "import os; print(os.environ['TRITON_PTXAS_PATH'])"])
+    monkeypatch.setattr(
+        gpu, "TEST_COMMAND", ["-c", "import os; print(os.environ['TRITON_PTXAS_PATH'], os.environ['PTXAS_OPTIONS'])"]
+    )
     monkeypatch.setattr(gpu, "_bundled_ptxas", lambda: (12, 8, 93))
     assert rehearse("--parts", "tests-ptxas") == 0
     summary = json.loads((tmp_path / "parts.json").read_text())["tests-ptxas"]["summary"]
-    assert summary == f"ptxas 13.4.31, Triton's is 12.8.93: {assembler}"
+    assert summary == f"ptxas 13.4.31, Triton's is 12.8.93: {assembler} --regAllocOptLevel=2"
     monkeypatch.setattr(gpu, "_bundled_ptxas", lambda: (13, 4, 31))
     assert rehearse("--parts", "tests-ptxas") == 0
     assert "no ptxas newer" in (tmp_path / "parts.json").read_text()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_bundled_ptxas_is_the_one_of_the_device(capability, monkeypatch):
+    """Triton has two: which one it takes for a GPU differs between its versions."""
+    compiler = pytest.importorskip("triton.backends.nvidia.compiler", exc_type=ImportError)
+    paths = {80: "old", 90: "of 90", 100: "of 100"}
+    monkeypatch.setattr(compiler, "get_ptxas", lambda architecture: SimpleNamespace(path=paths[architecture]))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(gpu, "ptxas_version", lambda path: path)
+    assert gpu._bundled_ptxas() == paths[10 * capability[0]]
 
 
 def test_gpu_command_when_the_check_fails(rehearse, tmp_path, monkeypatch):
