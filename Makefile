@@ -2,12 +2,16 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 PEERS := .venv-peers/bin/python
+# `make aot-newest` compiles the kernels with this Triton, `make aot-3.7.1` with another one
+NEWEST_TRITON := 3.9.0
 # the build finds ninja here
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 CXX_FILES := $(shell find contrastive_kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
-.PHONY: demo test test-fast test-peers bench bench-peers bench-distributed lint format interpret aot gpu sanitize clean
+.PHONY: demo test test-fast test-peers bench bench-peers bench-distributed lint format interpret aot aot-newest gpu sanitize
+.PHONY: clean
+.PRECIOUS: .venv-triton-%/installed
 
 demo: .venv/built      ## compare time and memory on this machine, about three minutes
 	$(VENV) -m benchmarks --preset demo
@@ -45,6 +49,11 @@ interpret: .venv/built ## the Triton kernels in the interpreter
 aot: .venv/built       ## the Triton kernels compiled for GPUs that are not here
 	$(VENV) -m pytest -m aot
 
+aot-newest: aot-$(NEWEST_TRITON)  ## the same with the newest Triton, in an environment of its own, and the tests of the launch code
+
+aot-%: .venv-triton-%/installed FORCE
+	.venv-triton-$*/bin/python -m pytest tests/triton/test_aot.py tests/triton/test_host.py
+
 gpu:                   ## what results/gpu lacks of smoke test, check, GPU tests and benchmark, nine minutes a call, with the machine's own Python; PART="tests d128" for some
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--parts $(PART))
 
@@ -52,7 +61,7 @@ sanitize: .venv/installed
 	bash contrastive_kernels/csrc/sanitize.sh
 
 clean:
-	rm -rf .venv .venv-peers build dist results *.egg-info contrastive_kernels/*.so
+	rm -rf .venv .venv-peers .venv-triton-* build dist results *.egg-info contrastive_kernels/*.so
 
 .venv/installed: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -65,10 +74,22 @@ clean:
 	$(VENV) -m pip install --no-build-isolation --no-deps -e .
 	touch $@
 
-# order only: a new build of the extension needs no new peers
-.venv-peers/installed: requirements-peers.txt | .venv/installed
-	$(VENV) -m venv .venv-peers
+# an environment that sees the packages of .venv behind its own
+define environment
+	$(VENV) -m venv $(1)
 	$(VENV) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-		> "$$($(PEERS) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth"
+		> "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth"
+endef
+
+# order only: a new build of the extension needs no new packages
+.venv-peers/installed: requirements-peers.txt | .venv/installed
+	$(call environment,.venv-peers)
 	$(PEERS) -m pip install --no-deps -r requirements-peers.txt
 	touch $@
+
+.venv-triton-%/installed: | .venv/built
+	$(call environment,.venv-triton-$*)
+	.venv-triton-$*/bin/python -m pip install --no-deps triton==$*
+	touch $@
+
+FORCE:

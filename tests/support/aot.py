@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_type_hints
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -105,21 +109,45 @@ def compiled(kernel, arch: int | str, dtype: torch.dtype, constants: dict, optio
         signature[name] = leaf(name, name, (i,), type_)
     source = ASTSource(kernel, signature, values, attributes)
     target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options=options)
+    binary = triton.compile(source, target=target, options=options)
+    if target.backend == "cuda" and _log(binary) is None:  # from the cache, without a log
+        with _recompiling, triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile = True
+            binary = triton.compile(source, target=target, options=options)
+    return binary
+
+
+_assembler, _recompiling = threading.local(), threading.Lock()
+
+
+def _assemble(command, *, stderr, **options):
+    """Run an assembler for Triton and keep what it says, which alone tells of spills and of serialised products."""
+    done = subprocess.run(command, stderr=stderr, **options)
+    _assembler.log = Path(stderr.name).read_text()
+    return done
+
+
+nvidia.subprocess = SimpleNamespace(**{**vars(subprocess), "run": _assemble})
+
+
+def _log(compiled) -> str | None:
+    """Return what the assembler that Triton took said of a kernel, kept beside its binary; None if it was not heard."""
+    cache, name = get_cache_manager(compiled.hash), "assembler.log"
+    said = vars(_assembler).pop("log", None)
+    if said is not None:
+        cache.put(said, name, binary=False)
+    file = cache.get_file(name)
+    return None if file is None else Path(file).read_text()
 
 
 def _read_nvidia(compiled, arch: int) -> Binary:
     with tempfile.TemporaryDirectory() as directory:
-        cubin, ptx = Path(directory, "kernel.cubin"), Path(directory, "kernel.ptx")
+        cubin = Path(directory, "kernel.cubin")
         cubin.write_bytes(compiled.asm["cubin"])
-        ptx.write_text(compiled.asm["ptx"])
-        usage = _run(BIN / "cuobjdump", "-res-usage", cubin)
         assembly = _run(BIN / "cuobjdump", "-sass", cubin)
-        suffix = "a" if arch >= 90 else ""
-        assembler = BIN / ("ptxas-blackwell" if arch >= 100 else "ptxas")
-        log = _run(assembler, "-v", f"--gpu-name=sm_{arch}{suffix}", ptx, "-o", Path(directory, "out.cubin"))
+    log = _log(compiled)
     return Binary(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        registers=int(re.search(r"Used (\d+) registers", log)[1]),
         spilled=int(re.search(r"(\d+) bytes spill stores", log)[1]) + len(re.findall(r"\b(?:LDL|STL)\b", assembly)),
         shared=compiled.metadata.shared,
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0) or 0,

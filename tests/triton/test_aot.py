@@ -5,10 +5,10 @@ The tests look at the binaries, not at their speed or results: nothing spills, t
 
 from __future__ import annotations
 
-import json
+import csv
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -84,16 +84,10 @@ SPLIT = ("nt_xent", "rows", "same", "student", "info_nce-columns-band", "band")
 QUANTA = {"store.x_inverse", "store.y_inverse", "scores.x_quantum", "scores.y_quantum"}
 ARCHITECTURES = (80, 90, 100, "gfx942")
 EVERYTHING = "CONTRASTIVE_KERNELS_AOT_ALL"  # set: all epilogues on all architectures
-RECORDING = "CONTRASTIVE_KERNELS_AOT_RECORD"  # set: write what was found as the new record
-RECORD = Path(aot.__file__).with_name("aot_record.json")
-RECORDED, RECORDED_WITH = ("registers", "exponentials"), "3.6.0"
-
-
-def triton_version() -> str:
-    try:
-        return metadata.version("triton")
-    except metadata.PackageNotFoundError:
-        return ""
+RECORDING = "CONTRASTIVE_KERNELS_AOT_RECORD"  # set: write what was found as the new record of this Triton
+# A column for each version of Triton and each of these.
+RECORD, RECORDED = Path(aot.__file__).with_name("aot_record.csv"), ("registers", "exponentials")
+VERSION = metadata.version("triton")
 
 
 def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False, **extra) -> dict:
@@ -222,8 +216,30 @@ def repeatable(name: str, key: str) -> bool:
     return key != "registers" or "-100-" not in name
 
 
-def record() -> dict:
-    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
+def record() -> dict[str, dict[str, str]]:
+    """Return the rows of the record by their cases."""
+    if not RECORD.exists():
+        return {}
+    with RECORD.open(newline="") as file:
+        return {row.pop("case"): row for row in csv.DictReader(file)}
+
+
+def write_record(found: dict) -> None:
+    """Replace the columns of this Triton; rows of cases that no longer exist go."""
+    before, rows = record(), []
+    for name, binary in found.items():
+        own = {f"{VERSION} {key}": getattr(binary, key, "") if repeatable(name, key) else "" for key in RECORDED}
+        rows.append({"case": name} | before.get(name, {}) | own)
+    columns = sorted({column for row in rows for column in row} - {"case"}, key=by_version)
+    with RECORD.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["case", *columns], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def by_version(column: str) -> tuple[list[int], int]:
+    version, _, key = column.partition(" ")
+    return [int(number) for number in version.split(".")], RECORDED.index(key)
 
 
 @pytest.fixture(scope="module")
@@ -242,10 +258,7 @@ def binaries():
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = dict(zip(map(case_id, jobs), pool.map(build, jobs), strict=True))
     if os.environ.get(RECORDING):
-        numbers = {name: asdict(binary) for name, binary in found.items() if not isinstance(binary, Exception)}
-        kept = {name: {key: of[key] for key in RECORDED if repeatable(name, key)} for name, of in numbers.items()}
-        lines = [f" {json.dumps(name)}: {json.dumps(of)}" for name, of in kept.items()]
-        RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        write_record(found)
     return found
 
 
@@ -297,19 +310,23 @@ def test_asynchronous_products_without_waits(binaries):
 
 
 @pytest.mark.skipif(EVERYTHING in os.environ, reason="the record is of the usual cases")
-@pytest.mark.skipif(triton_version() != RECORDED_WITH, reason=f"the record is of Triton {RECORDED_WITH}")
 @pytest.mark.parametrize("case", cases(), ids=case_id)
 def test_binary_as_recorded(binaries, case):
-    """Registers and exponentials are those of `aot_record.json`; `CONTRASTIVE_KERNELS_AOT_RECORD=1` rewrites the file.
+    """Registers and exponentials are those of `aot_record.csv` for the installed Triton.
 
-    It has no registers of sm_100: the same source took 155 or 204, by what was compiled beside it.
+    `CONTRASTIVE_KERNELS_AOT_RECORD=1` rewrites its columns. sm_100 has no registers there: the same source took 155 or
+    204, by what was compiled beside it.
     """
-    binary, recorded = binaries[case_id(case)], record().get(case_id(case))
-    assert recorded, f"no record: run this file with {RECORDING}=1 and look at the difference"
-    for name, before in recorded.items():
-        now = getattr(binary, name)
-        assert abs(now - before) <= 8 * (name == "registers"), (
-            f"{name}: {now}, {before} are recorded; if that is wanted run this file with {RECORDING}=1"
+    binary, name, recorded = binaries[case_id(case)], case_id(case), record()
+    if not any(f"{VERSION} exponentials" in row for row in recorded.values()):
+        pytest.skip(f"no record of Triton {VERSION}")
+    row = recorded[name]
+    for key in RECORDED:
+        if not repeatable(name, key):
+            continue
+        now, before = getattr(binary, key), row[f"{VERSION} {key}"]
+        assert before and abs(now - int(before)) <= 8 * (key == "registers"), (
+            f"{key}: {now}, {before or 'nothing'} recorded; if that is wanted run this file with {RECORDING}=1"
         )
 
 
@@ -329,7 +346,7 @@ def test_rows_of_86_fit(binaries):
 
 @pytest.mark.skipif(EVERYTHING in os.environ, reason="the record is of the usual cases")
 def test_record_is_of_these_cases():
-    """The record has an entry for every case and no other."""
+    """The record has a row for every case and no other."""
     assert set(record()) == set(map(case_id, cases()))
 
 
@@ -405,3 +422,29 @@ def test_table_complete(kernel, architecture, size, d):
     symmetric = tiles.find("sums", architecture, size, d, True)
     assert symmetric.height == symmetric.width, "the triangle needs square tiles"
     assert tiles.ALIGNMENT % max(symmetric.height, tiles.find("weights", architecture, size, d, False).height) == 0
+
+
+def test_rows_of_a_version():
+    """Whatever the version of Triton, unknown or new, one row serves where one does for the oldest, and no two do."""
+
+    def served(version: str) -> list:
+        rows = [row for row in tiles.ROWS if row.serves(version)]
+        return sorted(str((r.kernel, r.architecture, r.size, r.large_epilogue, r.limit)) for r in rows)
+
+    oldest = served("3.6.0")
+    assert len(set(oldest)) == len(oldest)
+    for version in ("3.6.1", "3.7.0", "3.7.1+git1234", "3.9.0", "3.10.0", "4.0", ""):
+        assert served(version) == oldest
+
+
+@pytest.mark.parametrize(
+    ("version", "served"),
+    [("3.6.2", "old"), ("3.7", "middle"), ("3.8.1", "middle"), ("3.9.0+cu", "new"), ("3.10.0", "new"), ("", "new")],
+)
+def test_versions_of_a_row(version, served):
+    """Versions compare as numbers; an unknown one is taken for the newest."""
+    row = tiles.TABLE[0]
+    rows = dict(
+        old=replace(row, before="3.7"), middle=replace(row, since="3.7", before="3.9"), new=replace(row, since="3.9")
+    )
+    assert [name for name, row in rows.items() if row.serves(version)] == [served]

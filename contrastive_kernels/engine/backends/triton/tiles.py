@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -31,6 +32,17 @@ def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
+@functools.cache
+def _triton_version() -> str:
+    """Return the installed version of Triton, under whichever name; empty without one."""
+    for name in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
 class Seen(NamedTuple):
     """Where the kernels of a row agreed with float64 in all the GPU tests."""
 
@@ -47,9 +59,12 @@ class Tile:
     is taken at a time, None for all of it. A row for a `large_epilogue` serves those that hold more than one pair of
     vectors per side: two exponents, a bias, a cutoff, a term beside a log-sum-exp; in "sums" ids, in "safe_sums" a
     maximum or scores to save. "total" is "grad" with a term's values added up beside its slopes; "weights" takes its
-    rows for a large epilogue for that. A row is
-    `verified` where its kernels were seen right; a change of the row takes that away. `maxnreg`: the registers of a
-    thread are held down to so many, for as many programs at a time as that allows.
+    rows for a large epilogue for that. A row is `verified` where its kernels were seen right; a change of the row takes
+    that away. `maxnreg`: the registers of a thread are held down to so many, for as many programs at a time as that
+    allows.
+
+    A row that some version of Triton compiles to something slow or wrong serves the versions from `since` on, as far as
+    `before`, and another one serves the others; each says in its reason what happened.
     """
 
     kernel: str
@@ -63,12 +78,22 @@ class Tile:
     warps: int
     stages: int
     reason: str
+    since: str = ""
+    before: str = ""
     verified: tuple[Seen, ...] = ()
     maxnreg: int | None = None
 
     def is_verified(self) -> bool:
         """Return whether this row of the table was seen right on its architecture with the installed Triton."""
         return self in TABLE and any(seen.triton == _triton_version() for seen in self.verified)
+
+    def serves(self, version: str) -> bool:
+        """Return whether the row is for a version of Triton; a version that is not known counts as the newest."""
+
+        def minor(version: str, otherwise: int) -> list[int]:
+            return [int(number) for number in re.findall(r"\d+", version)[:2]] or [otherwise]
+
+        return minor(self.since, 0) <= minor(version, ANY) < minor(self.before, ANY + 1)
 
     def blocks(self, d: int) -> dict[str, int]:
         """Return the block sizes as compile-time arguments."""
@@ -116,7 +141,7 @@ _CLAMPED = "registers: the next larger tile spills"
 _SPLIT = "D does not stay in shared memory"
 _PAIRS = "64-bit ids beside the column accumulator spill at 128 x 128"
 
-TABLE = (
+ROWS = (
     Tile("sums", 80, 2, False, 256, 128, 128, None, 8, 2, "130 KB at D = 256"),
     Tile("sums", 80, 2, False, ANY, 128, 128, 64, 8, 3, _SPLIT),
     Tile("sums", 90, 2, True, 128, 128, 128, None, 8, 2, "ids: 205 registers; 0.9 KB spilled with 128"),
@@ -142,9 +167,15 @@ TABLE = (
     Tile("safe_sums", "gfx942", 2, False, 256, 64, 64, None, 4, 1, "32 of 64 KB at D = 256"),
     Tile("grad", 80, 2, True, 256, 64, 32, None, 8, 2, _CLAMPED),
     Tile("grad", 80, 2, False, 256, 64, 64, None, 8, 2, _CLAMPED),
-    Tile("grad", 90, 2, True, 256, 64, 32, None, 8, 2, "64 x 64 spills with 4 warps, serializes wgmma (C7515) with 8"),
+    Tile("grad", 90, 2, True, 256, 64, 32, None, 8, 2, "64 x 64 spills with 4 warps, serializes wgmma (C7515) with 8",
+         before="3.7"),
+    Tile("grad", 90, 2, True, 256, 128, 32, None, 8, 2, "255 registers; 64 x 32 serializes wgmma (C7515) or spills",
+         since="3.7", before="3.9"),
+    Tile("grad", 90, 2, True, 256, 64, 32, None, 4, 2, "245 registers; with 8 warps wgmma is serialized (C7515)",
+         since="3.9"),
     Tile("grad", 90, 2, False, 128, 64, 128, None, 4, 2, "82 KB: one multiplies, one exponentiates", maxnreg=255),
-    Tile("grad", 90, 2, False, 256, 128, 64, None, 8, 2, "128 KB, 255 registers"),
+    Tile("grad", 90, 2, False, 256, 128, 64, None, 8, 2, "128 KB, 255 registers", before="3.9"),
+    Tile("grad", 90, 2, False, 256, 64, 32, None, 4, 2, "128 x 64 spills 4 to 48 bytes", since="3.9"),
     Tile("grad", 100, 2, True, 256, 64, 32, None, 8, 2, _CLAMPED),
     Tile("grad", 100, 2, False, 256, 128, 64, None, 8, 2, "all 512 columns of tensor memory at D = 256"),
     Tile("grad", "gfx942", 2, False, 128, 64, 64, None, 4, 1, "dX takes half of the registers"),
@@ -195,18 +226,15 @@ TABLE = (
 )  # fmt: skip
 
 # GPUs with the matrix instructions of sm_80 and 99 KB of shared memory take those of its rows that fit.
-TABLE += tuple(
+ROWS += tuple(
     replace(row, architecture=86, limit=128 if (row.kernel, row.limit) == ("sums", 256) else row.limit)
-    for row in TABLE
+    for row in ROWS
     if row.architecture == 80
 )
+# Those for the installed Triton.
+TABLE = tuple(row for row in ROWS if row.serves(_triton_version()))
 # What takes the rows of another architecture.
 ALIKE = {103: 100, 87: 80, 89: 86, 120: 86, 121: 86}
-
-
-@functools.cache
-def _triton_version() -> str:
-    return importlib.metadata.version("triton")
 
 
 @functools.cache
