@@ -15,10 +15,12 @@ import torch
 
 import contrastive_kernels as ck
 from contrastive_kernels.__main__ import main, report
+from contrastive_kernels.engine import spec
 from contrastive_kernels.engine.backends import ENVIRONMENT_VARIABLE, choose, cpp
 from contrastive_kernels.engine.backends.cpp import build
 
 MAJOR, MINOR, *_ = torch.__version__.split(".")
+SCHEMAS = "\0".join(f"cpp_{name}{spec.SCHEMAS[name]}" for name in cpp.OPERATORS)
 MARKER = "contrastive_kernels: built for torch "
 OTHER_TORCH = f"built for torch 1.2.3, this is torch {torch.__version__}; build it again with `{build.COMMAND}`"
 
@@ -56,10 +58,11 @@ def extension(tmp_path, monkeypatch):
     ("version", "reason"),
     [
         ("1.2.3", OTHER_TORCH),
-        (f"{MAJOR}.{MINOR}.0", "does not load ("),
+        (f"{MAJOR}.{MINOR}.0", "was built from other sources"),
+        (f"{MAJOR}.{MINOR}.0\0{SCHEMAS}", "does not load ("),
         (None, "does not load ("),
     ],
-    ids=["other-torch", "same-torch", "no-marker"],
+    ids=["other-torch", "other-sources", "same-sources", "no-marker"],
 )
 def test_extension_that_does_not_load(version, reason, extension):
     marker = b"" if version is None else f"\0{MARKER}{version}\0".encode()
@@ -186,9 +189,9 @@ def tree(tmp_path, monkeypatch):
     (package / "csrc").mkdir()
     (package / "csrc" / "module.cpp").write_text('extern "C" void* PyInit__C() { return nullptr; }')
     shutil.copy(build.__file__, file)
-    spec = importlib.util.spec_from_file_location("build_of_a_test", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    of_module = importlib.util.spec_from_file_location("build_of_a_test", file)
+    module = importlib.util.module_from_spec(of_module)
+    of_module.loader.exec_module(module)
     return module
 
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.engine.backends.cpp import build
-from contrastive_kernels.engine.spec import compute_dtype
+from contrastive_kernels.engine.spec import SCHEMAS, compute_dtype
 
 name = "cpp"
 # Reading a few saved scores takes less time than a fourth product.
 saved_scores_bytes = 4 << 20
 
+OPERATORS = ("forward", "backward", "softmax_total", "unit_rows", "unit_rows_backward", "views", "select")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -50,17 +51,32 @@ def load(extension: str, cached: Path | None = None) -> tuple[dict[str, Any], st
 
 
 def _load(spec: ModuleSpec | None) -> tuple[dict[str, Any], str]:
-    """Import a module from its specification; return its ``build_info()`` and "", or an empty dict and the problem."""
+    """Import a module from its specification; return its ``build_info()`` and "", or an empty dict and the problem.
+
+    A library that was built for another torch or from other sources is not imported: what it registers stays.
+    """
     assert spec
+    content = Path(str(spec.origin)).read_bytes()
+    if built := re.search(rb"contrastive_kernels: built for torch ([\w.+]+)", content):  # in csrc/build_info.cpp
+        if not _serves(built[1].decode()):
+            return {}, _for_other_torch(built[1].decode())
+        # as in csrc/extension.cpp
+        if not all(f"cpp_{operator}{SCHEMAS[operator]}".encode() in content for operator in OPERATORS):
+            return {}, "the extension was built from other sources than these"
     try:
         info: dict[str, Any] = _import(spec).build_info()
     except (ImportError, AttributeError) as error:  # AttributeError: built from sources without build_info
-        version, problem = _built_for(Path(str(spec.origin))), f"the extension does not load ({error})"
-    else:
-        version, problem = info["torch"], ""
-    if version and version.split(".")[:2] != torch.__version__.split(".")[:2]:
-        problem = f"the extension was built for torch {version}, this is torch {torch.__version__}"
-    return ({}, problem) if problem else (info, "")
+        return {}, f"the extension does not load ({error})"
+    return (info, "") if _serves(info["torch"]) else ({}, _for_other_torch(info["torch"]))
+
+
+def _serves(version: str) -> bool:
+    """Return whether an extension that was built for this version of torch serves the installed one."""
+    return version.split(".")[:2] == torch.__version__.split(".")[:2]
+
+
+def _for_other_torch(version: str) -> str:
+    return f"the extension was built for torch {version}, this is torch {torch.__version__}"
 
 
 def _import(spec: ModuleSpec) -> ModuleType:
@@ -73,12 +89,6 @@ def _import(spec: ModuleSpec) -> ModuleType:
         del sys.modules[spec.name]
         raise
     return module
-
-
-def _built_for(extension: Path) -> str | None:
-    """Return the version of torch that csrc/build_info.cpp wrote into the file, or None."""
-    found = re.search(rb"contrastive_kernels: built for torch ([\w.+]+)", extension.read_bytes())
-    return found[1].decode() if found else None
 
 
 build_info, missing = load(build.NAME)
@@ -99,11 +109,7 @@ def warn_once() -> None:
 
 
 # The extension registers the operators itself.
-operators: Mapping[str, None] = (
-    {}
-    if missing
-    else dict.fromkeys(("forward", "backward", "softmax_total", "unit_rows", "unit_rows_backward", "views", "select"))
-)
+operators: Mapping[str, None] = {} if missing else dict.fromkeys(OPERATORS)
 
 
 def not_supported_reasons(x: Tensor) -> list[str]:
