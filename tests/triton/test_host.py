@@ -24,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     import triton
     import triton.language as tl
 
-    from contrastive_kernels.engine.backends.triton import backward, chunks, launch
+    from contrastive_kernels.engine.backends.triton import backward, chunks, launch, tiles
     from tests.support.front_end import FrontEnd, Host, replace_launches
 
     @triton.jit
@@ -71,6 +71,17 @@ def test_sweep(name, shape, dtype, architecture, save_scores, front_end):
     front = front_end(architecture)
     step(case, kernels.inputs(case, max(n, case.diagonals), m, d, dtype), save_scores)
     assert front.launches >= len(front.compiled) > 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [((8, 0), 80), ((8, 9), 86), ((9, 0), 90), ((10, 3), 100), ((12, 0), 86), ((7, 5), "other")],
+)
+def test_architecture(capability, architecture, monkeypatch):
+    """A GPU without rows of its own takes those of one with the same matrix instructions and no more memory."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert tiles._architecture.__wrapped__(torch.device("cuda")) == architecture
 
 
 def launch_gradients(name: str, n: int, m: int, wanted: tuple[str, ...]) -> None:

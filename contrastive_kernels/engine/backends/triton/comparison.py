@@ -72,17 +72,19 @@ def objection(operator: str, function: Function, arguments: tuple[Any, ...], opt
     names, errors = list[str](), list[Tensor]()
     for scale in SCALES if operator in ("forward", "backward") else SCALES[:1]:
         drawn = _drawn(operator, function, arguments, scale)
+        found = []
+        for splits in SPLITS if operator == "backward" else (None,):
+            with tiles.split(splits):
+                found.append(_results(operator, drawn, function(*drawn, **options)))
         rough, exact = (
             _results(operator, drawn, PLAIN[operator](*_widened(drawn, dtype), **options))
             for dtype in (torch.float32, torch.float64)
         )
-        for splits in SPLITS if operator == "backward" else (None,):
-            with tiles.split(splits):
-                found = _results(operator, drawn, function(*drawn, **options))
-            for name, value in exact.items():
-                allowed = TIMES_PLAIN * _rms(rough[name], value) + _floor(operator, name, value, drawn, scale)
+        for name, value in exact.items():
+            allowed = TIMES_PLAIN * _rms(rough[name], value) + _floor(operator, name, value, drawn, scale)
+            for one in found:
                 names.append(name)
-                errors.append(torch.stack([_rms(found[name], value), allowed]))
+                errors.append(torch.stack([_rms(one[name], value), allowed]))
     for name, (error, allowed) in zip(names, torch.stack(errors).tolist(), strict=True):
         if not error <= allowed:
             return f"{name} differs from PyTorch in float64 by {error:.2g} where {allowed:.2g} is allowed"
