@@ -110,12 +110,12 @@ def test_sweep_ragged(name, shape, dtype):
     check(CASES[name], inputs(CASES[name], *shape, dtype))
 
 
-@pytest.mark.parametrize("d", [8, 300])
+@pytest.mark.parametrize(("d", "dtype"), [(8, torch.float32), (300, torch.float32), (8, torch.float16)], ids=str)
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
-def test_sweep_empty(n, m, d):
+def test_sweep_empty(n, m, d, dtype):
     """No rows or no columns give empty statistics and zero gradients."""
     case = Case(column_lse=True, maximum=True, term="square")
-    tensors = inputs(case, n, m, d, torch.float32)
+    tensors = inputs(case, n, m, d, dtype)
     statistics = forward(case, tensors)
     for statistic, value in zip(statistics, (-torch.inf, -torch.inf, 0.0, -torch.inf, -torch.inf), strict=False):
         assert (statistic == value).all()

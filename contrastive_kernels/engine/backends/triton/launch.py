@@ -216,12 +216,14 @@ class Operands:
 
     def largest_similarity(self) -> Tensor:
         """Return a bound of |s|, the product of the largest norms; on the device, as all that depends on values."""
-        x: Tensor = torch.linalg.vector_norm(self.x, dim=1, dtype=torch.float32).amax()
-        return x * (x if self.self_similarity else torch.linalg.vector_norm(self.y, dim=1, dtype=torch.float32).amax())
+        x = _largest(torch.linalg.vector_norm(self.x, dim=1, dtype=torch.float32))
+        return x * (
+            x if self.self_similarity else _largest(torch.linalg.vector_norm(self.y, dim=1, dtype=torch.float32))
+        )
 
 
 def _largest(v: Tensor) -> Tensor:
-    return v.abs().amax() if v.numel() else v.new_zeros(())
+    return torch.linalg.vector_norm(v, torch.inf) if v.numel() else v.new_zeros(())
 
 
 def _largest_slope(operands: Operands) -> Tensor | float:
@@ -295,17 +297,25 @@ def gradient_scale(operands: Operands, upstream: Upstream) -> Tensor | None:
     float16 holds neither 1 / N^2 nor more than 65504. No softmax probability exceeds 1 and no slope its bound, so the
     incoming gradients bound the weights.
     """
-    if operands.x.dtype != torch.float16:
+    if operands.x.dtype != torch.float16 or not (operands.soft or operands.term):
         return None
-    soft = _largest(upstream.grad_col_lse)
-    for exponent, grad in zip(operands.exponents, upstream.grad_row_lse, strict=True):
-        soft = soft + abs(exponent) * _largest(grad)
-    slope = _largest(upstream.grad_row_sum) * _largest_slope(operands) if operands.term else 0.0
-    if operands.term and operands.soft:
-        soft = soft * operands.scale.abs()
-        slope = slope if operands.term_scale is None else slope * operands.term_scale.abs()
-    # x against itself adds the weights of both roles
-    bound = (soft + slope) * (2 if operands.self_similarity else 1)
+    # No sum with 0 and no product with 1: each is a launch.
+    bounds = []
+    if operands.soft:
+        soft = [_largest(upstream.grad_col_lse)] if upstream.grad_col_lse.numel() else []
+        for exponent, grad in zip(operands.exponents, upstream.grad_row_lse, strict=True):
+            largest = _largest(grad)
+            soft.append(largest if abs(exponent) == 1 else abs(exponent) * largest)
+        total = functools.reduce(torch.add, soft)
+        bounds.append(total * operands.scale.abs() if operands.term else total)
+    if operands.term:
+        slope = _largest(upstream.grad_row_sum) * _largest_slope(operands)
+        if operands.soft and operands.term_scale is not None:
+            slope = slope * operands.term_scale.abs()
+        bounds.append(slope)
+    bound = functools.reduce(torch.add, bounds)
+    if operands.self_similarity:
+        bound = 2 * bound  # x against itself adds the weights of both roles
     return torch.exp2(14 - bound.clamp(min=2.0**-100).log2().ceil())
 
 
