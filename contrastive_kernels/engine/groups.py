@@ -58,8 +58,7 @@ class Peers(NamedTuple):
 
 def process_group(name: str) -> Any:
     """Return the process group of that name."""
-    resolve: Any = vars(dist.distributed_c10d)["_resolve_process_group"]
-    return resolve(name)
+    return vars(dist.distributed_c10d)["_resolve_process_group"](name)
 
 
 # Collectives on flat buffers: torch 2.13 renamed those of single tensors and warns about the old names.
@@ -94,18 +93,17 @@ def same_rows(x: Tensor, rows: list[int], group: str) -> Tensor:
 
     On a device nothing is read back: the assertion fails ahead of transfers of what depends on the copy.
     """
-    handle = process_group(group)
-    device = header_device(x, handle)
+    device = header_device(x, process_group(group))
     own = torch.stack([torch.full((), n, device=device) for n in rows])
-    everyone = exchange(own, handle)
-    equal = (everyone == own).all()
-    what = "the ranks of a group pass different numbers of rows to a loss under torch.compile, which takes equal shards"
-    then = "drop the last incomplete batch, or call the loss uncompiled; see contrastive_kernels.distributed.set_shards"
-    if device.type != "cpu":
-        torch._assert_async(equal, f"{what}: {then}")
-    elif not equal:
-        shown = ", ".join(f"rank {rank}: {sizes[sizes > 0].tolist()}" for rank, sizes in enumerate(everyone))
-        raise RuntimeError(f"{what} ({shown}): {then}")
+    everyone = exchange(own, process_group(group))
+    equal, shown = (everyone == own).all(), ""
+    if device.type == "cpu" and not equal:
+        shown = " (" + ", ".join(f"rank {r}: {sizes[sizes > 0].tolist()}" for r, sizes in enumerate(everyone)) + ")"
+    torch._assert_async(
+        equal,
+        f"torch.compile takes a group's shards for equal, but the numbers of rows differ{shown}; drop the last, "
+        "incomplete batch, or call the loss uncompiled, see contrastive_kernels.distributed.set_shards",
+    )
     return x.clone()
 
 
@@ -118,9 +116,9 @@ def _padded(rows: Tensor, length: int) -> Tensor:
     return out
 
 
-def _vectors(own: Tensor | None, peers: Peers) -> Tensor | None:
+def _of_all(own: Tensor, peers: Peers) -> Tensor:
     """Return (W, longest), a vector of every rank, padded."""
-    return None if own is None else exchange(_padded(own, peers.longest), peers.handle)
+    return exchange(_padded(own, peers.longest), peers.handle)
 
 
 def _to_owners(parts: Tensor, peers: Peers) -> Tensor:
@@ -262,7 +260,7 @@ def _blocks(
     """
     x, y = inputs.x, inputs.x if inputs.y is None else inputs.y
     own_ids = inputs.x_ids if inputs.y is None else inputs.y_ids
-    ids, bias = _vectors(own_ids, peers), _vectors(inputs.bias, peers)
+    ids, bias = (None if v is None else _of_all(v, peers) for v in (own_ids, inputs.bias))
     apart = what._replace(diagonals=0, column_lse=what.column_lse or once)  # a sample lies on one rank
     # Two slices live at a time, and a block may be a copy of one.
     for start, stop, gathered in _slices(y, peers, 3 * x.shape[1] * x.element_size() + extra_bytes):
@@ -366,8 +364,7 @@ def _pull(
 
     The columns of a block get the statistics and gradients that their own rank has for them as rows.
     """
-    lse, grad = (_vectors(v[0], peers) for v in (upstream.row_lse, upstream.grad_row_lse))
-    assert lse is not None and grad is not None
+    lse, grad = (_of_all(v[0], peers) for v in (upstream.row_lse, upstream.grad_row_lse))
     totals = _Totals()
     for block in _blocks(inputs, what, peers):
         if block.own:
@@ -393,7 +390,7 @@ def _push(
     itself, once, totals = inputs.y is None, _is_symmetric(inputs, what), _Totals()
     apart = wanted._replace(y=wanted.x if itself else wanted.y)
     of_columns = (upstream.row_lse[0], upstream.grad_row_lse[0]) if once else (upstream.col_lse, upstream.grad_col_lse)
-    lse, grad = (_vectors(v if once or what.column_lse else None, peers) for v in of_columns)
+    lse, grad = (_of_all(v, peers) if once or what.column_lse else None for v in of_columns)
     width, world, own = inputs.x.shape[1], len(peers.sizes), peers.sizes[peers.rank]
     bias = inputs.scale.new_zeros(world, peers.longest)
     parts = inputs.scale.new_zeros(world, peers.longest, width) if wanted.total and apart.y else None
@@ -488,8 +485,7 @@ def _leading(found: list[tuple[Tensor, Tensor]], k: int, largest: bool) -> tuple
 def class_sums(values: Tensor, value_ids: Tensor, ids: Tensor, peers: Peers) -> Tensor:
     """Return (n, D), for every id of this rank the sum of the values (m, D) of all ranks' rows that have it."""
     ordered = ids.sort().values
-    all_ids = _vectors(value_ids, peers)
-    assert all_ids is not None
+    all_ids = _of_all(value_ids, peers)
     sums = values.new_zeros(ids.shape[0], values.shape[1])
     everyone = _Columns(peers, 0, len(peers.sizes), 0, peers.longest)
     # Two slices live at a time, a copy of one, and its rows where they belong.
