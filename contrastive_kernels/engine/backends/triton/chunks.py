@@ -57,9 +57,6 @@ from contrastive_kernels.engine.limits import workspace_limit
 # Row blocks that one column block is visited by before the next: the grouped order that keeps tiles in L2.
 GROUP = 8
 
-# Warps that fill the registers of a processor.
-WARPS = 8
-
 
 class TileShares(NamedTuple):
     """Gradients by column block and row of a chunk, to be added up over the blocks; None is not computed."""
@@ -247,10 +244,9 @@ def weights_bwd(
         for factored in (False,) if packed.center is None else (True, False):
             # With a cutoff two programs fit; the twin would spill, and seldom runs.
             persistent = tile.persistent and operands.cutoff is None and (factored or packed.center is None)
-            programs = processors(x) * max(1, WARPS // tile.warps) if persistent else blocks
             launch_kernel(
                 _weights_bwd_kernel,
-                (min(blocks, programs),),
+                (min(blocks, processors(x)) if persistent else blocks,),
                 x=x,
                 y=y,
                 x_tiles=tiles_of(x, tile.height, tile),

@@ -125,10 +125,10 @@ class Tile:
     def persistent(self) -> bool:
         """Whether a program of "weights" takes tile after tile, loading the next one under the epilogue.
 
-        Where one program fills a processor and the loop spills nothing. On sm_80 it spills beside two exponentials, on
-        sm_100 and gfx942 it holds the epilogue twice.
+        Where one program fills a multiprocessor and the loop spills nothing: on sm_100 and gfx942 it holds the epilogue
+        twice, on sm_80 it is at the limit of registers.
         """
-        where = self.architecture == "interpreter" or (self.architecture, self.size) == (90, 2)
+        where = self.architecture == "interpreter" or (self.architecture, self.size, self.warps) == (90, 2, 8)
         return self.kernel == "weights" and where
 
     @property
