@@ -99,7 +99,7 @@ def arguments(kernel, row, flags: dict, total: bool = False, twin: bool = False,
     flags = bundles.Flags(**options, PRECISION=precision)
     # two log-sum-exps of a pair take one exponential, or in another program two
     both_roles = flags.COLUMN_LSE or (symmetric and not flags.BIASED)
-    factored = row.kernel in ("grad", "weights") and both_roles and flags.Q > 0
+    factored = row.kernel in ("grad", "weights") and row.size == 2 and both_roles and flags.Q > 0
     constants = row.blocks(d) | extra | dict(D=d, MAXIMUM=False, GROUP=8, FLAGS=flags)
     constants |= dict(PAIR_SUM=row.pair_sum, TRIANGLE=symmetric, FACTORED=factored and not twin, SPLIT=split)
     constants |= dict(PERSISTENT=row.persistent and not flags.CUT and not twin, NORMS=256)

@@ -294,11 +294,9 @@ def test_sweep_centered(name, d, spread):
     """Log-sum-exps up to `spread` binades apart share one exponential, or take two if they are too far apart."""
     from contrastive_kernels.engine.backends.triton import launch
 
-    if d == 300:
-        spread = min(spread, 240)  # float32 rounds logits of a sum of 300 too much beyond
     case, n = replace(CASES[name], scale=1.0), 45
-    # on a GPU float32 has no gradient in registers
-    dtype = torch.float32 if INTERPRETING else torch.bfloat16
+    # on a GPU float32 has no gradient in registers, and chunks of float32 take two
+    dtype = (torch.float32 if d == 24 else torch.float16) if INTERPRETING else torch.bfloat16
     tensors = inputs(case, n, n, d, dtype)
     x, y = tensors.x, tensors.y
     # all similarities of a row about equal, from -spread / 2 to spread / 2 in base 2; of x with itself from 0 on

@@ -105,9 +105,11 @@ def run_backward(
             operands = dataclasses.replace(operands, column_lse=False)
         product = wanted.x or wanted.y
         in_registers = not product or (scores is None and registers.fits_in_registers(operands, names))
-        # An exponential costs as much as a product of D = 128; beside the loads of saved scores it is hidden.
+        # An exponential costs as much as a product of D = 128. Beside the loads of saved scores it is hidden, beside
+        # products of float32 it is cheap, and a center some hundred binades away takes bits of float32.
         both_roles = operands.column_lse or (operands.self_similarity and operands.bias is None)
-        centered = (in_registers or scores is None) and len(operands.exponents) > 0 and both_roles
+        costly = in_registers or (scores is None and x.dtype != torch.float32)
+        centered = costly and len(operands.exponents) > 0 and both_roles
         packed = PackedVectors.of(operands, upstream, centered)
         if in_registers:
             gradients = registers.backward(operands, packed, names)
