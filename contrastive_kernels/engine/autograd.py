@@ -284,11 +284,12 @@ def _differentiate_softmax_total(backend: str, ctx: Any, *grads: Tensor | None) 
     *_, of_total = grads
     if of_total is None:
         return _no_gradients(ctx)
-    weight, own, *tensors = ctx.saved_tensors[: 2 + len(Inputs._fields)]
+    saved = ctx.saved_tensors  # once: checkpointing does not give them twice
+    weight, own, *tensors = saved[: 2 + len(Inputs._fields)]
     if torch.is_grad_enabled():
         composed = partial(_composed_softmax_total, what=ctx.what, backend=backend)
         return _derivative_of(composed, (weight, own, *tensors), ctx, (of_total,))
-    ready, (needs_own, *needed) = ctx.saved_tensors[-4:], ctx.needs_input_grad[1:5]
+    ready, (needs_own, *needed) = saved[-4:], ctx.needs_input_grad[1:5]
     if any(need and not want for need, want in zip(needed, ctx.wanted, strict=True)):  # as above, an exported program
         ready = call(backend, "softmax_total", weight, own, *tensors, *ctx.what, needed)[:-1]
     factor = of_total.to(own.dtype)
