@@ -286,10 +286,10 @@ def _differentiate_softmax_total(backend: str, ctx: Any, *grads: Tensor | None) 
         return _no_gradients(ctx)
     saved = ctx.saved_tensors  # once: checkpointing does not give them twice
     weight, own, *tensors = saved[: 2 + len(Inputs._fields)]
-    if torch.is_grad_enabled():
-        composed = partial(_composed_softmax_total, what=ctx.what, backend=backend)
-        return _derivative_of(composed, (weight, own, *tensors), ctx, (of_total,))
     ready, (needs_own, *needed) = saved[-4:], ctx.needs_input_grad[1:5]
+    if torch.is_grad_enabled():
+        composed = _composed_gradients(of_total, weight, own, Inputs(*tensors), ctx.what, needed, backend)
+        return None, composed[-1] if needs_own else None, *_spread(composed, _first(needed), ctx.arguments - 2)
     if any(need and not want for need, want in zip(needed, ctx.wanted, strict=True)):  # as above, an exported program
         ready = call(backend, "softmax_total", weight, own, *tensors, *ctx.what, needed)[:-1]
     factor = of_total.to(own.dtype)
@@ -299,14 +299,28 @@ def _differentiate_softmax_total(backend: str, ctx: Any, *grads: Tensor | None) 
     return tuple(found)
 
 
-def _composed_softmax_total(
-    weight: Tensor, own: Tensor, *tensors: Tensor | None, what: Description, backend: str
-) -> Tensor:
-    """Return the total from the statistics of a forward sweep, which have derivatives of all orders."""
-    statistics = sweep_forward(Inputs(*tensors), what, False, False, backend)  # type: ignore[arg-type]  # may be None
-    row_lse = statistics.row_lse.squeeze(0)
-    excess = row_lse - own.to(row_lse.dtype)
-    return (weight.to(row_lse.dtype) * torch.nn.functional.softplus(excess, threshold=37.0)).sum()
+def _first(needed: Sequence[bool]) -> Wanted:
+    """Return that the gradients of x, y and the scale are wanted, as far as they are needed."""
+    x, y, scale = needed
+    return Wanted(x, y, scale, False, False, False)
+
+
+def _composed_gradients(
+    of_total: Tensor,
+    weight: Tensor,
+    own: Tensor,
+    inputs: Inputs,
+    what: Description,
+    needed: Sequence[bool],
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of the first inputs and of `own` from two sweeps, which have derivatives of all orders."""
+    row_lse = sweep_forward(inputs, what, False, False, backend).row_lse
+    grad = (of_total.to(row_lse.dtype) * weight * (row_lse - own).sigmoid()).to(row_lse.dtype)
+    empty = own.new_empty(0)
+    upstream = Upstream(grad, empty, empty, row_lse, empty)
+    found = sweep_backward(upstream, inputs, what, _first(needed), None, backend)
+    return found.x, found.y, found.scale, -grad.squeeze(0).to(own.dtype)
 
 
 def softmax_total(
@@ -367,21 +381,12 @@ def _differentiate_plain(
     function: Callable[..., Any], backend: str, ctx: Any, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """Return the derivative of the same function of the tensors in plain PyTorch."""
-    return _derivative_of(function, ctx.saved_tensors, ctx, grads)
-
-
-def _derivative_of(
-    function: Callable[..., Any], tensors: Sequence[Tensor | None], ctx: Any, grads: Sequence[Tensor | None]
-) -> tuple[Tensor | None, ...]:
-    """Return what a differentiable function of the first arguments gives for the gradients of its results."""
     create_graph = torch.is_grad_enabled()
     needed = [position for position, need in enumerate(ctx.needs_input_grad) if need]
     with torch.enable_grad():
         leaves = [
-            tensor
-            if tensor is None
-            else (tensor.view_as(tensor) if create_graph and need else tensor.detach().requires_grad_(need))
-            for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False)
+            tensor.view_as(tensor) if create_graph and need else tensor.detach().requires_grad_(need)
+            for tensor, need in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         ]
         results = function(*leaves)
         pairs = [
@@ -392,7 +397,7 @@ def _derivative_of(
     found: list[Tensor | None] = [None] * ctx.arguments
     if pairs:
         outputs, upstream = zip(*pairs, strict=True)
-        wanted = [leaf for leaf, need in zip(leaves, ctx.needs_input_grad, strict=False) if leaf is not None and need]
+        wanted = [leaves[position] for position in needed]
         derived = torch.autograd.grad(outputs, wanted, upstream, create_graph=create_graph, allow_unused=True)
         for position, grad in zip(needed, derived, strict=True):
             found[position] = grad
