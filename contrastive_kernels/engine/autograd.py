@@ -286,10 +286,11 @@ def _differentiate_softmax_total(backend: str, ctx: Any, *grads: Tensor | None) 
         return _no_gradients(ctx)
     saved = ctx.saved_tensors  # once: checkpointing does not give them twice
     weight, own, *tensors = saved[: 2 + len(Inputs._fields)]
-    ready, (needs_own, *needed) = saved[-4:], ctx.needs_input_grad[1:5]
-    if torch.is_grad_enabled():
+    ready, (needs_weight, needs_own, *needed) = saved[-4:], ctx.needs_input_grad[:5]
+    if needs_weight or torch.is_grad_enabled():  # an exported program may have a weight with a gradient
         composed = _composed_gradients(of_total, weight, own, Inputs(*tensors), ctx.what, needed, backend)
-        return None, composed[-1] if needs_own else None, *_spread(composed, _first(needed), ctx.arguments - 2)
+        of_weight, of_own = composed[-2] if needs_weight else None, composed[-1] if needs_own else None
+        return of_weight, of_own, *_spread(composed, _first(needed), ctx.arguments - 2)
     if any(need and not want for need, want in zip(needed, ctx.wanted, strict=True)):  # as above, an exported program
         ready = call(backend, "softmax_total", weight, own, *tensors, *ctx.what, needed)[:-1]
     factor = of_total.to(own.dtype)
@@ -314,19 +315,21 @@ def _composed_gradients(
     needed: Sequence[bool],
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of the first inputs and of `own` from two sweeps, which have derivatives of all orders."""
+    """Return the gradients of x, y, scale, weight and own from two sweeps, which have derivatives of all orders."""
     row_lse = sweep_forward(inputs, what, False, False, backend).row_lse
-    grad = (of_total.to(row_lse.dtype) * weight * (row_lse - own).sigmoid()).to(row_lse.dtype)
+    excess, factor = row_lse - own, of_total.to(row_lse.dtype)
+    grad = factor * weight * excess.sigmoid()
+    of_weight = (factor * torch.nn.functional.softplus(excess, threshold=37.0)).squeeze(0).to(own.dtype)
     empty = own.new_empty(0)
     upstream = Upstream(grad, empty, empty, row_lse, empty)
     found = sweep_backward(upstream, inputs, what, _first(needed), None, backend)
-    return found.x, found.y, found.scale, -grad.squeeze(0).to(own.dtype)
+    return found.x, found.y, found.scale, of_weight, -grad.squeeze(0).to(own.dtype)
 
 
 def softmax_total(
     weight: Tensor, own: Tensor, inputs: Inputs, what: Description, wanted: tuple[bool, bool, bool], backend: str
 ) -> Tensor:
-    """Return the total of `SoftmaxTotal`, differentiable in all but the weight, from one visit of every row."""
+    """Return the total of `SoftmaxTotal`, differentiable, from one visit of every row."""
     return SoftmaxTotal(*call(backend, "softmax_total", weight, own, *inputs, *what, list(wanted))).total.to(own.dtype)
 
 

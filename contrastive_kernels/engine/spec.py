@@ -189,7 +189,7 @@ class BackwardArguments(NamedTuple):
 class SoftmaxArguments(NamedTuple):
     """The arguments of a softmax_total operator."""
 
-    weight: Tensor  # (N,) in the compute dtype, as own; no gradient
+    weight: Tensor  # (N,) in the compute dtype, as own
     own: Tensor
     inputs: Inputs
     what: Description
