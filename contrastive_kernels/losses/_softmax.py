@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -187,16 +189,16 @@ def one_direction_loss(
     if plain and own is not None and options.reduction in ("mean", "sum"):
         if weight is not None:
             weight = weight.repeat(x.shape[0] // weight.shape[0])
-        factors = row_factors(x, weight, options.reduction, options.shards)
+        factors = partial(row_factors, x, weight, options.reduction, options.shards)
         total = weighted_row_losses(x, y, pairs, own, factors, options)
         if total is not None:
-            return total if own is target else total + (factors * (own - target)).sum()
+            return total if own is target else total + (factors() * (own - target)).sum()
     swept = options if columns is None else replace(options, shards=columns)
     return softmax_loss([sweep_negatives(x, y, pairs, swept)], positives, options)
 
 
 def weighted_row_losses(
-    x: Tensor, y: Tensor | None, pairs: Pairs, own: Tensor, factors: Tensor, options: SoftmaxOptions
+    x: Tensor, y: Tensor | None, pairs: Pairs, own: Tensor, factors: Callable[[], Tensor], options: SoftmaxOptions
 ) -> Tensor | None:
     """Return the sum of the factors times ``softplus(negatives - own)``; None where two sweeps have to compute it."""
     if not options.shards.alone:

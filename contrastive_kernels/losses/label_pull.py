@@ -111,11 +111,16 @@ def label_pull_loss(
     else:
         pairs, logit = Pairs(labels, torch.arange(classes, device=z.device)), options.scale * similarity
         if reduction != "none" and options.shards.alone:
-            share = labelled.to(logit.dtype) if weight is None else labelled * weight.to(logit.dtype)
-            if reduction == "mean":
-                number = share.sum()
-                share = share / number.masked_fill(number == 0, 1)
-            total = weighted_row_losses(z, embeddings, pairs, logit, share.masked_fill(unknown, 0), options)
+
+            def shares() -> Tensor:
+                """Return the factor of each sample's loss."""
+                share = labelled.to(logit.dtype) if weight is None else labelled * weight.to(logit.dtype)
+                if reduction == "mean":
+                    number = share.sum()
+                    share = share / number.masked_fill(number == 0, 1)
+                return share.masked_fill(unknown, 0)
+
+            total = weighted_row_losses(z, embeddings, pairs, logit, shares, options)
             if total is not None:
                 return total + torch.zeros_like(total).masked_fill(unknown.any(), torch.nan)
         negatives = sweep_negatives(z, embeddings, pairs, replace(options, shards=ALONE))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -133,21 +134,24 @@ def softmax_total(
     *,
     scale: float | Tensor,
     own: Tensor,
-    weight: Tensor,
+    weight: Callable[[], Tensor],
     backend: str | None = None,
 ) -> Tensor | None:
     """Return ``sum_i weight_i log(1 + exp(row_lse_i - own_i))``, 0-dim, with gradients from the same visit of the rows.
 
     None where two sweeps serve better or have to: on a GPU; of x with itself where one triangle holds all pairs; for
     float16, as in `weighted_total`; for a weight with a gradient; and where the exponentials of some rows do not fit in
-    the workspace. The arguments are not checked.
+    the workspace. The arguments are not checked; `weight` is called only where the total is computed.
     """
-    if weight.requires_grad or (y is None and pairs.cutoff is None):
+    if y is None and pairs.cutoff is None:
         return None
     inputs, what, chosen = _prepare(x, y, pairs, scale, None, (1.0,), False, None, backend)
     x, y = inputs.x, inputs.y
     strip = STRIP_ROWS * (x if y is None else y).shape[0] * inputs.scale.dtype.itemsize
     if "softmax_total" not in chosen.operators or x.dtype == torch.float16 or not known(strip <= workspace_limit()):
+        return None
+    factors = weight()
+    if factors.requires_grad:
         return None
     differentiable = torch.is_grad_enabled()
     wanted = (
@@ -155,8 +159,7 @@ def softmax_total(
         differentiable and y is not None and y.requires_grad,
         differentiable and inputs.scale.requires_grad,
     )
-    own, weight = own.to(inputs.scale), weight.to(inputs.scale)
-    return autograd.softmax_total(weight, own, inputs, what, wanted, chosen.name)
+    return autograd.softmax_total(factors.to(inputs.scale), own.to(inputs.scale), inputs, what, wanted, chosen.name)
 
 
 def _prepare(

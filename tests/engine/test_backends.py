@@ -61,10 +61,11 @@ def test_operators(backend):
     for name, function in operators.items():
         if function is None:
             assert backend.name == "cpp"
-        elif name in ("forward", "backward"):
+        elif name in ("forward", "backward", "softmax_total"):
             schema = {
                 "forward": "inputs, what, *, maximum, save_scores",
                 "backward": "upstream, inputs, what, wanted, scores, *, float32_gradients",
+                "softmax_total": "weight, own, inputs, what, wanted",
             }[name]
             kinds = {False: inspect.Parameter.POSITIONAL_OR_KEYWORD, True: inspect.Parameter.KEYWORD_ONLY}
             positional, _, keyword = schema.partition(", *, ")

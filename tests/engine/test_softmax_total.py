@@ -92,7 +92,7 @@ def test_values_and_gradients(shape, options, dtype, backend, poison):
     tensors = {"x": x, "scale": scale, "own": own} if itself else {"x": x, "y": y, "scale": scale, "own": own}
 
     def ours(x, scale, own, y=None):
-        return softmax_total(x, y, pairs, scale=scale, own=own, weight=weight, backend=backend)
+        return softmax_total(x, y, pairs, scale=scale, own=own, weight=lambda: weight, backend=backend)
 
     def expected(x, scale, own, y=None):
         other = (x if y is None else y).detach()
@@ -118,7 +118,7 @@ def test_only_one_input_needs_a_gradient(wanted, backend, poison):
     tensors = {"x": x, "y": y, "scale": scale, "own": own}
 
     def total(**given):
-        return softmax_total(pairs=Pairs(), weight=weight, backend=backend, **given)
+        return softmax_total(pairs=Pairs(), weight=lambda: weight, backend=backend, **given)
 
     every = differentiate(total, tensors)
     others = {name: t for name, t in tensors.items() if name != wanted}
@@ -133,7 +133,7 @@ def test_empty_inputs(shape, backend, poison):
     x, y, scale, own, weight = tensors_of((*shape[:2], max(shape[2], 1)), torch.float32, device_of(backend))
     x, y = (t[:, : shape[2]] for t in (x, y))
     found = differentiate(
-        lambda x, y: softmax_total(x, y, Pairs(), scale=scale, own=own, weight=weight, backend=backend),
+        lambda x, y: softmax_total(x, y, Pairs(), scale=scale, own=own, weight=lambda: weight, backend=backend),
         {"x": x, "y": y},
     )
     expected = dense(x, y, scale, own, weight, Pairs(), None) if shape[1] else torch.zeros_like(found.value)
@@ -154,7 +154,7 @@ def test_nan(where, backend, poison):
         ids = x_ids, y_ids
     pairs = Pairs() if ids is None else Pairs(*ids)
     found = differentiate(
-        lambda x, scale: softmax_total(x, y, pairs, scale=scale, own=own, weight=weight, backend=backend),
+        lambda x, scale: softmax_total(x, y, pairs, scale=scale, own=own, weight=lambda: weight, backend=backend),
         {"x": x, "scale": scale},
     )
     if where == "dropped":
@@ -175,7 +175,7 @@ def test_derivatives(backend):
     pairs = Pairs(torch.arange(4, device=x.device), torch.arange(5, device=x.device))
 
     def function(x, y, scale, own):
-        return softmax_total(x, y, pairs, scale=scale, own=own, weight=weight, backend=backend)
+        return softmax_total(x, y, pairs, scale=scale, own=own, weight=lambda: weight, backend=backend)
 
     def bare(x, y, scale, own, wanted=(True, True, True)):
         inputs, what = Inputs(x, y, scale, None, *pairs[:2], *[None] * 3), Description((1.0,), False, "", (), False, 0)
@@ -259,10 +259,10 @@ def test_one_visit(name, backend):
 def test_two_sweeps(backend):
     """Where one visit is not for, the function says so and the loss takes two sweeps."""
     x, y, scale, own, weight = tensors_of((9, 12, 4), torch.float32, device_of(backend))
-    options = {"scale": scale, "own": own, "weight": weight, "backend": backend}
+    options = {"scale": scale, "own": own, "weight": lambda: weight, "backend": backend}
     assert softmax_total(x, y, Pairs(), **options) is not None
     assert softmax_total(x, None, Pairs(), **options) is None
-    assert softmax_total(x, y, Pairs(), **{**options, "weight": weight.clone().requires_grad_()}) is None
+    assert softmax_total(x, y, Pairs(), **{**options, "weight": lambda: weight.clone().requires_grad_()}) is None
     if supports(backend, torch.float16):
         assert softmax_total(x.half(), y.half(), Pairs(), **options) is None
     ck.set_workspace_limit(4 * 256 * 12 - 1)
