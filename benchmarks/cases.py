@@ -180,9 +180,11 @@ def _multi_view(n: int, d: int) -> Inputs:
     return {"views": _views(n, d, VIEWS)}
 
 
-# Products without stored similarities: S in the forward, S again in the backward, and one product for each gradient.
-# A symmetric S needs half the product and has one gradient. A queue and its keys have none.
-_TWO_GRADIENTS, _ONE_GRADIENT, _SYMMETRIC = (1, 3), (1, 2), (0.5, 1.5)
+# Products without stored similarities: S, one for each gradient, and S again in the backward where a pair has to wait
+# for its row's and its column's statistics. A loss of rows alone or of pairs alone has value and gradients from one
+# visit. A symmetric S needs half the product and has one gradient. A queue and its keys have none.
+_BOTH_DIRECTIONS, _ONE_VISIT, _ONE_GRADIENT = (1, 3), (1, 2), (1, 1)
+_SYMMETRIC, _SYMMETRIC_PAIRS = (0.5, 1.5), (0.5, 1)
 # Products of size D x D only.
 _NONE = (0, 0)
 
@@ -196,7 +198,7 @@ LOSSES: dict[str, Loss] = {
         _query_key,
         eager.info_nce,
         _at_temperature(ck.info_nce_loss),
-        _TWO_GRADIENTS,
+        _ONE_VISIT,
         others={"linear_cross_entropy": eager.info_nce_by(eager.linear_cross_entropy)},
     ),
     "nt_xent": Loss(_two_views, eager.nt_xent, _at_temperature(ck.nt_xent_loss), _SYMMETRIC),
@@ -204,10 +206,10 @@ LOSSES: dict[str, Loss] = {
         _clip_inputs,
         eager.clip,
         ck.clip_loss,
-        _TWO_GRADIENTS,
+        _BOTH_DIRECTIONS,
         others={"linear_cross_entropy": eager.clip_by(eager.linear_cross_entropy)},
     ),
-    "siglip": Loss(_siglip_inputs, eager.siglip, ck.siglip_loss, _TWO_GRADIENTS),
+    "siglip": Loss(_siglip_inputs, eager.siglip, ck.siglip_loss, _ONE_VISIT),
     "moco": Loss(
         _moco_inputs,
         eager.moco,
@@ -228,25 +230,25 @@ LOSSES: dict[str, Loss] = {
     ),
     "decoupled": Loss(_two_views, eager.decoupled, _at_temperature(ck.decoupled_loss), _SYMMETRIC),
     # A search for the nearest rows, then the loss, with a gradient for the predictions only.
-    "nnclr": Loss(_nnclr_inputs, eager.nnclr, _at_temperature(ck.nnclr_loss), (2, 2), detached=("z", "support")),
+    "nnclr": Loss(_nnclr_inputs, eager.nnclr, _at_temperature(ck.nnclr_loss), (2, 1), detached=("z", "support")),
     # A selection, then a loss over the kept pairs, which are no longer symmetric.
     "false_negative": Loss(
         _two_views,
         eager.false_negative,
         _at_temperature(partial(ck.false_negative_loss, threshold=None, top_k=TOP_K, factor=1.0)),
-        (2, 3),
+        (2, 2),
     ),
     "easy_negative": Loss(
-        _query_key, eager.easy_negative, _at_temperature(partial(ck.easy_negative_loss, k=EASIEST)), (2, 3)
+        _query_key, eager.easy_negative, _at_temperature(partial(ck.easy_negative_loss, k=EASIEST)), (2, 2)
     ),
     "quick_thoughts": Loss(
-        lambda n, d: _pair("first", "second", n, d), eager.quick_thoughts, ck.quick_thoughts_loss, _TWO_GRADIENTS
+        lambda n, d: _pair("first", "second", n, d), eager.quick_thoughts, ck.quick_thoughts_loss, _ONE_VISIT
     ),
     "arcl": Loss(
         _multi_view,
         eager.arcl,
         _at_temperature(ck.arcl_loss),
-        _TWO_GRADIENTS,
+        _BOTH_DIRECTIONS,
         columns=lambda n: 2 * n,
     ),
     "moco_arcl": Loss(
@@ -261,7 +263,7 @@ LOSSES: dict[str, Loss] = {
         lambda n, d: {"z": _rows(n, d)},
         eager.distance_polarization,
         partial(ck.distance_polarization, lower=BAND.lower, upper=BAND.upper),
-        _SYMMETRIC,
+        _SYMMETRIC_PAIRS,
     ),
     "lmcl": Loss(_two_views, eager.lmcl, _at_temperature(partial(ck.nt_xent_loss, polarization=BAND)), _SYMMETRIC),
     "spectral_contrastive": Loss(_two_towers, eager.spectral_contrastive, ck.spectral_contrastive_loss, _NONE),
@@ -278,13 +280,13 @@ LOSSES: dict[str, Loss] = {
         lambda n, d: _pair("anchor", "positive", n, d),
         eager.triplet_margin,
         partial(ck.triplet_margin_loss, margin=MARGIN),
-        _TWO_GRADIENTS,
+        _ONE_VISIT,
     ),
     "label_pull": Loss(
         _label_inputs,
         eager.label_pull,
         _at_temperature(partial(ck.label_pull_loss, form="softmax")),
-        _TWO_GRADIENTS,
+        _ONE_VISIT,
         columns=lambda n: LABELS,
     ),
     # Linear algebra of N x N matrices; the eager form holds one for each of the N anchors.

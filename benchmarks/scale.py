@@ -20,14 +20,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from contrastive_kernels.engine.groups import ROWS_TO_PUSH
+
 from .cases import DENSE_COPIES
 from .options import at_least
 
 MIB = 2**20
 # Of a slice two live at a time, and a block may be a copy of one; of its gradient one, in float32, and that of a block.
 SLICES, SLICE_GRADIENTS = 3, 2
-# From so many rows of a rank on, the engine sends gradients of x with itself home on a GPU.
-ROWS_TO_PUSH = 8192
 # Nodes at which the bandwidth across nodes was read.
 MANY_NODES = 128
 
@@ -49,7 +49,7 @@ class Loss:
         """Return our products of n x N x D in forward and backward, and whether gradients of others travel."""
         if not self.symmetric:
             return [(1.0, False), (3.0, True)]
-        twice = ranks > 1 and rows < ROWS_TO_PUSH
+        twice = ranks > 1 and rows < ROWS_TO_PUSH["cuda"]
         return [(0.5, False), (2.0, False) if twice else (1.5, True)]
 
 
