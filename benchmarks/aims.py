@@ -50,7 +50,7 @@ AIMS = [
         for d, (ms, gain) in zip(DIMS, aims, strict=True)
     ),
     *(
-        Aim(loss, LARGE_N, d, ms=33.0 if (loss, d) == ("clip", 512) else None, mb=256 if d <= 256 else 1074)
+        Aim(loss, LARGE_N, d, ms=33.0 if (loss, d) == ("clip", 512) else None, mb=256 if d <= 128 else 1074)
         for loss in PAIR
         for d in DIMS
     ),
