@@ -19,9 +19,9 @@ from .cases import LOSSES, Case
 from .measure import MIB
 from .run import COLUMNS, Row
 
-# Up to 4 MiB of similarities are saved for the backward, and chunks have a least size: below these rows the memory of a
-# provider says nothing about larger batches.
-LEAST_ROWS = 2048
+# Up to 4 MiB of similarities are saved for the backward, and chunks and strips have a least size: below these rows the
+# memory of a provider says nothing about larger batches.
+LEAST_ROWS = 4096
 
 
 def write(rows: Sequence[Row], folder: Path) -> None:

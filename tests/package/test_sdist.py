@@ -93,7 +93,7 @@ def test_build_after_an_isolated_installation(sdist, tmp_path):
     python = tmp_path / "venv" / "bin" / "python"
     packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
     # torch, setuptools and pip are those of this environment
-    (packages / "these.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    (packages / "these.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
 
     pip = (python, "-m", "pip", "--disable-pip-version-check")
     alone = environment(PYTHONPATH=str(sdist.parent / "hidden"))

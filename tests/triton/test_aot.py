@@ -175,7 +175,7 @@ def cases() -> list:
             epilogues = epilogues | {"hard_negative-band": LARGE["hard_negative-band"]}
         if row.kernel == "weights" and row.size == 2 and takes_large_epilogues(row):
             epilogues = epilogues | {"siglip": TOTALS["siglip"]}
-        if row.architecture == 90 and row.kernel == "grad" and row.size == 2 and row.limit == 128:
+        if row.architecture == 90 and row.kernel == "grad" and row.size == 2 and not row.large_epilogue:
             epilogues = epilogues | OTHERS
         elif row.kernel == "saved_sums":
             epilogues = {"clip-ids": OTHERS["clip-ids"]}

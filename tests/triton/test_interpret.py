@@ -1,6 +1,7 @@
 """The Triton kernels against dense float64, in the interpreter if TRITON_INTERPRET=1, on the GPU if there is one.
 
 `test_processes.py` runs the interpreter in a process of its own: the variable counts when the kernels are imported.
+Longer than 500 lines because all kernels are compared on one table of sweeps, in one process.
 """
 
 from __future__ import annotations

@@ -78,8 +78,10 @@ def launches(monkeypatch):
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
 
-    def count(step) -> Launches:
-        step()  # the first one creates the gradients
+    def count(step, leaves) -> Launches:
+        step()  # what is done once
+        for leaf in leaves:
+            leaf.grad = None  # as optimizers do, before every step
         mode.counts.clear()
         mode.kernels = 0
         with mode:
@@ -112,14 +114,15 @@ def dense_siglip(x, y, scale):
 
 # The most launches that a forward and backward take: every small batch pays for them.
 CASES = {
-    "clip": (35, lambda x, y, scale: ck.clip_loss(x, y, scale, normalize=True, backend="triton"), dense_clip),
-    "info_nce": (30, lambda x, y, scale: ck.info_nce_loss(x, y, logit_scale=scale, backend="triton"), dense_info_nce),
+    "clip": (28, lambda x, y, scale: ck.clip_loss(x, y, scale, backend="triton"), dense_clip),
+    "clip-normalize": (32, lambda x, y, scale: ck.clip_loss(x, y, scale, normalize=True, backend="triton"), dense_clip),
+    "info_nce": (27, lambda x, y, scale: ck.info_nce_loss(x, y, logit_scale=scale, backend="triton"), dense_info_nce),
     "siglip": (
-        40,
+        37,
         lambda x, y, scale: ck.siglip_loss(x, y, scale, -1.0, normalize=True, backend="triton"),
         dense_siglip,
     ),
-    "nt_xent": (33, lambda x, y, scale: ck.nt_xent_loss(x, y, logit_scale=scale, backend="triton"), dense_nt_xent),
+    "nt_xent": (30, lambda x, y, scale: ck.nt_xent_loss(x, y, logit_scale=scale, backend="triton"), dense_nt_xent),
 }
 
 
@@ -129,8 +132,8 @@ def test_launches(name, launches):
     most, loss, dense = CASES[name]
     x, y = torch.randn(2, 64, 32).unbind(0)
     x, y, scale = x.requires_grad_(), y.requires_grad_(), torch.tensor(10.0, requires_grad=True)
-    eager = launches(lambda: dense(x, y, scale).backward()).total
-    ours = launches(lambda: loss(x, y, scale).backward())
+    eager = launches(lambda: dense(x, y, scale).backward(), (x, y, scale)).total
+    ours = launches(lambda: loss(x, y, scale).backward(), (x, y, scale))
     assert ours.total <= most, f"{ours.total} launches, {most} before: {ours.kernels} of Triton, {dict(ours.counts)}"
     assert ours.kernels > 5, "the interpreter's launches are not seen"
     assert ours.total <= eager, f"{ours.total} launches, {eager} in plain PyTorch"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import re
 import sys
 import warnings
 from collections.abc import Mapping
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +32,10 @@ def load(extension: str, cached: Path | None = None) -> tuple[dict[str, Any], st
     The module of that name comes first, then the file ``cached``, by default the one that `build.build` puts into the
     cache for this torch.
     """
-    spec, problem = importlib.util.find_spec(extension), "the extension is not built"
+    package = extension.rpartition(".")[0]
+    # in the folder of the package alone: what an editable installation adds finds that of another checkout
+    spec = PathFinder.find_spec(extension, sys.modules[package].__path__ if package else None)
+    problem = "the extension is not built"
     if spec is not None:
         info, problem = _load(spec)
         if info:
