@@ -75,10 +75,10 @@ def measured_row(loss, provider, n, d):
 def test_largest_batch_is_that_of_larger_measurements(loss, provider):
     """What two sizes say of the memory of larger batches is what those take."""
     dense = provider == "eager"
-    first, second, *larger = (2048, 3072, 4096, 5120) if dense else (4096, 8192, 12288, 16384)
-    rows = [measured_row(loss, provider, n, 32) for n in (first, second)]
+    d, first, second, *larger = (32, 2048, 3072, 4096, 5120) if dense else (128, 4096, 6144, 8192, 10240)
+    rows = [measured_row(loss, provider, n, d) for n in (first, second)]
     for n in larger:
-        takes = extra_mib(loss, provider, n) + report.held_mib(loss, n, 32, "float32")
+        takes = extra_mib(loss, provider, n, d) + report.held_mib(loss, n, d, "float32")
         assert report.largest_batch(rows, takes / 1024) == pytest.approx(n, rel=0.03)
 
 
@@ -98,4 +98,4 @@ def test_no_figure_without_ground():
     assert report.largest_batch(peaks("ours", [(4096, 10.0), (8192, 40.0)], "mmcl"), 8.0) is None
     assert report.batch_table(peaks("ours", [(512, 4.0), (1024, 5.0), (2048, 6.0)]), 8.0) is None
     table = report.batch_table(peaks("ours", [(8192, 4.0), (4096, 2.0)]), 8.0)
-    assert next(table.columns[5].cells) == "4,096"
+    assert next(table.columns[5].cells) == "8,192"

@@ -139,6 +139,7 @@ class Tile:
 
 _CLAMPED = "registers: the next larger tile spills"
 _SPLIT = "D does not stay in shared memory"
+_ONE_PROGRAM = "held down to 128 registers, for two programs, it spills"
 _PAIRS = "64-bit ids beside the column accumulator spill at 128 x 128"
 
 ROWS = (
@@ -146,8 +147,10 @@ ROWS = (
     Tile("sums", 80, 2, False, ANY, 128, 128, 64, 8, 3, _SPLIT),
     Tile("sums", 90, 2, True, 128, 128, 128, None, 8, 2, "ids: 205 registers; 0.9 KB spilled with 128"),
     Tile("sums", 90, 2, True, ANY, 128, 128, 64, 8, 3, "ids: 209 registers; 0.9 KB spilled with 128"),
-    Tile("sums", 90, 2, False, 128, 128, 128, None, 8, 2, "97 KB", maxnreg=128),
-    Tile("sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB", maxnreg=128),
+    Tile("sums", 90, 2, False, 128, 128, 128, None, 8, 2, "97 KB", before="3.9", maxnreg=128),
+    Tile("sums", 90, 2, False, 128, 128, 128, None, 8, 2, _ONE_PROGRAM, since="3.9"),
+    Tile("sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB", before="3.9", maxnreg=128),
+    Tile("sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, _ONE_PROGRAM, since="3.9"),
     Tile("sums", 100, 2, True, 128, 64, 64, None, 4, 2, _PAIRS),
     Tile("sums", 100, 2, True, ANY, 64, 64, 64, 4, 3, _PAIRS),
     Tile("sums", 100, 2, False, 128, 128, 128, None, 8, 2, "97 KB"),
@@ -158,8 +161,10 @@ ROWS = (
     Tile("safe_sums", 80, 2, False, 256, 128, 64, None, 8, 2, "97 KB at D = 256"),
     Tile("safe_sums", 80, 2, False, ANY, 64, 128, 64, 8, 3, _SPLIT),
     Tile("safe_sums", 90, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
-    Tile("safe_sums", 90, 2, False, 128, 128, 128, None, 8, 2, "96 KB", maxnreg=128),
-    Tile("safe_sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB", maxnreg=128),
+    Tile("safe_sums", 90, 2, False, 128, 128, 128, None, 8, 2, "96 KB", before="3.9", maxnreg=128),
+    Tile("safe_sums", 90, 2, False, 128, 128, 128, None, 8, 2, _ONE_PROGRAM, since="3.9"),
+    Tile("safe_sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB", before="3.9", maxnreg=128),
+    Tile("safe_sums", 90, 2, False, ANY, 128, 128, 64, 8, 3, _ONE_PROGRAM, since="3.9"),
     Tile("safe_sums", 100, 2, True, ANY, 128, 64, 64, 8, 3, _CLAMPED),
     Tile("safe_sums", 100, 2, False, 256, 128, 64, None, 8, 2, "129 KB at D = 256"),
     Tile("safe_sums", 100, 2, False, ANY, 128, 128, 64, 8, 3, "96 KB"),
@@ -170,7 +175,8 @@ ROWS = (
     Tile("grad", 90, 2, True, 128, 64, 32, None, 4, 2, "64 x 64 spills with 4 warps, serializes wgmma (C7515) with 8"),
     Tile("grad", 90, 2, False, 128, 64, 128, None, 4, 2,
          "82 KB: one multiplies, one exponentiates; at D = 256 one program of 128 x 64 fits, and chunks are faster",
-         maxnreg=255),
+         before="3.9", maxnreg=255),
+    Tile("grad", 90, 2, False, 128, 64, 64, None, 4, 2, "50 KB; the twin of 64 x 128 spills 30 bytes", since="3.9"),
     Tile("grad", 100, 2, True, 256, 64, 32, None, 8, 2, _CLAMPED),
     Tile("grad", 100, 2, False, 256, 128, 64, None, 8, 2, "all 512 columns of tensor memory at D = 256"),
     Tile("grad", "gfx942", 2, False, 128, 64, 64, None, 4, 1, "dX takes half of the registers"),
