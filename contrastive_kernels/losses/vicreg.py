@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -84,7 +85,7 @@ def vicreg_loss(
         diagonal, off_diagonal = cross_moments(centred, centred, shards)
         hinge.append((1 - (diagonal / (n - 1) + eps).sqrt()).relu().mean())
         covariance.append(off_diagonal / ((n - 1) ** 2 * d))
-    similarity = shards.mean((views[0] - views[1]).square())
+    similarity = F.mse_loss(*views) if shards.alone else shards.mean((views[0] - views[1]).square())
     loss = alpha * similarity + beta * (hinge[0] + hinge[1]) / 2 + gamma * (covariance[0] + covariance[1])
     return loss.to(similarity.dtype)
 
