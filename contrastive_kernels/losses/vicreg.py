@@ -8,7 +8,16 @@ from typing_extensions import Unpack
 
 from contrastive_kernels.losses._arguments import GroupArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
-from contrastive_kernels.primitives import Group, checks, compute_dtype, cross_moments, over_ranks, shards_of, unit_rows
+from contrastive_kernels.primitives import (
+    Group,
+    centred_rows,
+    checks,
+    compute_dtype,
+    cross_moments,
+    over_ranks,
+    shards_of,
+    unit_rows,
+)
 
 __all__ = ["VICRegLoss", "vicreg_loss"]
 
@@ -81,11 +90,11 @@ def vicreg_loss(
     n, d = shards.total(views[0].shape[0]), views[0].shape[1]
     hinge, covariance = [], []
     for view in views:
-        centred = view - shards.column_means(view)
+        centred = centred_rows(view, shards)
         diagonal, off_diagonal = cross_moments(centred, centred, shards)
         hinge.append((1 - (diagonal / (n - 1) + eps).sqrt()).relu().mean())
         covariance.append(off_diagonal / ((n - 1) ** 2 * d))
-    similarity = F.mse_loss(*views) if shards.alone else shards.mean((views[0] - views[1]).square())
+    similarity = F.mse_loss(views[0], views[1]) if shards.alone else shards.mean((views[0] - views[1]).square())
     loss = alpha * similarity + beta * (hinge[0] + hinge[1]) / 2 + gamma * (covariance[0] + covariance[1])
     return loss.to(similarity.dtype)
 

@@ -16,7 +16,7 @@ from contrastive_kernels.engine.terms import (
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.devices import available_bytes, reading_is_free, reading_is_possible
 from contrastive_kernels.primitives.logsumexp import similarity_logsumexp
-from contrastive_kernels.primitives.moments import cross_moments, moments_pay, row_squares
+from contrastive_kernels.primitives.moments import centred_rows, cross_moments, moments_pay, row_squares
 from contrastive_kernels.primitives.rows import (
     cast_for_autocast,
     gather_rows,
@@ -61,6 +61,7 @@ __all__ = [
     "Term",
     "available_bytes",
     "cast_for_autocast",
+    "centred_rows",
     "checks",
     "compute_dtype",
     "cross_moments",

@@ -12,7 +12,7 @@ from contrastive_kernels.primitives.devices import known, reading_is_free
 from contrastive_kernels.primitives.rows import gather_rows, wide_products, wide_sums
 from contrastive_kernels.primitives.shards import ALONE, Shards
 
-__all__ = ["cross_moments", "moments_pay", "row_squares"]
+__all__ = ["centred_rows", "cross_moments", "moments_pay", "row_squares"]
 
 
 class _Gram(torch.autograd.Function):
@@ -34,6 +34,24 @@ class _Gram(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         with wide_products(x):
             return x @ (grad + grad.T)
+
+
+class _Centred(torch.autograd.Function):
+    """``x - x.mean(0)``, which is its own derivative; that of the mean alone would be a matrix like x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return centred_rows(grad)
 
 
 class _RowSquares(torch.autograd.Function):
@@ -62,6 +80,12 @@ class _RowSquares(torch.autograd.Function):
                 # The product that was saved has no graph for a second derivative.
                 product = x @ (y.T @ y)
             return grad * product if needs_x else None, y @ (x.T @ (grad * x)) if needs_y else None
+
+
+def centred_rows(x: Tensor, shards: Shards = ALONE) -> Tensor:
+    """Return the rows without their mean, that of all ranks."""
+    found: Tensor = apply(_Centred, x) if shards.alone else x - shards.column_means(x)
+    return found
 
 
 def row_squares(x: Tensor, y: Tensor, own: Tensor | None = None, shards: Shards = ALONE) -> Tensor:
