@@ -161,3 +161,16 @@ def test_opcheck_of_products():
     x = x.to(device_of("triton"))
     torch.library.opcheck(operator("triton", "row_dot"), (x, x))
     torch.library.opcheck(operator("triton", "row_dot_backward"), (x[..., 0].contiguous(), x, x, [True, False]))
+
+
+def test_whether_a_device_has_autocast_is_not_asked_in_a_call(monkeypatch):
+    """torch.compile of torch 2.9 to 2.11 cannot trace that question."""
+
+    def asked(device):
+        raise AssertionError("asked in a call")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", asked)
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert unit_rows(x).dtype == torch.bfloat16
+    assert unit_rows(x).dtype == torch.float32
