@@ -58,7 +58,7 @@ def on_all_ranks(function: Callable[[], T]) -> list[T]:
         outcome = function()
     except Unavailable as reason:
         outcome = reason
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other ranks wait for an answer
         outcome = Unavailable(first_line(error))
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, outcome)

@@ -190,7 +190,7 @@ def work(part: str, run: Run) -> int:
     signal.signal(signal.SIGTERM, _stop_commands)
     try:
         ended = run_part(part, run)
-    except Exception as error:
+    except Exception as error:  # one part that fails leaves the others their time
         ended = Ended(f"FAILED: {type(error).__name__}: {error}", 1)
         traceback.print_exc()
     if ended is None:

@@ -50,11 +50,6 @@ def shape_id(shape) -> str:
     return "-".join(f"{name}{size}" for name, size in zip("NMD", shape, strict=True))
 
 
-def name_id(value) -> str:
-    """Return the name of a class or function, whose repr has an address in it; the text of any other value."""
-    return getattr(value, "__name__", str(value))
-
-
 def dtype_id(dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -130,13 +130,13 @@ def test_partial_gradients_stay_within_the_limit(limit, front_end, monkeypatch):
 
 def test_splits():
     """The last program ends soonest: no wave that is nearly empty, no programs for nothing."""
-    shared = partial(backward.splits_of, width=128, most=1000)
+    shared = partial(backward.shares_of_walk, width=128, most=1000)
     assert shared(64, 32, places=264) == 4
     assert shared(512, 256, places=264) == shared(264, 1000, places=264) == 1
     assert shared(265, 1000, places=264) > 1
     assert shared(1, 1, places=264) == shared(0, 0, places=264) == 1
     assert shared(1, 10**6, places=264) >= 264
-    assert backward.splits_of(64, 32, 128, 264, most=2) == 2
+    assert backward.shares_of_walk(64, 32, 128, 264, most=2) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=grid_id)

@@ -27,9 +27,8 @@ def choose(x: Tensor, requested: str | None = None, operator: str = "forward", p
         ValueError: the requested backend does not exist.
         NotImplementedError: the requested backend does not take x; the message lists every backend with its reasons.
     """
-    from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or None
-    asked_by = "backend " if requested else f"{ENVIRONMENT_VARIABLE}="
-    requested = requested or from_environment
+    of_environment = None if requested else os.environ.get(ENVIRONMENT_VARIABLE)
+    requested = requested or of_environment or None
     if requested is None:
         chosen = next(backend for backend in BACKENDS.values() if not backend.not_supported_reasons(x))
         if chosen is torch and x.device.type == "cpu" and x.dtype in cpp.DTYPES:
@@ -37,15 +36,14 @@ def choose(x: Tensor, requested: str | None = None, operator: str = "forward", p
         if pairs is not None and chosen is triton and tiles.is_small(x, pairs):
             chosen = torch
     else:
+        asked = f"{ENVIRONMENT_VARIABLE}={requested!r}" if of_environment else f"backend {requested!r}"
         if requested not in BACKENDS:
-            raise ValueError(
-                f"{asked_by}{requested!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))} or None"
-            )
+            raise ValueError(f"{asked} is unknown; choose one of {', '.join(map(repr, BACKENDS))} or None")
         chosen = BACKENDS[requested]
         if chosen.not_supported_reasons(x):
             lines = [
                 f"  {name}: {'; '.join(backend.not_supported_reasons(x)) or 'supported'}"
                 for name, backend in BACKENDS.items()
             ]
-            raise NotImplementedError(f"{asked_by}{requested!r} does not support this input:\n" + "\n".join(lines))
+            raise NotImplementedError(f"{asked} does not support this input:\n" + "\n".join(lines))
     return chosen if operator in chosen.operators else torch

@@ -128,7 +128,9 @@ def build(say: Callable[[str], None], *, verbose: bool = False) -> Path:
     # On the same file system, so that the finished file takes its place at once, also beside another build.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
         command = [sys.executable, str(Path(__file__).resolve()), folder]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_path()) as run:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_environment()
+        ) as run:
             lines = []
             for line in run.stdout or ():
                 lines.append(line.rstrip())
@@ -156,7 +158,7 @@ def _check_tools() -> None:
         raise BuildError("setuptools is missing; `pip install setuptools ninja`")
 
 
-def _path() -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """Return the environment with the programs of this Python on the path: ninja is one of them."""
     folders = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     return os.environ | {"PATH": os.pathsep.join(folders)}

@@ -218,7 +218,7 @@ def fits_in_registers(operands: Operands, wanted: set[str]) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def splits_of(blocks: int, others: int, width: int, places: int, most: int) -> int:
+def shares_of_walk(blocks: int, others: int, width: int, places: int, most: int) -> int:
     """Return how many programs, at most `most`, are to share each block's walk so that the last of all ends soonest.
 
     `blocks` of the owner each walk over `others` blocks of `width` rows; the device runs `places` programs at a time.
@@ -260,7 +260,7 @@ def grad_bwd(
         blocks, others = block_count(n, tile.height), block_count(m, tile.width)
         places = launch.processors(x) * tile.programs
         partial_bytes = 4 * max(1, n * len(wanted & set(Shares._fields)) + n * d * (owner in wanted))
-        splits = splits_of(blocks, others, tile.width, places, workspace_limit() // partial_bytes)
+        splits = shares_of_walk(blocks, others, tile.width, places, workspace_limit() // partial_bytes)
         splits = max(1, min(tiles.splits.get() or splits, others))
         partial = outputs(torch.float32, splits) if splits > 1 else (dx, shares)
         for factored in (False,) if packed.center is None else (True, False):
