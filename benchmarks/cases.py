@@ -155,6 +155,10 @@ def _two_towers(n: int, d: int) -> Inputs:
     return _pair("z0", "z1", n, d)
 
 
+def _predictions(n: int, d: int) -> Inputs:
+    return dict(zip(("p0", "z0", "p1", "z1"), _views(n, d, 4).unbind(1), strict=True))
+
+
 def _labelled(n: int, d: int) -> Inputs:
     return {"features": _views(n // 2, d, 2), "labels": torch.arange(n // 2) % CLASSES}
 
@@ -269,6 +273,11 @@ LOSSES: dict[str, Loss] = {
     "spectral_contrastive": Loss(_two_towers, eager.spectral_contrastive, ck.spectral_contrastive_loss, _NONE),
     "barlow_twins": Loss(_two_towers, eager.barlow_twins, ck.barlow_twins_loss, _NONE, elements=lambda n, m: 0),
     "vicreg": Loss(_two_towers, eager.vicreg, ck.vicreg_loss, _NONE, elements=lambda n, m: 0),
+    # Products of rows, no matrix product.
+    "simsiam": Loss(
+        _predictions, eager.simsiam, ck.simsiam_loss, _NONE, detached=("z0", "z1"), elements=lambda n, m: 0
+    ),
+    "byol": Loss(_predictions, eager.byol, ck.byol_loss, _NONE, detached=("z0", "z1"), elements=lambda n, m: 0),
     # Distances of the V views of each sample: no matrix product.
     "alignment": Loss(_multi_view, eager.alignment, ck.alignment_loss, _NONE, columns=lambda n: VIEWS),
     "augmentation_robust": Loss(

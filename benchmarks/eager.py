@@ -218,6 +218,16 @@ def vicreg(z0: Tensor, z1: Tensor) -> Tensor:
     return loss
 
 
+def simsiam(p0: Tensor, z0: Tensor, p1: Tensor, z1: Tensor) -> Tensor:
+    """Return the loss as in the pseudocode of Chen and He."""
+    return -(F.cosine_similarity(p0, z1, dim=1).mean() + F.cosine_similarity(p1, z0, dim=1).mean()) / 2
+
+
+def byol(p0: Tensor, z0: Tensor, p1: Tensor, z1: Tensor) -> Tensor:
+    """Return 2 - 2 cos of both pairs, the mean over the samples."""
+    return (4 - 2 * F.cosine_similarity(p0, z1, dim=1) - 2 * F.cosine_similarity(p1, z0, dim=1)).mean()
+
+
 def _view_distances(views: Tensor) -> Tensor:
     first, second = torch.triu_indices(views.shape[1], views.shape[1], 1, device=views.device)
     return (views[:, first] - views[:, second]).square().sum(2)

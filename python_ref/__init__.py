@@ -11,6 +11,7 @@ from .alignment import alignment_loss
 from .arcl import arcl_loss
 from .augmentation_robust import augmentation_robust_loss
 from .barlow_twins import barlow_twins_loss
+from .byol import byol_loss
 from .clip import clip_loss
 from .debiased import debiased_loss
 from .decoupled import decoupled_loss
@@ -30,6 +31,7 @@ from .nt_xent import nt_xent_loss
 from .quick_thoughts import quick_thoughts_loss
 from .select import row_select
 from .siglip import siglip_loss
+from .simsiam import simsiam_loss
 from .spectral_contrastive import spectral_contrastive_loss
 from .sums import similarity_sum
 from .sup_con import sup_con_loss
@@ -45,6 +47,7 @@ __all__ = [
     "arcl_loss",
     "augmentation_robust_loss",
     "barlow_twins_loss",
+    "byol_loss",
     "clip_loss",
     "debiased_loss",
     "decoupled_loss",
@@ -67,6 +70,7 @@ __all__ = [
     "siglip_loss",
     "similarity_logsumexp",
     "similarity_sum",
+    "simsiam_loss",
     "spectral_contrastive_loss",
     "sup_con_loss",
     "t_simclr_loss",

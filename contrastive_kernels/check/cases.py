@@ -110,6 +110,7 @@ def _pair(first: str, second: str, **others: str) -> dict[str, str]:
 
 
 VIEWS = _pair("z0", "z1")
+PREDICTIONS = _pair("p0", "z0") | _pair("p1", "z1")
 QUERY_KEY = _pair("query", "positive_key")
 IMAGE_TEXT = _pair("image_features", "text_features")
 TRIPLET = _pair("anchor", "positive")
@@ -176,6 +177,8 @@ CASES = (
     # moments and views
     Case("barlow_twins", VIEWS, {"lambd": 0.0051}),
     Case("vicreg", VIEWS, {"sim_weight": 25.0, "var_weight": 25.0, "cov_weight": 1.0}),
+    Case("simsiam", PREDICTIONS, detached=("z0", "z1")),
+    Case("byol", PREDICTIONS, detached=("z0", "z1")),
     Case("alignment", {"views": "N3D"}),
     Case("augmentation_robust", {"views": "N3D"}),
     # support vector machines: the solver magnifies a rounding

@@ -373,6 +373,14 @@ def vicreg(z0: Tensor, z1: Tensor, *, sim_weight: Tensor, var_weight: Tensor, co
     return losses
 
 
+def simsiam(p0: Tensor, z0: Tensor, p1: Tensor, z1: Tensor) -> Tensor:
+    return -(wide(unit(p0)) * wide(unit(z1)) + wide(unit(p1)) * wide(unit(z0))).sum(1) / 2
+
+
+def byol(p0: Tensor, z0: Tensor, p1: Tensor, z1: Tensor) -> Tensor:
+    return (wide(unit(p0)) - wide(unit(z1))).square().sum(1) + (wide(unit(p1)) - wide(unit(z0))).square().sum(1)
+
+
 def view_distances(views: Tensor) -> Tensor:
     """Return (N, V (V - 1) / 2), the squared distances of the pairs of views."""
     j, k = torch.triu_indices(views.shape[1], views.shape[1], 1)

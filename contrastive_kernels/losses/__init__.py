@@ -6,6 +6,7 @@ from contrastive_kernels.losses.alignment import AlignmentLoss, alignment_loss
 from contrastive_kernels.losses.arcl import ArCLLoss, arcl_loss
 from contrastive_kernels.losses.augmentation_robust import AugmentationRobustLoss, augmentation_robust_loss
 from contrastive_kernels.losses.barlow_twins import BarlowTwinsLoss, barlow_twins_loss
+from contrastive_kernels.losses.byol import BYOLLoss, byol_loss
 from contrastive_kernels.losses.clip import ClipLoss, clip_loss
 from contrastive_kernels.losses.debiased import DebiasedLoss, debiased_loss
 from contrastive_kernels.losses.decoupled import DecoupledLoss, decoupled_loss
@@ -23,6 +24,7 @@ from contrastive_kernels.losses.nnclr import NNCLRLoss, nnclr_loss
 from contrastive_kernels.losses.nt_xent import NTXentLoss, nt_xent_loss
 from contrastive_kernels.losses.quick_thoughts import QuickThoughtsLoss, quick_thoughts_loss
 from contrastive_kernels.losses.siglip import SigLipLoss, siglip_loss
+from contrastive_kernels.losses.simsiam import SimSiamLoss, simsiam_loss
 from contrastive_kernels.losses.spectral_contrastive import SpectralContrastiveLoss, spectral_contrastive_loss
 from contrastive_kernels.losses.sup_con import SupConLoss, sup_con_loss
 from contrastive_kernels.losses.t_simclr import TSimCLRLoss, t_simclr_loss
@@ -34,6 +36,7 @@ __all__ = [
     "AlignmentLoss",
     "ArCLLoss",
     "AugmentationRobustLoss",
+    "BYOLLoss",
     "BarlowTwinsLoss",
     "ClipLoss",
     "ContrastiveStats",
@@ -55,6 +58,7 @@ __all__ = [
     "Polarization",
     "QuickThoughtsLoss",
     "SigLipLoss",
+    "SimSiamLoss",
     "SpectralContrastiveLoss",
     "SupConLoss",
     "TSimCLRLoss",
@@ -65,6 +69,7 @@ __all__ = [
     "arcl_loss",
     "augmentation_robust_loss",
     "barlow_twins_loss",
+    "byol_loss",
     "clip_loss",
     "debiased_loss",
     "decoupled_loss",
@@ -81,6 +86,7 @@ __all__ = [
     "nt_xent_loss",
     "quick_thoughts_loss",
     "siglip_loss",
+    "simsiam_loss",
     "spectral_contrastive_loss",
     "sup_con_loss",
     "t_simclr_loss",

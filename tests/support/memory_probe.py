@@ -15,7 +15,7 @@ import contrastive_kernels as ck
 from tests.support.testing import CASES, FAMILY, Case, two, views
 
 # MMCL keeps N x N matrices; the others only look at the rows of one sample or label.
-WITHOUT_SWEEP = ("mmcl", "alignment", "augmentation_robust", "label_pull")
+WITHOUT_SWEEP = ("mmcl", "simsiam", "byol", "alignment", "augmentation_robust", "label_pull")
 # Left out: negatives per anchor (N, M, D), which are as large as the N x M matrix.
 MEASURED = {
     **{name: CASES[name] for name in ("info_nce", "nt_xent", "clip", "moco")},

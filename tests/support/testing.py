@@ -144,6 +144,10 @@ def views(count):
     return lambda n, m, d: {"views": (n, count, d)}
 
 
+def predictions(n, m, d):
+    return dict.fromkeys(("p0", "z0", "p1", "z1"), (n, d))
+
+
 def queries_keys_queue(n, m, d):
     return {"query": (n, 2, d), "keys": (n, 3, d), "queue": (m, d)}
 
@@ -258,6 +262,8 @@ FAMILY = {
     ),
     "uniformity": Case("uniformity_loss", lambda n, m, d: {"z": (n, d)}, {"t": 0.3}),
     "t_simclr": Case("t_simclr_loss", two("z0", "z1")),
+    "simsiam": Case("simsiam_loss", predictions, detached=("z0", "z1")),
+    "byol": Case("byol_loss", predictions, detached=("z0", "z1")),
     "alignment": Case("alignment_loss", views(3)),
     "augmentation_robust": Case("augmentation_robust_loss", views(3), unit=True),
     "spectral_contrastive": Case("spectral_contrastive_loss", two("z0", "z1")),

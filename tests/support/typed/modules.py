@@ -40,6 +40,8 @@ modules = [
     ck.SupConLoss(0.1, positives="in"),
     ck.TSimCLRLoss(df=3.0),
     ck.TripletMarginLoss(margin=0.1),
+    ck.SimSiamLoss(),
+    ck.BYOLLoss(reduction="sum"),
     ck.UniformityLoss(t=1.0),
     ck.VICRegLoss(var_weight=10.0),
 ]
