@@ -2,8 +2,8 @@
 
 ``python -m examples.digits`` trains four copies of one small network on the same batches and the same random views,
 each copy with its own loss. The first two losses are NT-Xent, in plain PyTorch and from this package: their curves must
-be one curve. Then a linear probe on the frozen features measures how well digits are recognised, in clean test images
-and in augmented ones.
+be one curve. Then linear probes on the frozen features measure how well digits are recognised: after all labels, in
+clean and in augmented test images, and after five labels a class, where the losses differ most.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +47,8 @@ LEARNING_RATE = 2e-3
 POLARIZATION = ck.Polarization(lower=0.1, upper=0.5, weight=10.0)
 VIEWS = 4
 AUGMENTED_COPIES = 10
+# Labels of a class, and how often they are drawn, for the probe that tells the losses apart.
+FEW, FEW_DRAWS = 5, 8
 LAST = 10  # the final loss is the mean of these steps
 AGREEMENT_STEPS = 20
 ROUNDING = torch.finfo(torch.float32).eps
@@ -99,12 +101,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Probe:
-    """Accuracy of the linear probe on clean and augmented test images, with standard errors."""
+    """Accuracy of linear probes, with standard errors.
+
+    On clean and augmented test images after all labels of the training images, and on clean ones after a few labels.
+    """
 
     clean: float
     clean_error: float
     augmented: float
     augmented_error: float
+    few: float
+    few_error: float
 
 
 @dataclass(frozen=True)
@@ -130,25 +137,39 @@ def load(seed: int) -> Digits:
     return Digits(images[train], digits.target[train], images[test], digits.target[test])
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random view of each image: rotated, sheared, scaled, shifted; contrast, an erased patch, noise."""
+# What `augment` changes, in the order in which the sets of examples/tables.py lose them.
+CHANGES = ("noise", "contrast", "erasing", "shear", "rotation", "zoom", "shift")
+
+
+def augment(images: Tensor, generator: torch.Generator, changes: Collection[str] = CHANGES) -> Tensor:
+    """Return a random view of each image: rotated, sheared, scaled, shifted; contrast, an erased patch, noise.
+
+    Other `changes` leave the random numbers of the rest as they are.
+    """
     n, size = len(images), images.shape[-1]
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    angle, shear, zoom = uniform(-0.3, 0.3), uniform(-0.2, 0.2), uniform(0.85, 1.15, 1, 1)
+    def applied(name: str, value: Tensor, none: float) -> Tensor:
+        return value if name in changes else torch.full_like(value, none)
+
+    angle, shear = applied("rotation", uniform(-0.3, 0.3), 0), applied("shear", uniform(-0.2, 0.2), 0)
+    zoom = applied("zoom", uniform(0.85, 1.15, 1, 1), 1)
     cos, sin = angle.cos(), angle.sin()
     linear = torch.stack([cos, shear * cos - sin, sin, shear * sin + cos], 1).view(n, 2, 2) / zoom
-    shift = uniform(-1, 1, 2, 1) * 2 / size  # up to a pixel; the grid runs from -1 to 1
+    # up to a pixel; the grid runs from -1 to 1
+    shift = applied("shift", uniform(-1, 1, 2, 1) * 2 / size, 0)
     grid = F.affine_grid(torch.cat([linear, shift], 2), list(images.shape), align_corners=False)
-    view = F.grid_sample(images, grid, align_corners=False) * uniform(0.7, 1.3, 1, 1, 1)
+    view = F.grid_sample(images, grid, align_corners=False) * applied("contrast", uniform(0.7, 1.3, 1, 1, 1), 1)
 
     patch, pixel = 2, torch.arange(size)
     corner = uniform(1 - patch, size, 2, 1).floor()
     inside = (pixel >= corner) & (pixel < corner + patch)  # [n, 2, size]
-    view = view.masked_fill((inside[:, 0, :, None] & inside[:, 1, None, :]).unsqueeze(1), 0)
-    return view + 0.05 * torch.randn(view.shape, generator=generator)
+    if "erasing" in changes:
+        view = view.masked_fill((inside[:, 0, :, None] & inside[:, 1, None, :]).unsqueeze(1), 0)
+    noise = 0.05 * torch.randn(view.shape, generator=generator)
+    return view + noise if "noise" in changes else view
 
 
 def make_model() -> nn.Sequential:
@@ -205,15 +226,28 @@ def train(images: Tensor, steps: int, batch_size: int, seed: int) -> tuple[nn.Se
 @torch.no_grad()
 def probe(features_of: Callable[[Tensor], Tensor], digits: Digits, augmented: Sequence[Tensor]) -> Probe:
     """Fit a logistic regression to features of the clean training images, test it on clean and augmented images."""
+    train = features_of(digits.train).numpy()
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    classifier.fit(features_of(digits.train).numpy(), digits.train_labels)
+    classifier.fit(train, digits.train_labels)
 
     def accuracy(copies: Sequence[Tensor]) -> tuple[float, float]:
         hits = [classifier.predict(features_of(images).numpy()) == digits.test_labels for images in copies]
         per_image = np.mean(hits, axis=0)  # copies of one image are not independent samples
         return per_image.mean(), per_image.std() / math.sqrt(len(per_image))
 
-    return Probe(*accuracy([digits.test]), *accuracy(augmented))
+    return Probe(*accuracy([digits.test]), *accuracy(augmented), *few_labels(train, features_of(digits.test), digits))
+
+
+def few_labels(train: np.ndarray, test: Tensor, digits: Digits) -> tuple[float, float]:
+    """Return the mean accuracy on the test images after FEW labels a class, and the standard error over their draws."""
+    found = []
+    for seed in range(FEW_DRAWS):
+        order = np.random.default_rng(seed).permutation(len(train))
+        chosen = np.concatenate([order[digits.train_labels[order] == label][:FEW] for label in range(10)])
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        classifier.fit(train[chosen], digits.train_labels[chosen])
+        found.append((classifier.predict(test.numpy()) == digits.test_labels).mean())
+    return float(np.mean(found)), float(np.std(found, ddof=1) / math.sqrt(len(found)))
 
 
 def evaluate(
@@ -233,13 +267,16 @@ def main_table(result: Result) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         caption=f"Loss: the first step → the mean of the last {LAST}; different losses are not comparable. Accuracy: "
-        "± one standard error over the test images, one seed. Times: medians.",
+        f"± one standard error over the test images ({FEW} labels a class: over {FEW_DRAWS} draws of them), one seed. "
+        "Times: medians.",
     )
     table.add_column("representation")
-    for header in ("\nloss", "probe %\nclean test", "probe %\naugmented test", "step\nms", "of it loss\nms"):
+    probes = f"probe %\n{FEW} labels", "probe %\nall labels", "probe %\naugmented"
+    for header in ("\nloss", *probes, "step\nms", "of it loss\nms"):
         table.add_column(header, justify="right")
     for name, accuracy in result.probes.items():
         cells = [
+            f"{100 * accuracy.few:.1f} ± {100 * accuracy.few_error:.1f}",
             f"{100 * accuracy.clean:.1f} ± {100 * accuracy.clean_error:.1f}",
             f"{100 * accuracy.augmented:.1f} ± {100 * accuracy.augmented_error:.1f}",
         ]
@@ -325,11 +362,12 @@ def _draw_probes(axes: Axes, result: Result, digits: Digits) -> None:
     for name, y in zip(names, positions, strict=True):
         accuracy = result.probes[name]
         for value, error, offset, strength in (
-            (accuracy.clean, accuracy.clean_error, 0.2, 0.35),
-            (accuracy.augmented, accuracy.augmented_error, -0.2, 1.0),
+            (accuracy.clean, accuracy.clean_error, 0.28, 0.25),
+            (accuracy.augmented, accuracy.augmented_error, 0.0, 0.55),
+            (accuracy.few, accuracy.few_error, -0.28, 1.0),
         ):
             color = 1 - strength * (1 - np.array(to_rgb(COLORS.get(name, GREY))))
-            axes.barh(y + offset, 100 * value, 0.37, color=color)
+            axes.barh(y + offset, 100 * value, 0.26, color=color)
             axes.errorbar(100 * value, y + offset, xerr=100 * error, color=INK, linewidth=1)
             axes.text(100 * (value + error) + 1, y + offset, f"{100 * value:.1f}", va="center", fontsize=8, color=INK)
     _style(axes, f"Linear probe: accuracy on {len(digits.test)} test images, %")
@@ -337,7 +375,7 @@ def _draw_probes(axes: Axes, result: Result, digits: Digits) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, 108)
     axes.set_xticks(range(0, 101, 20))
-    note = "pale: images as they are; full colour: augmented; whiskers: one standard error"
+    note = f"pale: all labels; middle: augmented images; full: {FEW} labels a class; whiskers: one standard error"
     axes.set_xlabel(note, fontsize=8.5, color=GREY, loc="left")
     axes.grid(visible=False, axis="y")
 

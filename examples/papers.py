@@ -16,9 +16,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -27,6 +33,9 @@ from torch import Tensor
 
 import contrastive_kernels as ck
 
+# How far a measured number may be from the predicted one: relative, and absolute where the prediction is near 0.
+TOLERANCE, LEAST_TOLERANCE = 0.1, 0.02
+
 
 class Finding(NamedTuple):
     """A quantity, predicted (a number or a relation like ``"> 1"``) and measured."""
@@ -34,6 +43,21 @@ class Finding(NamedTuple):
     quantity: str
     predicted: str | float
     measured: float
+
+    @property
+    def tolerance(self) -> float | None:
+        """How far the measured number may be from the predicted one; None for a relation."""
+        if isinstance(self.predicted, str):
+            return None
+        return max(TOLERANCE * abs(self.predicted), LEAST_TOLERANCE)
+
+    @property
+    def holds(self) -> bool:
+        """Whether the measurement is as predicted."""
+        if isinstance(self.predicted, str):
+            relation, bound = self.predicted.split()
+            return self.measured > float(bound) if relation == ">" else self.measured < float(bound)
+        return abs(self.measured - self.predicted) <= (self.tolerance or 0.0)
 
 
 def augmentation_graph(images: int, nodes: int) -> Tensor:
@@ -151,6 +175,40 @@ EXPERIMENTS: dict[str, Callable[[int], Iterator[Finding]]] = {
 }  # fmt: skip
 
 
+HOLDS, FAILS, ALLOWED, INK = "#0072B2", "#D55E00", "#d8d8d8", "#222222"
+
+
+def draw(found: Mapping[str, Sequence[Finding]], caption: str, file: Path) -> None:
+    """Draw every measurement beside what is allowed by its prediction, in units of the prediction or of the bound."""
+    findings = [(name, finding) for name, group in found.items() for finding in group]
+    figure, axes = plt.subplots(figsize=(11, 1.3 + 0.42 * len(findings)))
+    for place, (_, finding) in enumerate(findings):
+        if isinstance(finding.predicted, str):
+            relation, text = finding.predicted.split()
+            unit, bound = float(text) or 1.0, 1.0 if float(text) else 0.0
+            allowed = (bound, 9.0) if relation == ">" else (-9.0, bound)
+        else:
+            unit = abs(finding.predicted) or 1.0
+            centre, half = finding.predicted / unit, (finding.tolerance or 0.0) / unit
+            allowed = (centre - half, centre + half)
+        axes.barh(place, allowed[1] - allowed[0], 0.7, allowed[0], color=ALLOWED, zorder=1)
+        color = HOLDS if finding.holds else FAILS
+        axes.plot(finding.measured / unit, place, "o", color=color, markersize=6, zorder=3)
+    axes.set_yticks(range(len(findings)), [f"{name}: {finding.quantity}" for name, finding in findings], fontsize=7.5)
+    axes.invert_yaxis()
+    axes.set_xlim(-1.4, 2.6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("measured, in units of the prediction (of 1 where that is 0); grey: what it allows", fontsize=8.5)
+    figure.suptitle(
+        f"Predictions of the papers and measurements ({caption})", x=0.01, ha="left", fontsize=11, color=INK
+    )
+    figure.tight_layout()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, list[Finding]]:
     """Run the experiments, print and return their findings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -159,19 +217,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, list[Finding]]:
         "--steps", type=int, default=500, help="length of the training, size of the samples (default 500)"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the picture")
     options = parser.parse_args(arguments)
     found = {}
     for name in options.only:
         torch.manual_seed(options.seed)
         found[name] = list(EXPERIMENTS[name](options.steps))
-    table = Table("experiment", "quantity", "predicted", "measured")
+    table = Table("experiment", "quantity", "predicted", "measured", "tolerance", "verdict")
     for name, findings in found.items():
-        for k, (quantity, predicted, measured) in enumerate(findings):
-            expected = predicted if isinstance(predicted, str) else f"{predicted:.4f}"
+        for k, finding in enumerate(findings):
             table.add_row(
-                name if k == 0 else "", quantity, expected, f"{measured:.4f}", end_section=k + 1 == len(findings)
+                name if k == 0 else "",
+                finding.quantity,
+                finding.predicted if isinstance(finding.predicted, str) else f"{finding.predicted:.4f}",
+                f"{finding.measured:.4f}",
+                "" if finding.tolerance is None else f"± {finding.tolerance:.4f}",
+                "holds" if finding.holds else "does not hold",
+                end_section=k + 1 == len(findings),
             )
-    Console().print(table)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    file = options.output / "papers.png"
+    draw(found, f"seed {options.seed}, {options.steps} steps, torch {torch.__version__}", file)
+    console.print(f"Written: {file}", highlight=False)
     return found
 
 

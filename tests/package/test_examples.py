@@ -7,7 +7,7 @@ import torch
 for package in ("matplotlib", "rich", "sklearn"):
     pytest.importorskip(package)
 
-from examples import digits, large_batch, own_loss, papers  # noqa: E402, only once its packages are known to be there
+from examples import digits, large_batch, own_loss, papers, tables  # noqa: E402, only once its packages are known to be there
 
 STEPS, BATCH_SIZE = 10, 128
 
@@ -49,6 +49,7 @@ def test_digits_probes_and_picture(trained):
         # ten classes: chance is 0.1; augmented images are harder
         assert 0.8 < probe.clean <= 1
         assert 0.2 < probe.augmented < probe.clean
+        assert 0.4 < probe.few < probe.clean
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 50_000
 
@@ -123,23 +124,103 @@ def test_large_batch_leaves_out_what_does_not_fit(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def found():
-    """Return the findings of the reproductions in a short form."""
-    return papers.main(["--steps", "150"])
+def found(tmp_path_factory):
+    """Return the findings of the reproductions in a short form, and the path of their picture."""
+    folder = tmp_path_factory.mktemp("papers")
+    return papers.main(["--steps", "150", "--output", str(folder)]), folder / "papers.png"
 
 
 @pytest.mark.parametrize("name", papers.EXPERIMENTS)
 def test_papers_predict_what_is_measured(name, found):
     """Also I19 counter-example: a small alignment loss and a large risk."""
-    for quantity, predicted, measured in found[name]:
-        if isinstance(predicted, str):
-            relation, bound = predicted.split()
-            assert (measured > float(bound)) if relation == ">" else (measured < float(bound)), quantity
-        else:
-            assert measured == pytest.approx(predicted, rel=0.1, abs=0.02), quantity
+    for finding in found[0][name]:
+        assert finding.holds, finding
+
+
+def test_papers_draw_a_picture(found):
+    assert found[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "holds"),
+    [
+        *(("> 1", 1.1, True), ("> 1", 0.9, False), ("< 1", 0.9, True), ("< 1", 1.1, False)),
+        *((2.0, 2.19, True), (2.0, 2.21, False), (-2.0, -1.81, True), (0.0, 0.019, True), (0.0, 0.021, False)),
+    ],
+)
+def test_papers_judge(predicted, measured, holds):
+    assert papers.Finding("", predicted, measured).holds == holds
+
+
+@pytest.fixture(scope="module")
+def literature(tmp_path_factory):
+    """Return the tables of some methods after the shortest training, and the path of their picture."""
+    folder = tmp_path_factory.mktemp("tables")
+    options = ["--steps", 1, "--batch-size", 64, "--seeds", 1, "--output", folder]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "METHODS", {name: tables.METHODS[name] for name in ("SimCLR", "SimSiam")})
+        patch.setattr(digits, "FEW_DRAWS", 2)
+        return tables.main([str(option) for option in options]), folder / "tables.png"
+
+
+def test_tables_have_an_entry_for_every_training(literature):
+    found, picture = literature
+    assert [(o.name, len(o.entries)) for o in found["augmentations"]] == [("SimCLR", 5), ("SimSiam", 5)]
+    assert [len(o.entries) for o in found["views"]] == [1, len(tables.VIEWS)]
+    assert [len(o.entries) for o in found["margin"].outcomes] == [2, 2]
+    outcomes = [*found["augmentations"], *found["views"], *found["margin"].outcomes]
+    for entry in (entry for outcome in outcomes for entry in outcome.entries):
+        assert len(entry.accuracies) == 1
+        assert 15 < entry.mean < 100  # chance is 10
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_tables_margin_is_what_differs(literature):
+    """The regulariser alone: the same seeds, batches and views."""
+    distances = literature[0]["margin"].distances
+    for name in ("SimCLR", "InfoNCE"):
+        base, margin = distances[name], distances[f"{name} + margin"]
+        assert base.shape == margin.shape
+        assert not np.array_equal(base, margin)
+
+
+def test_tables_entries_have_a_spread():
+    entry = tables.Entry((80.0, 82.0, 84.0))
+    assert (entry.mean, entry.spread, str(entry)) == (82.0, 2.0, "82.0 ± 2.0")
+    assert tables.Entry((80.0,)).spread == 0
+
+
+@pytest.mark.parametrize("name", [*tables.METHODS, "ArCL", "margin"])
+def test_tables_learners_learn(name):
+    """Every method lowers its loss; MoCo's rises at first, while keys take the place of the random ones."""
+    method = {**tables.METHODS, "ArCL": tables.arcl, "margin": tables.simclr_margin}[name]
+    data = digits.load(0)
+    learner, generator = tables.Learner(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam([p for p in learner.parameters() if p.requires_grad], tables.LEARNING_RATE)
+    losses = []
+    for _ in range(12):
+        loss = method(learner, torch.stack([digits.augment(data.train[:128], generator) for _ in range(2)]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    first = losses.index(max(losses)) if name == "MoCo" else 0
+    assert first < 10
+    assert min(losses[-3:]) < losses[first]
+
+
+def test_digits_augment_leaves_out_what_is_not_asked_for():
+    images = digits.load(0).train[:32]
+    nothing = digits.augment(images, torch.Generator().manual_seed(0), ())
+    torch.testing.assert_close(nothing, images, rtol=0, atol=1e-5)
+    for change in digits.CHANGES:
+        one = digits.augment(images, torch.Generator().manual_seed(0), (change,))
+        assert (one - images).abs().amax() > 0.05, change
 
 
 def test_papers_findings_are_not_the_predictions(found):
     """Measured values differ from predictions by sampling and training: they are measured."""
-    numbers = [f for findings in found.values() for f in findings if not isinstance(f.predicted, str) and f.predicted]
+    numbers = [
+        f for findings in found[0].values() for f in findings if not isinstance(f.predicted, str) and f.predicted
+    ]
     assert all(f.measured != f.predicted for f in numbers)
