@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock, patch
+from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +24,64 @@ from torch import Tensor, nn
 from .eager import MARGIN, TEMPERATURE
 
 
+class _StandIns(MetaPathFinder, Loader):
+    """Imports of packages that are not installed give mocks."""
+
+    def __init__(self, packages: Sequence[str]) -> None:
+        self.packages = packages
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return a specification for a module of one of the packages."""
+        if fullname.partition(".")[0] in self.packages:
+            return ModuleSpec(fullname, self, is_package=True)
+        return None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return a module whose attributes are mocks."""
+        module = ModuleType(spec.name)
+        module.__dict__["__getattr__"] = lambda name: _mock(spec.name, name)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing to run."""
+
+
+def _mock(module: str, name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    return MagicMock(name=f"{module}.{name}")
+
+
+@contextmanager
+def stand_ins(*packages: str) -> Iterator[None]:
+    """Import other packages without some that their losses do not use, where these are not installed.
+
+    lightly and open_clip ask for torchvision, whose builds fit one build of torch alone.
+    """
+    wanted = packages or ("torchvision",)
+    finder = _StandIns([name for name in wanted if importlib.util.find_spec(name) is None])
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if name.partition(".")[0] in finder.packages]:
+            del sys.modules[name]
+
+
 @cache
 def lightly() -> ModuleType:
-    """Return lightly.loss, which imports torchvision; the losses used here do not need it."""
-    absent = (
-        {} if importlib.util.find_spec("torchvision") else {"torchvision": MagicMock(), "torchvision.ops": MagicMock()}
-    )
-    with patch.dict(sys.modules, absent):
+    """Return lightly.loss."""
+    with stand_ins():
         importlib.import_module("lightly.loss.hypersphere_loss")
         return importlib.import_module("lightly.loss")
 
 
 @cache
 def open_clip() -> ModuleType:
-    """Return the file of open_clip's losses, which only imports torch; the package imports torchvision and timm."""
-    package = importlib.util.find_spec("open_clip")
-    assert package and package.origin
-    spec = importlib.util.spec_from_file_location("open_clip_loss", Path(package.origin).with_name("loss.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """Return the module of open_clip's losses."""
+    with stand_ins():
+        return importlib.import_module("open_clip.loss")
 
 
 @cache

@@ -1,0 +1,46 @@
+"""Small batches on a CPU: below the measured crossover the plain PyTorch formula takes less time than a sweep.
+
+The formula has to give what the fused loss gives: rows by `unit_rows`, whose gradient of a row of zeros is 0; masked
+entries by ``-inf``; no N x N matrix beyond the crossover.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_small", "largest", "scalar"]
+
+# So many similarities are less work than the calls of a sweep; at most 256 KiB of them are stored. Measured by
+# `python -m benchmarks --preset peers` on two cores.
+_largest = 256 * 256
+
+
+def is_small(x: Tensor, similarities: int) -> bool:
+    """Return whether a loss of so many similarities of rows like x is taken from the plain formula."""
+    return (
+        similarities <= _largest
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def scalar(value: float | Tensor) -> float | Tensor:
+    """Return a temperature or scale as our losses take it: a tensor of one element without its dimensions."""
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+@contextmanager
+def largest(similarities: int) -> Iterator[None]:
+    """Set the crossover for a block, to compare both paths."""
+    global _largest
+    before, _largest = _largest, similarities
+    try:
+        yield
+    finally:
+        _largest = before

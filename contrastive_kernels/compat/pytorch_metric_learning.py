@@ -1,0 +1,3 @@
+"""Losses of pytorch_metric_learning under their own names."""
+
+__all__: list[str] = []

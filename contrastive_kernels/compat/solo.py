@@ -1,0 +1,3 @@
+"""Losses of solo under their own names."""
+
+__all__: list[str] = []

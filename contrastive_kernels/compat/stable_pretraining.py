@@ -1,0 +1,3 @@
+"""Losses of stable_pretraining under their own names."""
+
+__all__: list[str] = []

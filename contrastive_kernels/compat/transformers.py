@@ -1,0 +1,3 @@
+"""Losses of transformers under their own names."""
+
+__all__: list[str] = []

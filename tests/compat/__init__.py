@@ -1,0 +1,1 @@
+"""The adapters of contrastive_kernels.compat."""
