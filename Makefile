@@ -22,14 +22,15 @@ test: .venv/built lint ## style, types and all tests, two files at a time, the l
 test-fast: .venv/built ## what finds most mistakes, in two minutes
 	$(VENV) -m pytest -n 2 --dist worksteal -m "not slow"
 
-test-peers: .venv/built .venv-peers/installed  ## against the published losses of other packages, in .venv-peers
-	$(PEERS) -m pytest -m peers tests/package/test_peers.py
+test-peers: .venv/built .venv-peers/installed  ## losses and adapters against the published ones of other packages, in .venv-peers
+	$(PEERS) -m pytest -m peers tests/package tests/compat
 
 bench: .venv/built     ## every loss, more sizes and dtypes: about half an hour
 	$(VENV) -m benchmarks --losses all --dims 128 512 --dtypes float32 bfloat16
 
-bench-peers: .venv/built .venv-peers/installed ## every loss that a training library has, ours beside theirs, about five minutes
+bench-peers: .venv/built .venv-peers/installed ## every loss that a training library has, ours beside theirs, and every adapter, about fifteen minutes
 	$(PEERS) -m benchmarks --preset peers --output results/peers
+	$(PEERS) -m benchmarks.adapters --output results/adapters
 
 bench-distributed: .venv/built .venv-peers/installed  ## group= on two processes of one thread, beside published losses
 	OMP_NUM_THREADS=1 $(PEERS) -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.distributed

@@ -200,10 +200,16 @@ class _ByBackward(torch.autograd.Function):
         return None, *(leaf.grad for leaf in ctx.leaves)
 
 
+def by_backward(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Return a loss whose gradients only `Tensor.backward` gives, as one that any way gives."""
+    value: Tensor = _ByBackward.apply(loss, *inputs)
+    return value
+
+
 def cached_info_nce(query: Tensor, positive_key: Tensor) -> Tensor:
     # the scores are taken by mini-batches of rows too
     loss = sentence_transformers("CachedMultipleNegativesRankingLoss", scale=1 / TEMPERATURE, mini_batch_size=256)
-    return _ByBackward.apply(lambda *columns: loss(sentences(*columns), None), query, positive_key)
+    return by_backward(lambda *columns: loss(sentences(*columns), None), query, positive_key)
 
 
 def info_nce_pytorch(query: Tensor, positive_key: Tensor) -> Tensor:
