@@ -42,6 +42,10 @@ void check(const Inputs& in, const Description& description) {
   TORCH_CHECK_VALUE(!description.column_lse || (!in.bias && description.exponents.size() <= 1),
                     "column_lse cannot be combined with bias or several exponents");
   const int64_t diagonals = description.diagonals;
+  if (diagonals == kPlaces) {
+    TORCH_CHECK_VALUE(in.x_ids, "places are in the ids, and there are none");
+    return;
+  }
   TORCH_CHECK_VALUE(0 <= diagonals && (diagonals <= 1 || (!in.y && in.x.size(0) % diagonals == 0)), "diagonals ",
                     diagonals, " must be 0, 1 or the number of views in x, which has no y then");
 }

@@ -27,9 +27,12 @@ struct Description {
   std::vector<double> constants;
   bool keep_equal_ids;
   // 0: no pair is dropped. 1: the pairs (i, i) are. V > 1: x holds V views of its samples, one view after the other,
-  // and the pairs of one sample are dropped.
+  // and the pairs of one sample are dropped. kPlaces: an id is a class and a place, class * 2^32 + place; ids are equal
+  // if their classes are, and the pairs of equal places are dropped.
   int64_t diagonals;
 };
+
+inline constexpr int64_t kPlaces = -1;
 
 // An empty tensor stands for what is not wanted, here and in Gradients.
 struct Statistics {

@@ -115,7 +115,8 @@ class Sweep {
     rules_.y_ids = self_ ? rules_.x_ids : hold<int64_t>(in.y_ids);
     rules_.cutoff = hold<T>(in.cutoff);
     rules_.keep_equal_ids = description.keep_equal_ids;
-    rules_.diagonals = description.diagonals;
+    rules_.places = description.diagonals == kPlaces;
+    rules_.diagonals = std::max<int64_t>(0, description.diagonals);
     rules_.samples = n() / std::max<int64_t>(1, description.diagonals);
     rules_.term = term_named(description.term);
     rules_.term_scale = in.term_scale ? static_cast<T>(in.term_scale->item<double>()) : T(1);
@@ -290,7 +291,7 @@ class Sweep {
 
   bool masked(Range rows, Range cols) const {
     const bool by_ids = rules_.x_ids && (rules_.keep_equal_ids || may_be_equal(rows, cols));
-    return by_ids || rules_.cutoff || on_diagonal(rows, cols);
+    return by_ids || rules_.cutoff || on_diagonal(rows, cols) || (rules_.places && overlap(rows, cols, place));
   }
 
   bool on_diagonal(Range rows, Range cols) const {
@@ -303,14 +304,25 @@ class Sweep {
 
   // The ids are usually in order, or nearly, and few tiles need a mask.
   bool may_be_equal(Range rows, Range cols) const {
-    const auto [x_least, x_most] = bounds(rules_.x_ids, rows);
-    const auto [y_least, y_most] = bounds(rules_.y_ids, cols);
+    if (rules_.places) return overlap(rows, cols, [](int64_t id) { return id >> kPlaceBits; });
+    return overlap(rows, cols, [](int64_t id) { return id; });
+  }
+
+  static int64_t place(int64_t id) { return id & ((int64_t{1} << kPlaceBits) - 1); }
+
+  // Whether the ranges of f(id) meet.
+  template <typename F>
+  bool overlap(Range rows, Range cols, const F& f) const {
+    const auto [x_least, x_most] = bounds(rules_.x_ids, rows, f);
+    const auto [y_least, y_most] = bounds(rules_.y_ids, cols, f);
     return x_least <= y_most && y_least <= x_most;
   }
 
-  static std::pair<int64_t, int64_t> bounds(const int64_t* ids, Range range) {
-    int64_t least = ids[range.begin], most = least;
-    for (int64_t i = range.begin; i < range.end; ++i) least = std::min(least, ids[i]), most = std::max(most, ids[i]);
+  template <typename F>
+  static std::pair<int64_t, int64_t> bounds(const int64_t* ids, Range range, const F& f) {
+    int64_t least = f(ids[range.begin]), most = least;
+    for (int64_t i = range.begin; i < range.end; ++i)
+      least = std::min(least, f(ids[i])), most = std::max(most, f(ids[i]));
     return {least, most};
   }
 

@@ -261,8 +261,8 @@ def _blocks(
     x, y = inputs.x, inputs.x if inputs.y is None else inputs.y
     own_ids = inputs.x_ids if inputs.y is None else inputs.y_ids
     ids, bias = (None if v is None else _of_all(v, peers) for v in (own_ids, inputs.bias))
-    apart = what._replace(diagonals=0, column_lse=what.column_lse or once)  # a sample lies on one rank
-    # Two slices live at a time, and a block may be a copy of one.
+    # A sample lies on one rank, unlike places. Two slices live at a time, and a block may be a copy of one.
+    apart = what._replace(diagonals=min(what.diagonals, 0), column_lse=what.column_lse or once)
     for start, stop, gathered in _slices(y, peers, 3 * x.shape[1] * x.element_size() + extra_bytes):
         if stop == 0:
             yield _Block(inputs, what, _Columns.own(peers), slice(None), True, range(0), False)

@@ -5,7 +5,8 @@ A pair (i, j) is *kept* when every condition that was supplied holds:
 
 - ids: ``x_ids[i] != y_ids[j]``; with ``keep_equal_ids`` instead ``x_ids[i] == y_ids[j]``;
 - diagonals: 0 drops none, 1 drops ``i = j``; V > 1 (y None) means that x holds V views of N / V samples, view after
-  view, and drops the pairs of the views of one sample, ``i = j`` modulo N / V;
+  view, and drops the pairs of the views of one sample, ``i = j`` modulo N / V; `PLACES` (-1) drops the pairs of equal
+  places: an id is then ``class * 2^32 + place``, and the condition on ids is one on classes;
 - cutoff: ``not (s_ij > cutoff[i])``, so that a NaN similarity is kept and survives.
 
 The forward sweep computes `Statistics`; a statistic that was not asked for is an empty tensor:
@@ -38,6 +39,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "PLACES",
+    "PLACE_BITS",
     "Description",
     "Gradients",
     "Inputs",
@@ -46,14 +49,24 @@ __all__ = [
     "Upstream",
     "Wanted",
     "compute_dtype",
+    "with_places",
 ]
 
 NORM_EPSILON = 1e-12
+# As `Description.diagonals`: ids hold a class and a place. No kernel needs a further vector for a row's own column,
+# and the columns of a process group keep their places wherever they are swept.
+PLACES = -1
+PLACE_BITS = 32
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of scores, losses and statistics: float64 for float64 features, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def with_places(classes: Tensor, places: Tensor) -> Tensor:
+    """Return ids of classes in [0, 2^31) and places in [0, 2^32)."""
+    return (classes << PLACE_BITS) | places
 
 
 class Inputs(NamedTuple):

@@ -11,6 +11,9 @@ namespace contrastive_kernels {
 constexpr int64_t kTileRows = 256;
 constexpr int64_t kTileCols = 512;
 
+// The lower bits of an id that hold a place.
+constexpr int kPlaceBits = 32;
+
 struct Range {
   int64_t begin, end;
   int64_t size() const { return end - begin; }
@@ -35,6 +38,8 @@ struct Rules {
   const int64_t* y_ids;
   const T* cutoff;
   bool keep_equal_ids;
+  // An id is a class and, in its kPlaceBits lower bits, a place; pairs of equal places are dropped.
+  bool places = false;
   // The pairs (i, i + k * samples) with |k| < diagonals are dropped.
   int64_t diagonals = 0, samples = 0;
   Term term;

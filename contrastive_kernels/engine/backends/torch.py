@@ -16,6 +16,8 @@ from torch import Tensor
 from contrastive_kernels.engine.limits import workspace_limit
 from contrastive_kernels.engine.spec import (
     NORM_EPSILON,
+    PLACE_BITS,
+    PLACES,
     Description,
     Gradients,
     Inputs,
@@ -88,9 +90,14 @@ class _Scores:
         dropped: Tensor | None = None
         x_ids, y_ids, cutoff, diagonals = self.inputs.x_ids, self.y_ids, self.inputs.cutoff, self.what.diagonals
         if x_ids is not None and y_ids is not None:
-            dropped = x_ids[rows, None] == y_ids[None, :]
+            places = diagonals == PLACES
+            of_x, of_y = (ids >> PLACE_BITS if places else ids for ids in (x_ids[rows], y_ids))
+            dropped = of_x[:, None] == of_y[None, :]
             dropped = ~dropped if self.what.keep_equal_ids else dropped
-        if diagonals:
+            if places:
+                of_x, of_y = (ids & ((1 << PLACE_BITS) - 1) for ids in (x_ids[rows], y_ids))
+                dropped = dropped | (of_x[:, None] == of_y[None, :])
+        if diagonals > 0:
             index = torch.arange(max(self.n, self.m), device=s.device)
             if diagonals > 1:
                 index = index % (self.n // diagonals)

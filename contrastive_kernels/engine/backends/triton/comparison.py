@@ -10,7 +10,16 @@ from torch import Tensor
 
 from contrastive_kernels.engine.backends import torch as plain
 from contrastive_kernels.engine.backends.triton import tiles
-from contrastive_kernels.engine.spec import Description, Gradients, Inputs, Statistics, Upstream, compute_dtype
+from contrastive_kernels.engine.spec import (
+    PLACES,
+    Description,
+    Gradients,
+    Inputs,
+    Statistics,
+    Upstream,
+    compute_dtype,
+    with_places,
+)
 
 __all__ = ["PLAIN", "features", "objection", "row_count"]
 
@@ -227,8 +236,8 @@ class _Draw:
             y,
             inputs.scale.new_full((), scale),
             None if inputs.bias is None else self.normal(m),
-            None if inputs.x_ids is None else self.ids(n, max(n, m)),
-            None if inputs.y_ids is None else self.ids(m, max(n, m)),
+            None if inputs.x_ids is None else self.ids(n, m, what),
+            None if inputs.y_ids is None else self.ids(m, n, what),
             None if inputs.cutoff is None else _between(x, x if y is None else y),
             None if inputs.term_scale is None else inputs.term_scale.new_full((), 1.5),
             None if inputs.term_offset is None else 0.5 * self.normal(n),
@@ -236,8 +245,12 @@ class _Draw:
         exponents = (1.5, 0.5) if len(what.exponents) == 2 else (1.0,) * len(what.exponents)
         return drawn, what._replace(exponents=exponents)
 
-    def ids(self, n: int, most: int) -> Tensor:
-        return torch.randint(max(2, most // 8), (n,), generator=self.generator, device=self.x.device)
+    def ids(self, n: int, others: int, what: Description) -> Tensor:
+        def drawn(most: int) -> Tensor:
+            return torch.randint(most, (n,), generator=self.generator, device=self.x.device)
+
+        ids, places = drawn(max(2, max(n, others) // 8)), what.diagonals == PLACES
+        return with_places(ids, drawn(n)) if places else ids
 
     def upstream(self, inputs: Inputs, what: Description) -> Upstream:
         """Return positive gradients, whose sums do not cancel, of the statistics that belong to the inputs."""

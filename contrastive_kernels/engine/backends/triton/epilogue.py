@@ -115,13 +115,19 @@ def load_scores(scores, o_n, o_m, N, M):
 def exclude(b_v, b_s, pairs, cutoff, FILL: tl.constexpr, FLAGS: tl.constexpr):
     """Return b_v with FILL at every dropped pair: a select, so that nothing of a dropped pair survives, not even NaN.
 
-    DIAGONALS views of pairs.size / DIAGONALS samples have as many diagonals on either side.
+    DIAGONALS views of pairs.size / DIAGONALS samples have as many diagonals on either side. `PLACES`, below 0:
+    an id has a class in its upper half, and in the lower one a place.
     """
     DIAGONALS: tl.constexpr = FLAGS.DIAGONALS
-    if FLAGS.IDS:
+    if DIAGONALS < 0:
+        b_different = pairs.own_ids ^ pairs.other_ids
+        m_equal = (b_different >> 32) == 0
+        m_kept = m_equal if FLAGS.KEEP_EQUAL_IDS else m_equal == 0
+        b_v = tl.where(m_kept & (b_different.to(tl.int32) != 0), b_v, FILL)
+    elif FLAGS.IDS:
         m_kept = pairs.own_ids == pairs.other_ids if FLAGS.KEEP_EQUAL_IDS else pairs.own_ids != pairs.other_ids
         b_v = tl.where(m_kept, b_v, FILL)
-    if DIAGONALS:
+    if DIAGONALS > 0:
         # uniform branch, taken only by tiles on a diagonal
         near = False
         for k in tl.static_range(2 * DIAGONALS - 1):
