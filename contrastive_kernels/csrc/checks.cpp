@@ -43,7 +43,7 @@ void check(const Inputs& in, const Description& description) {
                     "column_lse cannot be combined with bias or several exponents");
   const int64_t diagonals = description.diagonals;
   if (diagonals == kPlaces) {
-    TORCH_CHECK_VALUE(in.x_ids, "places are in the ids, and there are none");
+    TORCH_CHECK_VALUE(in.x_ids, "diagonals ", diagonals, " reads places in the ids, and there are none");
     return;
   }
   TORCH_CHECK_VALUE(0 <= diagonals && (diagonals <= 1 || (!in.y && in.x.size(0) % diagonals == 0)), "diagonals ",

@@ -71,6 +71,14 @@ class Case:
         def unit(rows: int) -> torch.Tensor:
             return normalize(torch.randn(rows, self.d, dtype=torch.float64), dim=1).to(dtype)
 
+        def ids(rows: int, nowhere: bool = False) -> torch.Tensor:
+            drawn = torch.randint(max(self.ids, 1), (rows,))
+            if self.diagonals != spec.PLACES:
+                return drawn
+            places = torch.randperm(1000)[:rows]
+            # of one class no column has the rows' place
+            return spec.with_places(drawn, places.masked_fill(drawn == 0, 2**32 - 1) if nowhere else places)
+
         def when(condition: bool, tensor: torch.Tensor) -> torch.Tensor | None:
             return (tensor.to(compute) if tensor.is_floating_point() else tensor) if condition else None
 
@@ -79,8 +87,8 @@ class Case:
             unit(m) if self.m else None,
             torch.tensor(1 / self.temperature, dtype=compute),
             when(self.bias, torch.randn(m)),
-            when(self.ids > 0, torch.randint(max(self.ids, 1), (self.n,))),
-            when(self.ids > 0 and self.m > 0, torch.randint(max(self.ids, 1), (m,))),
+            when(self.ids > 0, ids(self.n, self.m > 0)),
+            when(self.ids > 0 and self.m > 0, ids(m)),
             when(self.cutoff, 0.3 * torch.rand(self.n)),
             when(self.term_operands, torch.tensor(1.7)),
             when(self.term_operands, torch.randn(self.n)),
@@ -118,9 +126,13 @@ def dense(case: Case, inputs: spec.Inputs) -> spec.Statistics:
     s = x @ (x if y is None else y).T
     kept = torch.ones_like(s, dtype=torch.bool)
     if x_ids is not None:
-        equal = x_ids[:, None] == (x_ids if y is None else y_ids)[None, :]
+        ids = [x_ids, x_ids if y is None else y_ids]
+        classes = [v >> 32 for v in ids] if case.diagonals == spec.PLACES else ids
+        equal = classes[0][:, None] == classes[1][None, :]
         kept = equal if case.keep_equal_ids else ~equal
-    if case.diagonals:
+    if case.diagonals == spec.PLACES:
+        kept = kept & (ids[0][:, None] % 2**32 != ids[1][None, :] % 2**32)
+    elif case.diagonals:
         place = torch.arange(max(s.shape)) % (max(s.shape) // case.diagonals)
         kept = kept & (place[: len(x), None] != place[: s.shape[1]])
     if cutoff is not None:
@@ -213,6 +225,9 @@ SWITCHES = [
     *[replace(SELF, n=840, diagonals=views, maximum=views == 3) for views in (2, 3, 40)],
     replace(SELF, n=840, diagonals=2, cutoff=True, term="band"),
     Case(n=700, m=900, column_lse=True, diagonals=1, ids=20, maximum=True),
+    Case(n=700, m=900, column_lse=True, diagonals=spec.PLACES, ids=20, maximum=True),
+    Case(n=700, m=900, keep_equal_ids=True, diagonals=spec.PLACES, ids=5, term="softplus", term_operands=True),
+    replace(SELF, ids=4, keep_equal_ids=True, diagonals=spec.PLACES),
     Case(n=900, m=700, diagonals=1, cutoff=True, term="square"),
     replace(SELF, exponents=(1.0, 2.0), ids=100, term="band"),
     replace(SELF, temperature=0.003),
@@ -444,11 +459,12 @@ def test_refuses(change, error, message):
         ops.cpp_forward(*inputs, *PLAIN, False)
 
 
-@pytest.mark.parametrize("views", [-1, 3])
-def test_refuses_views_that_do_not_divide_the_rows(views):
+@pytest.mark.parametrize("diagonals", [-2, spec.PLACES, 3])
+def test_refuses_diagonals_that_it_cannot_drop(diagonals):
+    """Views that do not divide the rows, and places without ids."""
     inputs = plain_inputs(torch.randn(4, 3), None)
     with pytest.raises(ValueError, match="diagonals"):
-        ops.cpp_forward(*inputs, *PLAIN._replace(diagonals=views), False)
+        ops.cpp_forward(*inputs, *PLAIN._replace(diagonals=diagonals), False)
 
 
 @pytest.mark.parametrize("dtype", VALUE_TOLERANCE, ids=str)

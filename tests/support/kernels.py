@@ -12,12 +12,14 @@ from contrastive_kernels.engine.backends import triton as backend
 from contrastive_kernels.engine.spec import (
     DERIVATIVES,
     DIFFERENTIABLE,
+    PLACES,
     Description,
     Gradients,
     Inputs,
     Statistics,
     Upstream,
     Wanted,
+    with_places,
 )
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -76,6 +78,11 @@ CASES = {
     "columns-diagonal": Case(column_lse=True, diagonals=1),
     "ids-diagonal": Case(ids=True, diagonals=1),
     "same-columns": Case(ids=True, keep_equal_ids=True, column_lse=True),
+    "places": Case(ids=True, diagonals=PLACES, maximum=True),
+    "places-same-columns": Case(ids=True, keep_equal_ids=True, diagonals=PLACES, column_lse=True),
+    "self-places-band": Case(
+        self_similarity=True, ids=True, diagonals=PLACES, term="band", constants=(0.3, 0.6), exponents=()
+    ),
     "exponents": Case(exponents=(2.0, 1.0)),
     "self-exponents-ids": Case(self_similarity=True, exponents=(1.5, 0.5), ids=True),
     "bias": Case(bias=True),
@@ -118,7 +125,13 @@ def inputs(case: Case, n: int, m: int, d: int, dtype: torch.dtype) -> Inputs:
         return torch.randn(*shape, generator=generator)
 
     def ids(count):
-        return torch.randint(0, max(2, n // 3), (count,), generator=generator) if case.ids else None
+        if not case.ids:
+            return None
+        drawn = torch.randint(0, max(2, n // 3), (count,), generator=generator)
+        if case.diagonals != PLACES:
+            return drawn
+        places = torch.randint(0, max(2, m // 3), (count,), generator=generator)
+        return with_places(drawn, places.masked_fill(places == 1, 2**32 - 1))
 
     x, y = (F.normalize(normal(count, d), dim=1).to(dtype) for count in (n, m))
     drawn = (
@@ -166,9 +179,12 @@ def dense(case: Case, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_
     s = x @ y.T
     kept = torch.ones_like(s, dtype=torch.bool)
     if case.ids:
-        equal = x_ids[:, None] == y_ids[None, :]
+        classes = [ids >> 32 if case.diagonals == PLACES else ids for ids in (x_ids, y_ids)]
+        equal = classes[0][:, None] == classes[1][None, :]
         kept = equal if case.keep_equal_ids else ~equal
-    if case.diagonals:
+    if case.diagonals == PLACES:
+        kept = kept & (x_ids[:, None] % 2**32 != y_ids[None, :] % 2**32)
+    elif case.diagonals:
         place = torch.arange(max(s.shape), device=x.device) % (max(s.shape) // case.diagonals)
         kept = kept & (place[: len(x), None] != place[: len(y)])
     if case.cutoff:

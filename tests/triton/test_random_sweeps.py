@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
+from contrastive_kernels.engine.spec import PLACES
 from tests.support.kernels import INTERPRETING, LAYOUTS, TERMS, Case, check, inputs
 
 pytestmark = [
@@ -126,6 +128,8 @@ def drawn(seed: int):
         term_offset=term != "" and choice([False, True]),
         scale=choice([-7.0, 1.0, 7.0, 30.0]),
     )
+    if ids and seed % 3 == 0:
+        case = replace(case, diagonals=PLACES)
     n, m = choice(SIZES), choice(SIZES)
     # rows of one or two entries are equal or opposite
     d = choice([8, 17, 24] if distance else [1, 2, 3, 16, 17, 24, 40, 260])
