@@ -39,11 +39,13 @@ def second_rows(x, y, x_ids, y_ids):
     return (x, x_ids if y_ids is None else y_ids) if y is None else (y, y_ids)
 
 
-def kept_pairs(similarity, x_ids=None, y_ids=None, cutoff=None):
-    """Return the mask of the pairs with different ids and ``s_ij <= cutoff_i``."""
+def kept_pairs(similarity, x_ids=None, y_ids=None, cutoff=None, same=False, exclude_diagonal=False):
+    """Return the mask of the pairs with different (same: equal) ids and ``s_ij <= cutoff_i``, or all but (i, i)."""
     kept = torch.ones_like(similarity, dtype=torch.bool)
     if x_ids is not None:
-        kept = kept & different(x_ids, y_ids)
+        kept = kept & (different(x_ids, y_ids) != same)
+    if exclude_diagonal:
+        kept = kept & ~torch.eye(*similarity.shape, dtype=torch.bool, device=similarity.device)
     if cutoff is not None:
         kept = kept & below(similarity, torch.as_tensor(cutoff).to(similarity).expand(similarity.shape[0]))
     return kept

@@ -6,14 +6,26 @@ from ._dense import kept_logsumexp
 from ._pairs import kept_pairs, second_rows
 
 
-def similarity_logsumexp(x, y=None, *, scale=1.0, x_ids=None, y_ids=None, y_bias=None, cutoff=None, columns=False):
+def similarity_logsumexp(
+    x,
+    y=None,
+    *,
+    scale=1.0,
+    x_ids=None,
+    y_ids=None,
+    same=False,
+    exclude_diagonal=False,
+    y_bias=None,
+    cutoff=None,
+    columns=False,
+):
     """Return ``log sum_j exp(a <x_i, y_j> + b_j)`` over the kept pairs.
 
     With columns also return ``log sum_i exp(a <x_i, y_j>)``.
     """
     y, y_ids = second_rows(x, y, x_ids, y_ids)
     similarity = x @ y.mT
-    kept = kept_pairs(similarity, x_ids, y_ids, cutoff)
+    kept = kept_pairs(similarity, x_ids, y_ids, cutoff, same, exclude_diagonal)
     logits = scale * similarity
     rows = kept_logsumexp(logits if y_bias is None else logits + y_bias, kept, 1)
     return (rows, kept_logsumexp(logits, kept, 0)) if columns else rows

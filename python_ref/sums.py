@@ -39,10 +39,12 @@ TERMS = {
 }
 
 
-def similarity_sum(x, y=None, *, term, x_ids=None, y_ids=None, cutoff=None, reduction="none"):
+def similarity_sum(
+    x, y=None, *, term, x_ids=None, y_ids=None, same=False, exclude_diagonal=False, cutoff=None, reduction="none"
+):
     """Return ``sum_j phi(<x_i, y_j>)`` over the kept pairs, or the sum over i too; phi by the class name of term."""
     y, y_ids = second_rows(x, y, x_ids, y_ids)
     similarity = x @ y.mT
-    kept = kept_pairs(similarity, x_ids, y_ids, cutoff)
+    kept = kept_pairs(similarity, x_ids, y_ids, cutoff, same, exclude_diagonal)
     sums = TERMS[type(term).__name__](similarity, term).masked_fill(~kept, 0.0).sum(1)
     return sums.sum() if reduction == "sum" else sums

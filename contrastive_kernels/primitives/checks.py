@@ -105,6 +105,21 @@ def ids(name: str, value: Tensor, rows: int | tuple[int, ...], x: Tensor) -> Ten
     return value.to(torch.int64)
 
 
+def labels(name: str, value: Tensor, rows: int, x: Tensor) -> Tensor:
+    """Return labels, one per row, which are compared by their value: as int64, or as float32 or float64."""
+    tensor(name, value)
+    if value.dtype.is_complex:
+        raise TypeError(f"{name} has dtype {value.dtype}; labels must be integers, bools or floats")
+    if not value.dtype.is_floating_point:
+        value = value.to(torch.int64)
+    elif value.dtype != torch.float64:
+        value = value.detach().to(torch.float32)
+    if tuple(value.shape) != (rows,):
+        raise ValueError(f"{name} {shape(value)} must have shape ({rows},), one label per row")
+    same_device(name, value, x)
+    return value.detach()
+
+
 def optional_ids(name: str, value: Tensor | None, rows: int | tuple[int, ...], x: Tensor) -> Tensor | None:
     """Return integer ids as int64, or None if there are none."""
     return None if value is None else ids(name, value, rows, x)
@@ -224,7 +239,12 @@ def term_operands(term: Term, x: Tensor) -> None:
 
 
 def primitive(
-    x: Tensor, y: Tensor | None, x_ids: Tensor | None, y_ids: Tensor | None, cutoff: float | Tensor | None
+    x: Tensor,
+    y: Tensor | None,
+    x_ids: Tensor | None,
+    y_ids: Tensor | None,
+    cutoff: float | Tensor | None,
+    same: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the ids as int64; raise unless features, ids and cutoff fit each other."""
     features("x", x)
@@ -236,6 +256,8 @@ def primitive(
     if y is not None and (x_ids is None) != (y_ids is None):
         missing, given = ("x_ids", "y_ids") if x_ids is None else ("y_ids", "x_ids")
         raise ValueError(f"{given} is given but {missing} is not; a pair is left out when its two ids are equal")
+    if same and x_ids is None:
+        raise ValueError("same=True is given but x_ids is not; it keeps the pairs whose two ids are equal")
     if isinstance(cutoff, Tensor) and cutoff.dim() > 0:
         vector("cutoff", cutoff, x, "x")
     y_rows = (x if y is None else y).shape[0]

@@ -21,6 +21,8 @@ def similarity_logsumexp(
     scale: float | Tensor = 1.0,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    same: bool = False,
+    exclude_diagonal: bool = False,
     y_bias: Tensor | None = None,
     cutoff: float | Tensor | None = None,
     columns: Literal[False] = False,
@@ -35,6 +37,8 @@ def similarity_logsumexp(
     scale: float | Tensor = 1.0,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    same: bool = False,
+    exclude_diagonal: bool = False,
     y_bias: Tensor | None = None,
     cutoff: float | Tensor | None = None,
     columns: Literal[True],
@@ -49,6 +53,8 @@ def similarity_logsumexp(
     scale: float | Tensor = 1.0,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    same: bool = False,
+    exclude_diagonal: bool = False,
     y_bias: Tensor | None = None,
     cutoff: float | Tensor | None = None,
     columns: bool = False,
@@ -61,12 +67,18 @@ def similarity_logsumexp(
         \ell_i = \log \sum_{j \in A(i)} \exp(\mathrm{scale} \, \langle x_i, y_j \rangle + b_j), \qquad
         A(i) = \{j : \mathrm{id}(x_i) \ne \mathrm{id}(y_j),\ \langle x_i, y_j \rangle \le c_i\}
 
+    With ``same`` the ids are equal instead, and with ``exclude_diagonal`` j is not i.
+
     Args:
         x: ``(N, D)``, float16, bfloat16, float32 or float64; taken as it is, not normalised.
-        y: ``(M, D)``, or None for x against itself (self pairs included unless ``x_ids`` leaves them out).
+        y: ``(M, D)``, or None for x against itself (self pairs included unless ``x_ids`` or ``exclude_diagonal`` leaves
+            them out).
         scale: inverse temperature; float or 0-dim tensor, differentiable.
         x_ids: ``(N,)`` integers; a pair with equal ids is left out. With ``y=None`` they serve both sides.
         y_ids: ``(M,)`` integers; given exactly when ``x_ids`` and ``y`` are.
+        same: keep the pairs with equal ids, and leave out the others. Needs ids; of x against itself, every row with
+            itself is such a pair.
+        exclude_diagonal: pairs (i, i) are left out too; of the ranks of a group, those of one rank's x and y.
         y_bias: ``(M,)``, added to the logits of column j, differentiable. Not with ``columns``.
         cutoff: float or ``(N,)``; pairs with ``<x_i, y_j>`` above it are left out. No gradient, not with ``columns``.
         columns: also return the log-sum-exp of every column.
@@ -89,13 +101,13 @@ def similarity_logsumexp(
         >>> similarity_logsumexp(x, scale=10.0, x_ids=torch.arange(8)).shape
         torch.Size([8])
     """
-    x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, cutoff)
+    x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, cutoff, same)
     scale = checks.scalar("scale", scale, x)
     if y_bias is not None:
         checks.vector("y_bias", y_bias, x if y is None else y, "x" if y is None else "y")
     if columns and (y_bias is not None or cutoff is not None):
         raise ValueError("columns=True takes neither y_bias nor cutoff; call twice with x and y exchanged")
-    pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
+    pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x), same, int(exclude_diagonal))
     shards = shards_of_columns(group, y)
     out = sweep(x, y, pairs, scale=scale, bias=y_bias, column_lse=columns, backend=backend, shards=shards)
     row_lse = out.row_lse.squeeze(0)

@@ -25,6 +25,8 @@ def similarity_sum(
     term: Term,
     x_ids: Tensor | None = None,
     y_ids: Tensor | None = None,
+    same: bool = False,
+    exclude_diagonal: bool = False,
     cutoff: float | Tensor | None = None,
     reduction: Literal["none", "sum"] = "none",
     backend: str | None = None,
@@ -35,7 +37,8 @@ def similarity_sum(
     .. math:: r_i = \sum_{j \in A(i)} \phi(\langle x_i, y_j \rangle)
 
     Args:
-        x, y, x_ids, y_ids, cutoff, backend, group: as in `similarity_logsumexp`; the same pairs are left out.
+        x, y, x_ids, y_ids, same, exclude_diagonal, cutoff, backend, group: as in `similarity_logsumexp`; the same pairs
+            are left out.
         term: the function: `Band`, `Softplus`, `Square`, `Hinge`, `DistanceHinge`, `Student`, `Gaussian`, `Identity` or
             `Count`.
         reduction: ``"none"``, or ``"sum"`` over the rows too: then one sweep computes the value and the gradients,
@@ -55,10 +58,10 @@ def similarity_sum(
     """
     if not isinstance(term, Term):
         raise TypeError(f"term must be a Term such as Band(0.1, 0.5), not {type(term).__name__}")
-    x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, cutoff)
+    x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, cutoff, same)
     checks.term_operands(term, x)
     checks.choice("reduction", reduction, ("none", "sum"))
-    pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x))
+    pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x), same, int(exclude_diagonal))
     shards = shards_of_columns(group, y)
     if reduction == "sum":
         return weighted_total(x, y, pairs, term=term, backend=backend, shards=shards)

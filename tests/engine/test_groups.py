@@ -40,6 +40,12 @@ PRIMITIVES = {
     "columns of itself": lambda x, y, ids, bias, cutoff, **o: torch.stack(
         ck.similarity_logsumexp(x, scale=0.3, columns=True, **o)
     ),
+    "same": lambda x, y, ids, bias, cutoff, **o: torch.stack(
+        ck.similarity_logsumexp(x, y, x_ids=ids, y_ids=ids, same=True, exclude_diagonal=True, columns=True, **o)
+    ),
+    "sum of the same": lambda x, y, ids, bias, cutoff, **o: ck.similarity_sum(
+        x, term=ck.Square(), x_ids=ids, same=True, exclude_diagonal=True, **o
+    ),
     "cutoff": lambda x, y, ids, bias, cutoff, **o: ck.similarity_logsumexp(x, y, cutoff=cutoff, **o),
     "sum": lambda x, y, ids, bias, cutoff, **o: ck.similarity_sum(x, y, term=ck.Softplus(2.0, bias.sum()), **o),
     "sum of itself": lambda x, y, ids, bias, cutoff, **o: ck.similarity_sum(x, term=ck.Band(0.1, 0.9), **o),

@@ -7,7 +7,7 @@ import torch
 
 import contrastive_kernels as ck
 from tests.support.primitives import DTYPES, SCALE, SHAPES, compare, logsumexp, pair
-from tests.support.testing import device_of, dtype_id, shape_id
+from tests.support.testing import device_of, dtype_id, precise, shape_id
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
@@ -76,6 +76,34 @@ def test_logsumexp_of_x_with_itself_where_the_mask_is_not_symmetric(name, backen
         compare(logsumexp, tensors, backend, scale=SCALE, cutoff=cutoff)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+@pytest.mark.parametrize("form", ["two", "self", "bias", "columns", "columns of itself"])
+@pytest.mark.parametrize("exclude_diagonal", [False, True], ids=["", "not itself"])
+def test_logsumexp_of_equal_ids(form, exclude_diagonal, dtype, backend, poison):
+    """The other pairs than by default; some rows have none, others only themselves."""
+    n, m = 65, 129
+    tensors = {**pair((n, m, 24)), "scale": torch.tensor(SCALE)}
+    tensors |= {"x_ids": torch.arange(n) // 2, "y_ids": torch.randint(40, (m,)) // 2}
+    if "itself" in form or form == "self":
+        del tensors["y"], tensors["y_ids"]
+    if form == "bias":
+        tensors["y_bias"] = torch.randn(m, dtype=torch.float64)
+    options = {"same": True, "exclude_diagonal": exclude_diagonal, "columns": "columns" in form}
+    compare(logsumexp, tensors, backend, dtype, SCALE, **options)
+
+
+@pytest.mark.parametrize("itself", [False, True], ids=["two", "self"])
+def test_equal_and_different_ids_are_all_pairs(itself, backend):
+    """Their log-sum-exps add up to that of all pairs, or of all but the diagonal; ids need not be given for that."""
+    x, y = (z.to(device_of(backend), precise(backend)) for z in pair((65, 129, 24)).values())
+    x_ids, y_ids = (torch.randint(9, (len(z),), device=x.device) for z in (x, y))
+    rows, ids = ((x,), {"x_ids": x_ids}) if itself else ((x, y), {"x_ids": x_ids, "y_ids": y_ids})
+    for exclude in (False, True):
+        options = {"scale": SCALE, "exclude_diagonal": exclude, "backend": backend}
+        parts = [ck.similarity_logsumexp(*rows, **ids, same=same, **options) for same in (False, True)]
+        torch.testing.assert_close(torch.logaddexp(*parts), ck.similarity_logsumexp(*rows, **options))
+
+
 @pytest.mark.parametrize("scale", [200.0, 0.1, -5.0, 0.0])
 def test_logsumexp_scales(scale, backend, poison):
     """The scales of cold, warm and negative temperatures, and 0."""
@@ -96,7 +124,8 @@ def test_logsumexp_rows_without_pairs(backend, poison):
     x = torch.randn(5, 8, device=device, requires_grad=True)
     scale = torch.tensor(2.0, device=device, requires_grad=True)
     ids = torch.zeros(5, dtype=torch.int64, device=device)
-    for arguments in ({"x": x, "x_ids": ids}, {"x": x, "y": x.detach()[:3], "cutoff": -1e4}):
+    alone = {"x": x, "x_ids": torch.arange(5, device=device), "same": True, "exclude_diagonal": True}
+    for arguments in ({"x": x, "x_ids": ids}, {"x": x, "y": x.detach()[:3], "cutoff": -1e4}, alone):
         rows = ck.similarity_logsumexp(scale=scale, backend=backend, **arguments)
         assert rows.tolist() == [-math.inf] * 5
         for gradient in torch.autograd.grad(rows.sum(), (x, scale)):

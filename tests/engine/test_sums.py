@@ -52,6 +52,24 @@ def test_total(name, itself, dtype, backend, poison):
     compare(term_sum, tensors, backend, dtype, 10.0, term=term, constants=constants, reduction="sum")
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("itself", [False, True], ids=["two", "self"])
+def test_sum_over_equal_ids(itself, reduction, backend, poison):
+    """The other pairs than by default, but a row with itself; a row without such a pair has 0, and no gradient."""
+    tensors = {**pair((65, 129, 24)), "x_ids": torch.arange(65) // 2, "y_ids": torch.randint(40, (129,))}
+    tensors |= {"scale": torch.tensor(10.0), "bias": torch.linspace(-1, 1, 65)}
+    if itself:
+        del tensors["y"], tensors["y_ids"]
+    options = {"same": True, "exclude_diagonal": True, "reduction": reduction}
+    compare(term_sum, tensors, backend, torch.float32, 10.0, term=ck.Softplus, **options)
+    if itself:  # row 64 has an id of its own
+        x = tensors["x"].to(device_of(backend), torch.float32).requires_grad_()
+        sums = term_sum(ck, ck.Square, x=x, x_ids=tensors["x_ids"].to(x.device), backend=backend, **options)
+        sums.sum().backward()
+        assert not x.grad[64].any()
+        assert reduction == "sum" or (sums[64] == 0 and sums[:64].all())
+
+
 def test_total_is_one_sweep(backend, monkeypatch):
     """With gradients or without them there is no forward sweep; a second backward gives the same."""
     device, calls, call = device_of(backend), [], autograd.call

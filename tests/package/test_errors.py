@@ -131,6 +131,7 @@ BAD = {
         "ids (16,) must have shape (8,)",
     ),
     "one of two ids": (lambda: ck.similarity_logsumexp(f(8, 16), f(9, 16), x_ids=ids(8)), ValueError, "y_ids is not"),
+    "same ids without ids": (lambda: ck.similarity_logsumexp(f(8, 16), same=True), ValueError, "x_ids is not"),
     "ids of y without y": (lambda: ck.similarity_logsumexp(f(8, 16), y_ids=ids(8)), ValueError, "y_ids is given"),
     "queue without ids": (
         lambda: ck.moco_arcl_loss(f(8, 16), f(8, 3, 16), f(9, 16), query_ids=ids(8)),
