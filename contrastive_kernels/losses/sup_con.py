@@ -1,9 +1,9 @@
-"""SupCon in its three meanings, with partial labels: the function and its module."""
+"""SupCon in its meanings, with partial labels, among the views or against other rows: the function and its module."""
 
 from __future__ import annotations
 
 import math
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -11,23 +11,21 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from contrastive_kernels.losses._arguments import BackendArguments, ContrastiveStats, Loss, ReductionArguments
+from contrastive_kernels.losses._classes import Candidates, OtherRows, Views, class_ids
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import UNLABELLED, SoftmaxOptions, mean_over, reduce, softplus
-from contrastive_kernels.losses._softmax import Negatives, statistics, sweep_negatives
+from contrastive_kernels.losses._softmax import statistics, sweep_negatives
 from contrastive_kernels.losses._views import other_views
 from contrastive_kernels.primitives import (
     Group,
     Pairs,
-    Shards,
     Softplus,
     checks,
     compute_dtype,
-    gather_rows,
     over_ranks,
     row_dot,
     sweep,
     unit_rows,
-    wide_sums,
 )
 
 __all__ = ["SupConLoss", "sup_con_loss"]
@@ -38,7 +36,11 @@ class SupConArguments(BackendArguments, ReductionArguments, total=False):
 
     logit_scale: float | Tensor | None
     base_temperature: float | Tensor | None
-    positives: Literal["out", "in", "pairwise"]
+    unlabelled: float | None
+    contrast_features: Tensor | None
+    contrast_labels: Tensor | None
+    exclude: Tensor | None
+    positives: Literal["out", "in", "sum", "pairwise"]
     same_label: Literal["positive", "ignore", "negative"]
     average: Literal["all", "with_positives"]
     contrast_mode: Literal["all", "one"]
@@ -79,7 +81,11 @@ def sup_con_loss(
     temperature: float | Tensor | None = None,
     logit_scale: float | Tensor | None = None,
     base_temperature: float | Tensor | None = None,
-    positives: Literal["out", "in", "pairwise"] = "out",
+    unlabelled: float | None = UNLABELLED,
+    contrast_features: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+    positives: Literal["out", "in", "sum", "pairwise"] = "out",
     same_label: Literal["positive", "ignore", "negative"] = "positive",
     average: Literal["all", "with_positives"] = "all",
     contrast_mode: Literal["all", "one"] = "all",
@@ -96,22 +102,32 @@ def sup_con_loss(
         \text{out:} \quad L_i &= \frac{1}{k_i} \sum_{p \in P(i)}
             \Bigl[ \log \sum_{j \ne i} e^{u_{ij}} - u_{ip} \Bigr] \\
         \text{in:} \quad L_i &= -\log \frac{\frac{1}{k_i} \sum_{p \in P(i)} e^{u_{ip}}}{\sum_{j \ne i} e^{u_{ij}}} \\
+        \text{sum:} \quad L_i &= -\log \frac{\sum_{p \in P(i)} e^{u_{ip}}}{\sum_{j \ne i} e^{u_{ij}}} \\
         \text{pairwise:} \quad L_i &= \frac{1}{k_i} \sum_{p \in P(i)}
             \log\Bigl(1 + \sum_{j \in \mathrm{Neg}(i)} e^{u_{ij} - u_{ip}}\Bigr)
 
     with :math:`u_{ij} = \langle z_i, z_j \rangle / T` over the rows z of all views, P(i) the :math:`k_i` other rows of
     i's class or sample, Neg(i) the rows of all others. Without labels P(i) are the other views of the sample; with two
-    of them all three are NT-Xent.
+    of them all four are NT-Xent. With ``contrast_features``, a memory or the rows of another batch, j and p are among
+    those rows, and the anchors not among each other's.
 
     Args:
         features: ``(N, V, D)``, V views of each sample, or ``(N, D)``.
-        labels: ``(N,)`` integers, -1 for a sample without label, which matches only its own views. None: no labels.
-            With labels and ``"out"`` the loss of an anchor with one positive is rounded to 1e-7 or so in float32.
+        labels: ``(N,)`` integers, bools or floats, which are compared by value. A sample whose label is ``unlabelled``
+            or NaN has none and matches only its own views. None: no labels. With labels and ``"out"`` the loss of an
+            anchor with one positive is rounded to 1e-7 or so in float32.
         temperature: T, float or 0-dim tensor (differentiable); 0.1 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
         base_temperature: multiplies the loss by T / base_temperature; the official code has 0.07. None: factor 1.
-        positives: ``"out"``, the paper's loss; ``"in"``, the sum over positives inside the logarithm; ``"pairwise"``,
-            each positive alone against the negatives (multi-positive NT-Xent).
+        unlabelled: the value that means "no label". None: every value is a class.
+        contrast_features: ``(M, D)``, the rows that the anchors are compared with in place of each other,
+            differentiable. Needs both labels. None: the rows of all views.
+        contrast_labels: ``(M,)``, floats if ``labels`` are and else none; a row without label is a negative of all.
+        exclude: ``(N,)`` integers, or ``(N, V)`` for every row: which of ``contrast_features`` is the anchor's own copy
+            and is left out, neither positive nor negative. Below 0 or None: none.
+        positives: ``"out"``, the paper's loss; ``"in"``, the mean over positives inside the logarithm; ``"sum"``, their
+            sum there, infinite for an anchor without any; ``"pairwise"``, each positive alone against the negatives
+            (multi-positive NT-Xent).
         same_label: what other samples of the anchor's class are: ``"positive"``; ``"ignore"``, neither positive nor
             negative; ``"negative"``, as without labels.
         average: the mean is over ``"all"`` anchors or those ``"with_positives"``. For ``"pairwise"`` it is over the
@@ -123,21 +139,24 @@ def sup_con_loss(
         return_stats: also return `ContrastiveStats`, the positive being the mean logit of P(i), ``-inf`` (and never
             accurate) where there is none. Takes one more sweep for ``"out"`` with labels.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
-        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
-            process alone.
+        group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch, and so are
+            their contrast rows, of which every rank has its own number; ``exclude`` counts in those of the anchor's
+            rank. None: this process alone.
 
     Returns:
         0-dim, or for ``"none"`` ``(V * N,)``, first view first (``(N,)`` with ``contrast_mode="one"``); float32
         (float64 for float64 inputs). With ``return_stats`` the pair (loss, stats). An anchor without positives
-        contributes 0.
+        contributes 0, with ``"sum"`` infinity.
 
     Raises:
         ValueError: shapes that do not fit, an empty batch, an unknown option, temperature near 0, an average without
-            the reduction ``"mean"``.
-        TypeError: features are not floating or labels are not integers.
+            the reduction ``"mean"``, contrast rows without labels, an option without effect.
+        TypeError: features are not floating, dtypes that differ, integer labels beside floating ones.
         RuntimeError: tensors on different devices.
 
-    Source: Khosla et al., NeurIPS 2020, arXiv:2004.11362, eq. 2 and 3; pairwise as in pytorch-metric-learning.
+    Source: Khosla et al., NeurIPS 2020, arXiv:2004.11362, eq. 2 and 3; "sum" is the neighbourhood components analysis
+    of Goldberger et al., NeurIPS 2004, with similarities; pairwise as in pytorch-metric-learning; other rows as in the
+    cross-batch memory of Wang et al., CVPR 2020, arXiv:1912.06798.
 
     Example:
         >>> features, labels = torch.randn(16, 2, 8), torch.randint(4, (16,))
@@ -150,14 +169,25 @@ def sup_con_loss(
         features = features[:, None]
     checks.views("features", features, minimum=1)
     checks.not_empty("features", features)
-    checks.choice("positives", positives, ("out", "in", "pairwise"))
+    checks.choice("positives", positives, ("out", "in", "sum", "pairwise"))
     checks.choice("same_label", same_label, ("positive", "ignore", "negative"))
     checks.choice("average", average, ("all", "with_positives"))
     checks.choice("contrast_mode", contrast_mode, ("all", "one"))
     if reduction != "mean":
         checks.no_effect(f"reduction={reduction!r}", average=(average, "all"))
+    if unlabelled is not None:
+        checks.number("unlabelled", unlabelled)
+    if same_label == "negative":
+        checks.no_effect("same_label='negative'", unlabelled=(unlabelled, UNLABELLED))
     n = features.shape[0]
-    labels = checks.optional_ids("labels", labels, n, features)
+    labels = None if labels is None else checks.labels("labels", labels, n, features)
+    if contrast_features is None:
+        given = {"contrast_labels": (contrast_labels, None), "exclude": (exclude, None)}
+        checks.no_effect("contrast_features=None", **given)
+    else:
+        labels, contrast_labels, exclude = _check_contrast(
+            features, labels, contrast_features, contrast_labels, exclude, same_label
+        )
     options = SoftmaxOptions.of(
         features,
         temperature=temperature,
@@ -171,26 +201,31 @@ def sup_con_loss(
     )
     base_temperature = _base_temperature(base_temperature, options.scale, features)
 
-    views = unit_rows(features.transpose(0, 1), normalize, backend)
     shards = options.shards
-    instances = shards.positions(n, views.device)
-    ids = (
-        instances
-        if labels is None or same_label == "negative"
-        else shards.own(_class_ids(shards.gather(labels)), labels)
-    )
-    batch = _Batch(views, views[:1] if contrast_mode == "one" else views, ids, shards)
-    if labels is None or same_label != "positive":
-        anchors = _towards_own_views(batch, positives, options)
+    views = unit_rows(features.transpose(0, 1), normalize, backend)
+    heads = views[:1] if contrast_mode == "one" else views
+    if contrast_features is not None and labels is not None and contrast_labels is not None:
+        rows = unit_rows(contrast_features, normalize, backend)
+        others = OtherRows.of(heads, rows, labels, contrast_labels, unlabelled, exclude, shards)
+        anchors = _towards_class(others, positives, options)
     else:
-        anchors = _towards_class(batch, positives, options)
+        ids = shards.positions(n, views.device)
+        if labels is not None and same_label != "negative":
+            ids = shards.own(class_ids(shards.gather(labels), unlabelled), labels)
+        batch = Views(views, heads, ids, shards)
+        towards = _towards_own_views if labels is None or same_label != "positive" else _towards_class
+        anchors = towards(batch, positives, options)
     losses = anchors.losses
     if base_temperature is not None:
         losses = losses / (options.scale * base_temperature)
     share = None
     if reduction == "mean" and anchors.number is not None:
         share = _share(anchors.number, positives, average)
-    loss = reduce(losses, weight, reduction, shards) if share is None else mean_over(losses, share, weight, shards)
+    if share is None:
+        loss = reduce(losses, weight, reduction, shards)
+    else:
+        # without positives a sum's is infinite
+        loss = mean_over(losses.masked_fill(share == 0, 0), share, weight, shards)
     return loss if anchors.stats is None else (loss, anchors.stats)
 
 
@@ -223,57 +258,8 @@ class SupConLoss(LossModule):
         labels: Tensor | None = None,
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
-        """Return the loss; `inputs` are per-batch keyword arguments: weight."""
+        """Return the loss; `inputs` are per-batch keyword arguments: weight, contrast_features, exclude, ..."""
         return self.function(features, labels, **self.options(), **inputs)
-
-
-class _Batch(NamedTuple):
-    """Unit rows and what tells their classes apart."""
-
-    views: Tensor  # (V, N, D)
-    heads: Tensor  # (V, N, D) or (1, N, D): the views whose rows are anchors
-    ids: Tensor  # (N,): rows with equal ids are no negatives of each other
-    shards: Shards
-
-    @property
-    def all_are_anchors(self) -> bool:
-        """Whether every row is an anchor."""
-        return len(self.heads) == len(self.views)
-
-    def operands(self) -> tuple[Tensor, Tensor | None]:
-        """Return the rows that are anchors (A, D) and those they are compared with, None for the same."""
-        columns = self.views.flatten(0, 1)
-        return (columns, None) if self.all_are_anchors else (self.heads[0], columns)
-
-    def different(self) -> Pairs:
-        """Return the pairs of different ids."""
-        return Pairs(*self._ids())
-
-    def equal(self) -> Pairs:
-        """Return the pairs of equal ids but an anchor with itself, which is the column of its own number."""
-        return Pairs(*self._ids(), keep_equal_ids=True, diagonals=1)
-
-    def _ids(self) -> tuple[Tensor, Tensor | None]:
-        return self.ids.repeat(len(self.heads)), None if self.all_are_anchors else self.ids.repeat(len(self.views))
-
-    def positive_counts(self) -> Tensor:
-        """Return (A,), the number of other rows with the anchor's id."""
-        ones = torch.ones_like(self.ids, dtype=compute_dtype(self.views))
-        samples = self._of_class(ones[:, None]).squeeze(1)
-        return (samples * len(self.views) - 1).repeat(len(self.heads))
-
-    def positive_sums(self) -> Tensor:
-        """Return (A,), the sum of the similarities to them, from the sum of every class."""
-        dtype = compute_dtype(self.views)
-        # A long row's own share of the sum leaves no digits of the others' in float32.
-        samples = self.views.sum(0, dtype=wide_sums(self.views))
-        return row_dot(self.heads, (self._of_class(samples) - self.heads).to(dtype)).flatten()
-
-    def _of_class(self, values: Tensor) -> Tensor:
-        """Return the sums of the values of every sample's class."""
-        if not self.shards.alone:
-            return self.shards.class_sums(values, self.ids, self.ids)
-        return gather_rows(torch.zeros_like(values).index_add(0, self.ids, values), self.ids)
 
 
 class _Anchors(NamedTuple):
@@ -284,7 +270,7 @@ class _Anchors(NamedTuple):
     stats: ContrastiveStats | None = None  # where the options ask for them
 
 
-def _towards_own_views(batch: _Batch, meaning: str, options: SoftmaxOptions) -> _Anchors:
+def _towards_own_views(batch: Views, meaning: str, options: SoftmaxOptions) -> _Anchors:
     """Return the losses towards the other views of the sample: a few positives per anchor, and one sweep."""
     anchors, columns = batch.operands()
     negatives = sweep_negatives(anchors, columns, batch.different(), options)
@@ -293,6 +279,7 @@ def _towards_own_views(batch: _Batch, meaning: str, options: SoftmaxOptions) -> 
         none = torch.full_like(negatives.lse, -torch.inf)
         # A product, so that a NaN is not lost.
         losses, mean, own_lse = 0 * row_dot(anchors, anchors), none, none
+        losses = losses + torch.inf if meaning == "sum" else losses
     else:
         if columns is None:
             own = options.scale * other_views(batch.views, options.backend)
@@ -300,22 +287,28 @@ def _towards_own_views(batch: _Batch, meaning: str, options: SoftmaxOptions) -> 
             own = options.scale * torch.stack([row_dot(anchors, view, options.backend) for view in batch.views[1:]], 1)
         own_lse, mean = own.logsumexp(1), own.mean(1)
         if meaning == "pairwise" or number == 1:
-            # Of a single positive all three meanings are this; the terms that cancel below would leave their rounding.
+            # Of a single positive all meanings are this; the terms that cancel below would leave their rounding.
             losses = softplus(negatives.lse[:, None] - own).mean(1)
         else:
-            losses = softplus(negatives.lse - own_lse) + (math.log(number) if meaning == "in" else own_lse - mean)
+            beside: dict[str, Tensor | float] = {"out": own_lse - mean, "in": math.log(number), "sum": 0.0}
+            losses = softplus(negatives.lse - own_lse) + beside[meaning]
+    numbers = torch.zeros_like(losses) if number == 0 else None
     if negatives.maximum is None:
-        return _Anchors(losses)
+        return _Anchors(losses, numbers)
     lse = torch.logaddexp(negatives.lse, mean if meaning == "pairwise" else own_lse)
-    return _Anchors(losses, stats=statistics(mean, lse, negatives.maximum, options.shards))
+    return _Anchors(losses, numbers, statistics(mean, lse, negatives.maximum, options.shards))
 
 
-def _towards_class(batch: _Batch, meaning: str, options: SoftmaxOptions) -> _Anchors:
+def _towards_class(batch: Candidates, meaning: str, options: SoftmaxOptions) -> _Anchors:
     """Return the losses towards all other rows of the class: sums from the sum of the class, or from a sweep."""
     number = batch.positive_counts()
     alone, divisor = number == 0, number.clamp(min=1)
     anchors, columns = batch.operands()
-    row_lse = partial(_row_lse, anchors, columns, options)
+    swept = replace(options, shards=batch.shards)
+
+    def row_lse(pairs: Pairs) -> Tensor:
+        out = sweep(anchors, columns, pairs, scale=options.scale, backend=options.backend, shards=batch.shards)
+        return out.row_lse.squeeze(0)
 
     def mean_logit() -> Tensor:
         return options.scale * batch.positive_sums() / divisor
@@ -324,41 +317,33 @@ def _towards_class(batch: _Batch, meaning: str, options: SoftmaxOptions) -> _Anc
         # Of two or more positives the loss is at least log 2: nothing cancels. Of a single one it does; to avoid that
         # would take a sweep more.
         mean = mean_logit()
-        lse = row_lse(Pairs(diagonals=1))
+        lse = row_lse(batch.all_pairs())
         losses = (lse - mean).masked_fill(alone, 0)
         if not options.return_stats:
             return _Anchors(losses, number)
-        maximum = _detached_negatives(batch, options).maximum
+        frozen = None if columns is None else columns.detach()
+        maximum = sweep_negatives(anchors.detach(), frozen, batch.different(), swept).maximum
     else:
-        negatives = sweep_negatives(anchors, columns, batch.different(), options)
+        negatives = sweep_negatives(anchors, columns, batch.different(), swept)
         nothing = negatives.lse == -torch.inf
-        if meaning == "in":
-            own_lse = row_lse(batch.equal())
-            losses = softplus(negatives.lse - own_lse.masked_fill(alone, 0)) + divisor.log()
-        else:
+        if meaning == "pairwise":
             term = Softplus(-options.scale, negatives.lse.masked_fill(nothing, 0))
             sums = sweep(
-                anchors, columns, batch.equal(), term=term, exponents=(), backend=options.backend, shards=options.shards
+                anchors, columns, batch.equal(), term=term, exponents=(), backend=options.backend, shards=batch.shards
             ).row_sum
             losses = (sums / divisor).masked_fill(nothing, 0)
-        losses = losses.masked_fill(alone, 0)
+        else:
+            own_lse = row_lse(batch.equal())
+            losses = softplus(negatives.lse - own_lse.masked_fill(alone, 0))
+            losses = losses + divisor.log() if meaning == "in" else losses
+        losses = losses.masked_fill(alone, torch.inf if meaning == "sum" else 0)
         if not options.return_stats:
             return _Anchors(losses, number)
         mean, maximum = mean_logit(), negatives.maximum
-        own = own_lse if meaning == "in" else mean
+        own = mean if meaning == "pairwise" else own_lse
         lse = torch.logaddexp(negatives.lse, own.masked_fill(alone, -torch.inf))
     assert maximum is not None
     return _Anchors(losses, number, statistics(mean.masked_fill(alone, -torch.inf), lse, maximum, options.shards))
-
-
-def _row_lse(x: Tensor, y: Tensor | None, options: SoftmaxOptions, pairs: Pairs) -> Tensor:
-    return sweep(x, y, pairs, scale=options.scale, backend=options.backend, shards=options.shards).row_lse.squeeze(0)
-
-
-def _detached_negatives(batch: _Batch, options: SoftmaxOptions) -> Negatives:
-    anchors, columns = batch.operands()
-    columns = None if columns is None else columns.detach()
-    return sweep_negatives(anchors.detach(), columns, batch.different(), options)
 
 
 def _share(number: Tensor, meaning: str, average: str) -> Tensor | None:
@@ -368,15 +353,35 @@ def _share(number: Tensor, meaning: str, average: str) -> Tensor | None:
     return number > 0 if average == "with_positives" else None
 
 
-def _class_ids(labels: Tensor) -> Tensor:
-    """Return ids in [0, N) of all ranks' labels: one for every label, and one of its own for every sample without.
-
-    A label's id is its first place among the sorted labels; the samples without label share out the places of theirs.
-    Static shapes, nothing read back.
-    """
-    labels = labels.contiguous()
-    unlabelled = labels == UNLABELLED
-    return torch.searchsorted(labels.sort().values, labels) + (unlabelled.cumsum(0) - 1) * unlabelled
+def _check_contrast(
+    features: Tensor,
+    labels: Tensor | None,
+    contrast_features: Tensor,
+    contrast_labels: Tensor | None,
+    exclude: Tensor | None,
+    same_label: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return both labels in one dtype and `exclude` as (V, N)."""
+    checks.features("contrast_features", contrast_features)
+    checks.alike("features", features, "contrast_features", contrast_features, rows=False)
+    if labels is None or contrast_labels is None:
+        missing = "labels" if labels is None else "contrast_labels"
+        raise ValueError(f"contrast_features is given but {missing} is not; the positives are the rows of equal labels")
+    if same_label != "positive":
+        raise ValueError(f"same_label {same_label!r} leaves no positive among contrast_features; leave it out")
+    contrast_labels = checks.labels("contrast_labels", contrast_labels, contrast_features.shape[0], features)
+    if labels.is_floating_point() != contrast_labels.is_floating_point():
+        raise TypeError(
+            f"labels became {labels.dtype} and contrast_labels {contrast_labels.dtype}; cast one of them, so that both "
+            "are integers or both are floats"
+        )
+    common = torch.promote_types(labels.dtype, contrast_labels.dtype)
+    n, v = features.shape[:2]
+    if exclude is not None:
+        checks.tensor("exclude", exclude)
+        exclude = checks.ids("exclude", exclude, (n, v) if exclude.dim() == 2 else (n,), features)
+        exclude = exclude.expand(v, n) if exclude.dim() == 1 else exclude.T
+    return labels.to(common), contrast_labels.to(common), exclude
 
 
 def _base_temperature(value: float | Tensor | None, scale: float | Tensor, x: Tensor) -> float | Tensor | None:

@@ -1,6 +1,6 @@
 """The primitives: everything that a loss is made of, and all that a loss imports."""
 
-from contrastive_kernels.engine.spec import compute_dtype
+from contrastive_kernels.engine.spec import PLACES, compute_dtype, with_places
 from contrastive_kernels.engine.terms import (
     Band,
     Count,
@@ -45,6 +45,7 @@ from contrastive_kernels.primitives.views import min_view_similarity
 __all__ = [
     "ALL_PAIRS",
     "ALONE",
+    "PLACES",
     "Band",
     "Count",
     "DistanceHinge",
@@ -92,4 +93,5 @@ __all__ = [
     "weighted_total",
     "wide_products",
     "wide_sums",
+    "with_places",
 ]

@@ -35,7 +35,7 @@ class Pairs(NamedTuple):
     y_ids: Tensor | None = None  # (M,) int64; None for x against itself
     cutoff: Tensor | None = None  # (N,)
     keep_equal_ids: bool = False
-    diagonals: int = 0  # 1: drop i == j; V: drop the pairs of a sample's V views
+    diagonals: int = 0  # 1: drop i == j; V: drop the pairs of a sample's V views; PLACES: drop equal places
 
 
 ALL_PAIRS = Pairs()
