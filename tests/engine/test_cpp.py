@@ -10,6 +10,7 @@ from torch.nn.functional import normalize, softplus
 
 from contrastive_kernels.engine import spec, terms
 from contrastive_kernels.engine.backends import cpp
+from tests.support.primitives import kept_by_ids
 from tests.support.testing import thread_count
 
 pytestmark = [
@@ -72,12 +73,9 @@ class Case:
             return normalize(torch.randn(rows, self.d, dtype=torch.float64), dim=1).to(dtype)
 
         def ids(rows: int, nowhere: bool = False) -> torch.Tensor:
-            drawn = torch.randint(max(self.ids, 1), (rows,))
-            if self.diagonals != spec.PLACES:
-                return drawn
-            places = torch.randperm(1000)[:rows]
-            # of one class no column has the rows' place
-            return spec.with_places(drawn, places.masked_fill(drawn == 0, 2**32 - 1) if nowhere else places)
+            drawn, places = torch.randint(max(self.ids, 1), (rows,)), torch.arange(rows) // 2
+            places[drawn == 0] = 2**32 - 1 if nowhere else 0  # of one class no column has the rows' place
+            return spec.with_places(drawn, places) if self.diagonals == spec.PLACES else drawn
 
         def when(condition: bool, tensor: torch.Tensor) -> torch.Tensor | None:
             return (tensor.to(compute) if tensor.is_floating_point() else tensor) if condition else None
@@ -126,13 +124,8 @@ def dense(case: Case, inputs: spec.Inputs) -> spec.Statistics:
     s = x @ (x if y is None else y).T
     kept = torch.ones_like(s, dtype=torch.bool)
     if x_ids is not None:
-        ids = [x_ids, x_ids if y is None else y_ids]
-        classes = [v >> 32 for v in ids] if case.diagonals == spec.PLACES else ids
-        equal = classes[0][:, None] == classes[1][None, :]
-        kept = equal if case.keep_equal_ids else ~equal
-    if case.diagonals == spec.PLACES:
-        kept = kept & (ids[0][:, None] % 2**32 != ids[1][None, :] % 2**32)
-    elif case.diagonals:
+        kept = kept_by_ids(case.description(), x_ids, x_ids if y is None else y_ids)
+    if case.diagonals > 0:
         place = torch.arange(max(s.shape)) % (max(s.shape) // case.diagonals)
         kept = kept & (place[: len(x), None] != place[: s.shape[1]])
     if cutoff is not None:
@@ -220,14 +213,12 @@ SWITCHES = [
     Case(temperature=-0.1, column_lse=True),
     SELF,
     replace(SELF, ids=100, maximum=True),
-    replace(SELF, ids=4, keep_equal_ids=True, diagonals=1),
+    *[replace(SELF, ids=4, keep_equal_ids=True, diagonals=d) for d in (1, spec.PLACES)],
     replace(SELF, diagonals=1, maximum=True),
     *[replace(SELF, n=840, diagonals=views, maximum=views == 3) for views in (2, 3, 40)],
     replace(SELF, n=840, diagonals=2, cutoff=True, term="band"),
-    Case(n=700, m=900, column_lse=True, diagonals=1, ids=20, maximum=True),
-    Case(n=700, m=900, column_lse=True, diagonals=spec.PLACES, ids=20, maximum=True),
+    *[Case(n=700, m=900, column_lse=True, diagonals=d, ids=20, maximum=True) for d in (1, spec.PLACES)],
     Case(n=700, m=900, keep_equal_ids=True, diagonals=spec.PLACES, ids=5, term="softplus", term_operands=True),
-    replace(SELF, ids=4, keep_equal_ids=True, diagonals=spec.PLACES),
     Case(n=900, m=700, diagonals=1, cutoff=True, term="square"),
     replace(SELF, exponents=(1.0, 2.0), ids=100, term="band"),
     replace(SELF, temperature=0.003),

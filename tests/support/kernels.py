@@ -21,6 +21,7 @@ from contrastive_kernels.engine.spec import (
     Wanted,
     with_places,
 )
+from tests.support.primitives import kept_by_ids
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETING else "cuda"
@@ -179,12 +180,8 @@ def dense(case: Case, x, y, scale, bias, x_ids, y_ids, cutoff, term_scale, term_
     s = x @ y.T
     kept = torch.ones_like(s, dtype=torch.bool)
     if case.ids:
-        classes = [ids >> 32 if case.diagonals == PLACES else ids for ids in (x_ids, y_ids)]
-        equal = classes[0][:, None] == classes[1][None, :]
-        kept = equal if case.keep_equal_ids else ~equal
-    if case.diagonals == PLACES:
-        kept = kept & (x_ids[:, None] % 2**32 != y_ids[None, :] % 2**32)
-    elif case.diagonals:
+        kept = kept_by_ids(description(case), x_ids, y_ids)
+    if case.diagonals > 0:
         place = torch.arange(max(s.shape), device=x.device) % (max(s.shape) // case.diagonals)
         kept = kept & (place[: len(x), None] != place[: len(y)])
     if case.cutoff:

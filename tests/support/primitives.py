@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import contrastive_kernels as ck
 import python_ref
+from contrastive_kernels.engine.spec import PLACES, Description
 from tests.support.testing import SHAPES as RAGGED
 from tests.support.testing import assert_outcomes_match, device_of, differentiate, supports
 
@@ -38,6 +39,14 @@ def compare(function, tensors, backend, dtype=torch.float64, scale=1.0, **option
     assert ours.value.dtype == wide
     assert all(ours.gradients[k].dtype == tensors[k].dtype for k in ours.gradients)
     assert_outcomes_match(ours, reference, dtype, scale)
+
+
+def kept_by_ids(what: Description, x_ids: torch.Tensor, y_ids: torch.Tensor) -> torch.Tensor:
+    """Return the mask of the pairs that ids, or their classes and places, let through."""
+    places = what.diagonals == PLACES
+    x_class, y_class = (x_ids >> 32, y_ids >> 32) if places else (x_ids, y_ids)
+    kept = (x_class[:, None] == y_class[None, :]) == what.keep_equal_ids
+    return kept & (x_ids[:, None] % 2**32 != y_ids[None, :] % 2**32) if places else kept
 
 
 def logsumexp(module, **arguments):
