@@ -112,19 +112,18 @@ def sup_con_loss(
     if contrast_mode == "one":
         logits, positive, negative = logits[:count], positive[:count], negative[:count]
     values = sup_con_rows(logits, positive, negative, positives)
-    if base_temperature is not None:
-        values = values / (scale * base_temperature)
-
     counts = positive.sum(1)
     share = torch.ones_like(values)
     if reduction == "mean" and positives == "pairwise":
         share = counts.to(values)
     elif reduction == "mean" and average == "with_positives":
         share = (counts > 0).to(values)
+    values = values.masked_fill(share == 0, 0.0)
+    if base_temperature is not None:
+        values = values / (scale * base_temperature)
     if reduction == "mean" and not share.any():
-        loss = values.masked_fill(share == 0, 0.0).sum()
+        loss = values.sum()
     else:
-        values = values.masked_fill(share == 0, 0.0)
         each = torch.ones_like(share) if weight is None else weight.to(values).repeat(len(values) // count)
         loss = reduce(values, reduction, each * share)
     return (loss, sup_con_statistics(logits, positive, negative, positives)) if return_stats else loss

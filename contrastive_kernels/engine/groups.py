@@ -490,7 +490,7 @@ def class_sums(values: Tensor, value_ids: Tensor, ids: Tensor, peers: Peers) -> 
     everyone = _Columns(peers, 0, len(peers.sizes), 0, peers.longest)
     # Two slices live at a time, a copy of one, and its rows where they belong.
     for start, stop, rows in _slices(values, peers, 4 * values.shape[1] * values.element_size()):
-        if stop == 0:
+        if stop == 0 or not ids.shape[0]:
             continue
         columns = everyone._replace(start=start, stop=stop)
         theirs = columns.of(all_ids)

@@ -215,17 +215,15 @@ def sup_con_loss(
         batch = Views(views, heads, ids, shards)
         towards = _towards_own_views if labels is None or same_label != "positive" else _towards_class
         anchors = towards(batch, positives, options)
-    losses = anchors.losses
-    if base_temperature is not None:
-        losses = losses / (options.scale * base_temperature)
-    share = None
+    losses, share = anchors.losses, None
     if reduction == "mean" and anchors.number is not None:
         share = _share(anchors.number, positives, average)
-    if share is None:
-        loss = reduce(losses, weight, reduction, shards)
-    else:
+    if share is not None:
         # without positives a sum's is infinite
-        loss = mean_over(losses.masked_fill(share == 0, 0), share, weight, shards)
+        losses = losses.masked_fill(share == 0, 0)
+    if base_temperature is not None:
+        losses = losses / (options.scale * base_temperature)
+    loss = reduce(losses, weight, reduction, shards) if share is None else mean_over(losses, share, weight, shards)
     return loss if anchors.stats is None else (loss, anchors.stats)
 
 
