@@ -118,7 +118,7 @@ def sup_con_loss(
         share = counts.to(values)
     elif reduction == "mean" and average == "with_positives":
         share = (counts > 0).to(values)
-    values = values.masked_fill(share == 0, 0.0)
+    values = values.masked_fill((share == 0) & values.isinf(), 0.0)
     if base_temperature is not None:
         values = values / (scale * base_temperature)
     if reduction == "mean" and not share.any():

@@ -24,6 +24,7 @@ from contrastive_kernels.primitives import (
     compute_dtype,
     over_ranks,
     row_dot,
+    shards_of,
     sweep,
     unit_rows,
 )
@@ -186,7 +187,7 @@ def sup_con_loss(
         checks.no_effect("contrast_features=None", **given)
     else:
         labels, contrast_labels, exclude = _check_contrast(
-            features, labels, contrast_features, contrast_labels, exclude, same_label
+            features, labels, contrast_features, contrast_labels, exclude, same_label, shards_of(group).alone
         )
     options = SoftmaxOptions.of(
         features,
@@ -219,8 +220,8 @@ def sup_con_loss(
     if reduction == "mean" and anchors.number is not None:
         share = _share(anchors.number, positives, average)
     if share is not None:
-        # without positives a sum's is infinite
-        losses = losses.masked_fill(share == 0, 0)
+        # of a sum without positives, which does not count; a NaN does
+        losses = losses.masked_fill((share == 0) & (losses == torch.inf), 0)
     if base_temperature is not None:
         losses = losses / (options.scale * base_temperature)
     loss = reduce(losses, weight, reduction, shards) if share is None else mean_over(losses, share, weight, shards)
@@ -311,12 +312,17 @@ def _towards_class(batch: Candidates, meaning: str, options: SoftmaxOptions) -> 
     def mean_logit() -> Tensor:
         return options.scale * batch.positive_sums() / divisor
 
+    def of_all(losses: Tensor, lse: Tensor) -> Tensor:
+        # A difference, so that a NaN is not lost.
+        lse = lse.masked_fill(lse == -torch.inf, 0)
+        return torch.where(alone, lse - lse + (torch.inf if meaning == "sum" else 0.0), losses)
+
     if meaning == "out":
         # Of two or more positives the loss is at least log 2: nothing cancels. Of a single one it does; to avoid that
         # would take a sweep more.
         mean = mean_logit()
         lse = row_lse(batch.all_pairs())
-        losses = (lse - mean).masked_fill(alone, 0)
+        losses = of_all(lse - mean, lse)
         if not options.return_stats:
             return _Anchors(losses, number)
         frozen = None if columns is None else columns.detach()
@@ -334,7 +340,7 @@ def _towards_class(batch: Candidates, meaning: str, options: SoftmaxOptions) -> 
             own_lse = row_lse(batch.equal())
             losses = softplus(negatives.lse - own_lse.masked_fill(alone, 0))
             losses = losses + divisor.log() if meaning == "in" else losses
-        losses = losses.masked_fill(alone, torch.inf if meaning == "sum" else 0)
+        losses = of_all(losses, negatives.lse)
         if not options.return_stats:
             return _Anchors(losses, number)
         mean, maximum = mean_logit(), negatives.maximum
@@ -358,10 +364,13 @@ def _check_contrast(
     contrast_labels: Tensor | None,
     exclude: Tensor | None,
     same_label: str,
+    alone: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return both labels in one dtype and `exclude` as (V, N)."""
     checks.features("contrast_features", contrast_features)
     checks.alike("features", features, "contrast_features", contrast_features, rows=False)
+    if alone:
+        checks.not_empty("contrast_features", contrast_features)
     if labels is None or contrast_labels is None:
         missing = "labels" if labels is None else "contrast_labels"
         raise ValueError(f"contrast_features is given but {missing} is not; the positives are the rows of equal labels")

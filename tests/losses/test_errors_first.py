@@ -57,7 +57,11 @@ BAD = {
     "ids": [integers(N + 1), vector(N)],
     "query_ids": [integers(N + 1), vector(N)],
     "key_ids": [integers(N + 3)],
-    "labels": [integers(N + 1), vector(N)],
+    "labels": [integers(N + 1), vector(N).to(torch.complex128)],
+    "unlabelled": ["none"],
+    "contrast_features": [vector(2)],
+    "contrast_labels": [integers(N)],
+    "exclude": [integers(N + 1), vector(N)],
     "cutoff": [vector(N + 1), "none"],
     "cutoff_margin": [vector(N + 1), "none"],
     "threshold": [vector(N + 1)],
@@ -152,13 +156,13 @@ FEATURES = [
     pytest.param(case, feature, id=f"{name}-{feature}")
     for name, case in EVERY.items()
     for feature in case.shapes(*SHAPE)
-    if feature != "labels"
+    if not feature.endswith("labels")
 ]
 
 
 @pytest.mark.parametrize(("case", "feature"), FEATURES)
 def test_bad_features_are_refused_before_any_work(case, feature):
-    alone = len({*case.shapes(*SHAPE)} - {"labels"}) == 1
+    alone = len([name for name in case.shapes(*SHAPE) if not name.endswith("labels")]) == 1
     may_be_empty = feature in ("queue", "negative_keys")
     for kind, (error, spoil) in BAD_FEATURES.items():
         if (alone and kind in DIFFERENT) or (may_be_empty and kind == "empty"):
@@ -309,10 +313,13 @@ NEUTRAL = {
 }
 # The same numbers from elsewhere, or more than the loss.
 ELSEWHERE = ("backend", "group", "return_stats", "negative_keys", "z1", "labels")
+ELSEWHERE += ("contrast_features", "contrast_labels", "exclude")
 
 
-def others(case: Case, argument: str, n: int) -> list:
+def others(case: Case, argument: str, n: int, features: dict) -> list:
     """Return values of an argument that the case does not have."""
+    if argument == "unlabelled":  # the label of most samples
+        return [features["labels"][features["labels"] >= 0].mode().values.item()]
     function = getattr(ck, case.loss)
     if argument in OTHER:
         return [OTHER[argument]]
@@ -350,7 +357,7 @@ def test_every_argument_changes_the_loss_or_is_refused(case):
         fixed = {"reduction": "none"} if rows else {}
         # ids of the queries and of the keys go together
         ids = argument.endswith("ids") and matching_ids(case, n, m)
-        for given in [ids] if ids else [{argument: value} for value in others(case, argument, n)]:
+        for given in [ids] if ids else [{argument: value} for value in others(case, argument, n, features)]:
             changed = run({**fixed, **given})
             if isinstance(changed, str):
                 # another mode takes features of another shape

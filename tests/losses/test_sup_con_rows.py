@@ -12,6 +12,7 @@ from tests.support.testing import (
     Case,
     assert_matches,
     assert_outcomes_match,
+    backends,
     check,
     check_statistics,
     device_of,
@@ -271,6 +272,7 @@ def test_nothing_is_quadratic(meaning, monkeypatch):
     assert 600 * 8 <= largest.elements <= 2 * 1000 * 8
 
 
+@pytest.mark.parametrize("backend", backends()[-1:])
 @pytest.mark.parametrize(("meaning", "floats"), [("out", True), ("pairwise", False)])
 def test_compiles_to_one_graph(meaning, floats, backend):
     """With any batch size; labels are not read back."""

@@ -41,6 +41,8 @@ class PartialLabels(Case):
             labels[torch.rand(shape[0]) < 0.25] = -1
         else:
             labels = partial_labels(shape[0])
+        if "contrast_labels" in features:
+            features["contrast_labels"] = partial_labels(shape[1]).to(device)
         return {**features, "labels": labels.to(device)}
 
 
@@ -71,6 +73,15 @@ def sup_con(count: int, **options) -> Case:
 
     def shapes(n, m, d):
         return {"features": (n, count, d) if count else (n, d), "labels": (n,)}
+
+    return PartialLabels("sup_con_loss", shapes, options)
+
+
+def sup_con_rows(**options) -> Case:
+    """Return a case of one view against other rows."""
+
+    def shapes(n, m, d):
+        return {"features": (n, d), "labels": (n,), "contrast_features": (m, d), "contrast_labels": (m,)}
 
     return PartialLabels("sup_con_loss", shapes, options)
 
@@ -121,7 +132,9 @@ SUP_CON = {
     **{f"sup_con-{meaning}-ignore": sup_con(3, positives=meaning, same_label="ignore") for meaning in MEANINGS},
     **{f"sup_con-{meaning}-first": sup_con(3, positives=meaning, contrast_mode="one") for meaning in MEANINGS},
     "sup_con-out-negative-first": sup_con(3, same_label="negative", contrast_mode="one"),
+    "sup_con-sum-partial": sup_con(2, positives="sum"),
 }
+SUP_CON_ROWS = {f"sup_con-{meaning}-rows": sup_con_rows(positives=meaning) for meaning in MEANINGS}
 NEGATIVES = {
     "debiased-floor": two_views("debiased", tau_plus=0.6, temperature=0.5),
     "debiased-polarized": two_views("debiased", polarization=BAND),
@@ -173,6 +186,7 @@ MOMENTS = {
 }
 VARIANTS = {
     **SUP_CON,
+    **SUP_CON_ROWS,
     "label_pull-partial": label_pull("pull"),
     "label_pull-softmax-partial": label_pull("softmax"),
     **NEGATIVES,
