@@ -15,7 +15,8 @@ Where a peer means something else, the formula of the comparison says so, never 
 | metric-learning `SupConLoss` | a batch of a single class: 0 | ours is the reference's value |
 | metric-learning `NTXentLoss` | an anchor's other positives are no candidates | = sup_con pairwise |
 | metric-learning `NTXentLoss` | adds `tiny` in the logarithm: at most 87.4 in float32 | ours is the reference's value |
-| metric-learning `NCALoss` | sum, not mean, of positives in the logarithm | = sup_con in - mean log of their number |
+| metric-learning `NCALoss` | sum, not mean, of positives in the logarithm | = sup_con sum |
+| metric-learning `CrossBatchMemory` | a batch is remembered before its loss | = sup_con against rows with its copies |
 | metric-learning `ProxyNCALoss` | squared distances; one sample: 0 | = label_pull softmax at twice the scale, N > 1 |
 | metric-learning `TripletMarginLoss` | mean over the hinges above 0 | = `reduction="nonzero_mean"` |
 | metric-learning `BatchHardMiner` | one direction | sum of both directions = `mining="hardest"` |
@@ -119,9 +120,25 @@ def supervised(positives, x, y, labels, t):
     return ck.sup_con_loss(torch.stack([x, y], 1), labels, **options)
 
 
-def supervised_in(x, y, labels, t):
-    positives = 2 * (labels == labels[:, None]).sum(1) - 1
-    return supervised("in", x, y, labels, t) - positives.to(x).log().mean()
+def remembered(loss, x, y, labels):
+    """Return a loss of pytorch-metric-learning of x against a memory that holds y, and x itself."""
+    memory = pml.CrossBatchMemory(loss, x.shape[1], memory_size=2 * len(x) + 3)
+    memory(y, labels)
+    return memory(x, labels)
+
+
+def against(positives, x, labels, rows, row_labels, t, exclude=None):
+    return ck.sup_con_loss(
+        x,
+        labels,
+        contrast_features=rows,
+        contrast_labels=row_labels,
+        exclude=exclude,
+        positives=positives,
+        unlabelled=None,
+        average="with_positives",
+        temperature=t,
+    )
 
 
 def hypersphere(x, y, t):
@@ -293,13 +310,31 @@ COMPARISONS = {
         lambda x, y, labels, t: supervised("pairwise", x, y, labels, t),
         labelled=True,
     ),
-    "metric_learning-sup_con-in": Comparison(
+    "metric_learning-sup_con-sum": Comparison(
         lambda x, y, labels, t: pml.NCALoss(1 / t, distance=distances.CosineSimilarity())(
             torch.cat([x, y]), labels.repeat(2)
         ),
-        supervised_in,
+        lambda x, y, labels, t: supervised("sum", x, y, labels, t),
         labelled=True,
     ),
+    **{
+        f"metric_learning-references-{positives}": Comparison(
+            lambda x, y, labels, t, loss=loss: loss(temperature=t)(x, labels, ref_emb=y, ref_labels=labels.roll(1)),
+            lambda x, y, labels, t, p=positives: against(p, x, labels, y, labels.roll(1), t),
+            labelled=True,
+        )
+        for positives, loss in (("out", pml.SupConLoss), ("pairwise", pml.NTXentLoss))
+    },
+    **{
+        f"metric_learning-memory-{positives}": Comparison(
+            lambda x, y, labels, t, loss=loss: remembered(loss(temperature=t), x, y, labels),
+            lambda x, y, labels, t, p=positives: against(
+                p, x, labels, torch.cat([y, x]).detach(), labels.repeat(2), t, len(x) + torch.arange(len(x))
+            ),
+            labelled=True,
+        )
+        for positives, loss in (("out", pml.SupConLoss), ("pairwise", pml.NTXentLoss))
+    },
     "metric_learning-normalized_softmax": Comparison(
         lambda x, proxies, labels, t: of_proxies(
             pml.NormalizedSoftmaxLoss(1, 1, temperature=t), "W", proxies.T, x, labels
@@ -560,7 +595,7 @@ NEARLY_0 = (
     "open_clip-clip",
     "lightly-nt_xent",
     "metric_learning-info_nce",
-    "metric_learning-sup_con-in",
+    "metric_learning-sup_con-sum",
     "metric_learning-sup_con-pairwise",
     "sentence_transformers-symmetric",
     pytest.param(
