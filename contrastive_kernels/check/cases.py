@@ -14,7 +14,7 @@ from contrastive_kernels import losses
 from contrastive_kernels.check import dense
 
 CLASSES = 5
-NO_FEATURES = ("ids", "query_ids", "labels", "weight")
+NO_FEATURES = ("ids", "query_ids", "labels", "contrast_labels", "exclude", "weight")
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class Case:
             shape = [size.get(letter) or int(letter) for letter in letters]
             if name.endswith("ids"):
                 tensors[name] = torch.randint(max(n // 2, 1), shape, generator=random)
-            elif name == "labels":
+            elif name.endswith("labels"):
                 tensors[name] = torch.randint(-1, min(CLASSES, m), shape, generator=random)
+            elif name == "exclude":
+                tensors[name] = torch.randint(-1, m, shape, generator=random)
             elif name == "weight":
                 tensors[name] = 0.5 + torch.rand(shape, dtype=dtype, generator=random)
             else:
@@ -114,6 +116,7 @@ PREDICTIONS = _pair("p0", "z0") | _pair("p1", "z1")
 QUERY_KEY = _pair("query", "positive_key")
 IMAGE_TEXT = _pair("image_features", "text_features")
 TRIPLET = _pair("anchor", "positive")
+ROWS = {"features": "N2D", "labels": "N", "contrast_features": "MD", "contrast_labels": "M", "exclude": "N"}
 LABELLED = {"z": "ND", "labels": "N", "label_embeddings": "MD"}
 SCALE = {"logit_scale": 8.0}
 MILD = {"logit_scale": 2.0}
@@ -155,6 +158,7 @@ CASES = (
         Case("sup_con", {"features": "N2D", "labels": "N"}, SCALE, {"positives": positives})
         for positives in ("out", "in", "pairwise")
     ),
+    *(Case("sup_con", ROWS, SCALE, {"positives": positives}) for positives in ("out", "in", "pairwise")),
     Case("label_pull", LABELLED, options={"form": "pull"}),
     Case("label_pull", LABELLED, SCALE, {"form": "softmax"}),
     # corrected negatives

@@ -239,19 +239,34 @@ def quick_thoughts(first: Tensor, second: Tensor, *, context_size: int) -> Tenso
 # Classes
 
 
-def sup_con(features: Tensor, labels: Tensor, *, logit_scale: Tensor, positives: str) -> Tensor:
+def sup_con(
+    features: Tensor,
+    labels: Tensor,
+    contrast_features: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+    *,
+    logit_scale: Tensor,
+    positives: str,
+) -> Tensor:
     n, v = features.shape[:2]
-    s, _, own = rows_of_views(features)
+    if contrast_features is None or contrast_labels is None or exclude is None:
+        s, _, of_sample = rows_of_views(features)
+        alike, itself = of_sample | (same(labels, n, v) & (labels >= 0).repeat(v)), oneself(s)
+    else:
+        s = products(unit(features).transpose(0, 1).flatten(0, 1), unit(contrast_features))
+        alike = ((labels[:, None] == contrast_labels) & (labels >= 0)[:, None]).repeat(v, 1)
+        itself = exclude.repeat(v)[:, None] == torch.arange(len(contrast_labels))
     logits = logit_scale * s
-    alike = own | (same(labels, n, v) & (labels >= 0).repeat(v))
-    others = alike & ~oneself(s)
+    others = alike & ~itself
     alone = ~others.any(1)
     if positives == "pairwise":
-        losses = mean(torch.logaddexp(logits, lse(logits, ~alike)[:, None]) - logits, others)
+        losses = mean(torch.logaddexp(logits, lse(logits, ~alike & ~itself)[:, None]) - logits, others)
     else:
-        among = lse(logits, others | (alone[:, None] & oneself(s)))
+        # without positives, of anything: the loss is 0
+        among = lse(logits, others | alone[:, None])
         pulled = mean(logits, others) if positives == "out" else among - others.sum(1).clamp(min=1).to(s.dtype).log()
-        losses = lse(logits, ~oneself(s)) - pulled
+        losses = lse(logits, ~itself) - pulled
     return losses.masked_fill(alone, 0)
 
 

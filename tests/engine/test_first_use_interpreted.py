@@ -57,7 +57,7 @@ class Counted:
         ("columns-ids-cutoff", torch.float16, 300), ("self-exponents-band", torch.float16, 300),
         ("self-same", torch.float32, 24), ("self-views-cutoff", torch.float16, 64), ("everything", torch.float32, 24),
         ("distance_hinge", torch.float32, 3), ("student", torch.float16, 64), ("hinge-alone", torch.float32, 24),
-        ("gaussian-alone", torch.float16, 300),
+        ("gaussian-alone", torch.float16, 300), ("places-same-columns", torch.float32, 24),
     ],
 )  # fmt: skip
 @interpreted

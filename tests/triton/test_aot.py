@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from contrastive_kernels.engine.spec import PLACES
+
 aot = pytest.importorskip("tests.support.aot", reason="triton is not installed", exc_type=ImportError)
 pytestmark = [
     pytest.mark.aot,
@@ -328,6 +330,16 @@ def test_binary_as_recorded(binaries, case):
         assert before and abs(now - int(before)) <= 8 * (key == "registers"), (
             f"{key}: {now}, {before or 'nothing'} recorded; if that is wanted run this file with {RECORDING}=1"
         )
+
+
+@pytest.mark.parametrize(("name", "same"), [("sums", False), ("grad", True)])
+def test_places_fit(name, same):
+    """Ids that are classes and places, which no row of the record has, leave a tile its registers."""
+    row = tiles.find(name, 90, 2, 128, name == "sums")  # for which ids make a large epilogue
+    ((_, kernel, constants),) = variants(row, {"places": dict(IDS=True, KEEP_EQUAL_IDS=same, DIAGONALS=PLACES)})
+    binary = aot.compile_kernel(kernel, 90, torch.bfloat16, constants, row.options())
+    assert binary.spilled == 0 and binary.shared <= aot.SHARED[90], binary
+    assert not binary.warnings, binary
 
 
 def test_rows_of_86_fit(binaries):
