@@ -96,7 +96,7 @@ class Views(NamedTuple):
         return row_dot(self.heads, (self._of_class(samples) - self.heads).to(dtype)).flatten()
 
     def _of_class(self, values: Tensor) -> Tensor:
-        return class_sums(values, self.ids, self.ids, len(self.ids), self.shards)
+        return class_sums(values, self.ids, self.ids, self.ids.shape[0], self.shards)
 
 
 class OtherRows(NamedTuple):
@@ -205,5 +205,5 @@ def class_ids(labels: Tensor, unlabelled: float | None) -> Tensor:
     begins = torch.cat([torch.ones_like(ordered[:1], dtype=torch.bool), ordered[1:] != ordered[:-1]])
     if unlabelled is not None and (labels.is_floating_point() or float(unlabelled).is_integer()):
         begins = begins | (ordered == (unlabelled if labels.is_floating_point() else int(unlabelled)))
-    places = torch.arange(len(labels), device=labels.device).where(begins, 0).cummax(0).values
+    places = torch.arange(labels.shape[0], device=labels.device).where(begins, 0).cummax(0).values
     return torch.empty_like(order).scatter(0, order, places)
