@@ -30,7 +30,7 @@ from contrastive_kernels.engine.backends.triton.epilogue import (
     _center_bwd_kernel,
     _pack_bwd_kernel,
 )
-from contrastive_kernels.engine.spec import Description, Inputs, Upstream
+from contrastive_kernels.engine.spec import PLACES, Description, Inputs, Upstream
 
 # Elements that the one program of `_center_bwd_kernel` reads at a time, and its warps.
 CENTER_ROWS, CENTER_WARPS = 4096, 16
@@ -186,6 +186,11 @@ class Operands:
         """Whether the epilogue holds more than one pair of vectors per side of the tile, or a second tile of slopes."""
         mixed = (self.soft and self.term != "") or self.term == "distance_hinge"
         return len(self.exponents) > 1 or self.bias is not None or self.cutoff is not None or mixed
+
+    @property
+    def large_safe_epilogue(self) -> bool:
+        """The same beside a running maximum, where halves of ids take too many registers as well."""
+        return self.large_epilogue or self.diagonals == PLACES
 
     @property
     def precision(self) -> str:

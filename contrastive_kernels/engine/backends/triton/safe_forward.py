@@ -252,7 +252,7 @@ def safe_again_fwd(operands: Operands, row_lse: Tensor, col_lse: Tensor | None, 
     The usual launch returns at once, so that descriptors would cost more on the host than they ever gain.
     """
     n, m = operands.x.shape[0], operands.y.shape[0]
-    tile = tiles.pick("safe_sums", operands.x, operands.large_epilogue)
+    tile = tiles.pick("safe_sums", operands.x, operands.large_safe_epilogue)
     both = col_lse is not None
     launch_safe_sums(
         operands,
@@ -325,4 +325,4 @@ def safe_sums_fwd(
             BN=MERGE_ROWS,
         )
 
-    tune.run(tiles.pick("safe_sums", x, operands.large_epilogue or maximum or scores is not None), x, launch)
+    tune.run(tiles.pick("safe_sums", x, operands.large_safe_epilogue or maximum or scores is not None), x, launch)
