@@ -134,7 +134,7 @@ SUP_CON = {
     "sup_con-out-negative-first": sup_con(3, same_label="negative", contrast_mode="one"),
     "sup_con-sum-partial": sup_con(2, positives="sum"),
 }
-SUP_CON_ROWS = {f"sup_con-{meaning}-rows": sup_con_rows(positives=meaning) for meaning in MEANINGS}
+SUP_CON_ROWS = {f"sup_con-{meaning}-rows": sup_con_rows(positives=meaning) for meaning in ("out", "pairwise")}
 NEGATIVES = {
     "debiased-floor": two_views("debiased", tau_plus=0.6, temperature=0.5),
     "debiased-polarized": two_views("debiased", polarization=BAND),
