@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ._dense import reduce, scale_of, unit_rows
 from ._softmax import softmax_loss, softmax_statistics
 from ._views import two_view_pairs
@@ -31,7 +33,10 @@ def decoupled_loss(
     similarity, positive, kept = two_view_pairs(z0, z1, normalize, ids, cutoff, cutoff_margin)
     if callable(positive_weight):
         positive_weight = positive_weight(unit_rows(z0, normalize), unit_rows(z1, normalize))
-    share = 1.0 if positive_weight is None else positive_weight.detach().repeat(2)
+    if isinstance(positive_weight, (tuple, list)):
+        share = torch.cat(list(positive_weight))
+    else:
+        share = 1.0 if positive_weight is None else positive_weight.detach().repeat(2)
     logits, positive = scale * similarity, scale * positive
     losses = softmax_loss(share * positive, logits[:, :0], logits, kept, label_smoothing)
     loss = reduce(losses, reduction, weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -22,7 +23,7 @@ class DecoupledArguments(SoftmaxArguments, CutoffArguments, total=False):
     """Keyword arguments of `decoupled_loss`."""
 
     logit_scale: float | Tensor | None
-    positive_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None
+    positive_weight: Tensor | tuple[Tensor, Tensor] | Callable[[Tensor, Tensor], Tensor] | None
     ids: Tensor | None
 
 
@@ -60,7 +61,7 @@ def decoupled_loss(
     *,
     temperature: float | Tensor | None = None,
     logit_scale: float | Tensor | None = None,
-    positive_weight: Tensor | Callable[[Tensor, Tensor], Tensor] | None = None,
+    positive_weight: Tensor | tuple[Tensor, Tensor] | Callable[[Tensor, Tensor], Tensor] | None = None,
     normalize: bool = True,
     reduction: str = "mean",
     weight: Tensor | None = None,
@@ -86,7 +87,8 @@ def decoupled_loss(
         temperature: T, float or 0-dim tensor (differentiable); 0.1 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
         positive_weight: w, ``(N,)`` per sample, or a callable of the two views as they enter the similarities that
-            returns it; detached, and the same for both views. None: 1. The von Mises-Fisher weights of the paper are
+            returns it; detached, and the same for both views. A pair ``(w0, w1)`` of ``(N,)`` has the weights of the
+            anchors of each view, and is differentiated. None: 1. The von Mises-Fisher weights of the paper are
             ``lambda z0, z1: 2 - z0.shape[0] * ((z0 * z1).sum(1) / 0.5).softmax(0)``.
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -106,7 +108,8 @@ def decoupled_loss(
 
     Raises:
         ValueError: shapes that do not fit, an empty batch, temperature near 0.
-        TypeError: dtypes that differ or are not floating (ids: not integer), a positive_weight that is no tensor.
+        TypeError: dtypes that differ or are not floating (ids: not integer), a positive_weight that is no tensor, pair
+            of tensors or callable.
         RuntimeError: tensors on different devices.
 
     Source: Yeh, Hong, Hsu, Liu, Chen, LeCun, ECCV 2022, arXiv:2110.06848.
@@ -117,7 +120,12 @@ def decoupled_loss(
         torch.Size([])
     """
     checks.paired("z0", z0, "z1", z1)
-    if positive_weight is not None and not callable(positive_weight):
+    if isinstance(positive_weight, (tuple, list)):
+        if len(positive_weight) != 2:
+            raise ValueError(f"positive_weight has {len(positive_weight)} entries; a pair has one for each view")
+        for view, share in enumerate(positive_weight):
+            checks.vector(f"positive_weight[{view}]", share, z0, "z0")
+    elif positive_weight is not None and not callable(positive_weight):
         checks.vector("positive_weight", positive_weight, z0, "z0")
     options = SoftmaxOptions.of(
         z0,
@@ -149,7 +157,8 @@ def decoupled_loss(
             views = rows[: z0.shape[0]], rows[z0.shape[0] :]
             positive_weight = shards.own(positive_weight(*(shards.gather(view) for view in views)), z0)
             checks.vector("positive_weight", positive_weight, z0, "z0")
-        target = positive_weight.detach().to(positive.dtype).repeat(2) * positive
+        of_views = (positive_weight.detach(),) * 2 if isinstance(positive_weight, Tensor) else positive_weight
+        target = torch.cat([share.to(positive.dtype) for share in of_views]) * positive
     negatives = [sweep_negatives(anchors.z, None, anchors.pairs, options)]
     loss = softmax_value(negatives, Positives.outside(target), options)
     return (loss, softmax_stats(negatives, Positives.outside(positive), options.shards)) if return_stats else loss

@@ -294,13 +294,10 @@ def _described(name: str, given: dict[str, Any], n: int) -> dict[str, str]:
     found = {"function": name}
     for argument, value in given.items():
         if isinstance(value, Tensor):
-            if type(value).__name__ == "DTensor":
-                raise TypeError(
-                    f"{argument} is a DTensor; pass its .to_local() for features, .full_tensor() for a scale"
-                )
-            shape = [_rows(argument, value.shape[0], n), *value.shape[1:]] if value.dim() else []
-            grad = value.requires_grad and torch.is_grad_enabled()
-            found[argument] = f"{value.dtype} ({', '.join(map(str, shape))}) requires_grad={grad}"
+            found[argument] = _described_tensor(argument, value, n)
+        elif isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value):
+            parts = [_described_tensor(argument, v, n) if isinstance(v, Tensor) else repr(v) for v in value]
+            found[argument] = f"({', '.join(parts)})"
         elif isinstance(value, Term):
             scale, offset, constants = value.operands()
             grads = [isinstance(v, Tensor) and v.requires_grad and torch.is_grad_enabled() for v in (scale, offset)]
@@ -313,6 +310,15 @@ def _described(name: str, given: dict[str, Any], n: int) -> dict[str, str]:
     if features is not None and features.is_floating_point() and "backend" in given:
         found["backend"] = choose(features, given["backend"]).name
     return found
+
+
+def _described_tensor(argument: str, value: Tensor, n: int) -> str:
+    """Return what has to be equal of a tensor on all ranks."""
+    if type(value).__name__ == "DTensor":
+        raise TypeError(f"{argument} is a DTensor; pass its .to_local() for features, .full_tensor() for a scale")
+    shape = [_rows(argument, value.shape[0], n), *value.shape[1:]] if value.dim() else []
+    grad = value.requires_grad and torch.is_grad_enabled()
+    return f"{value.dtype} ({', '.join(map(str, shape))}) requires_grad={grad}"
 
 
 def _rows(argument: str, size: int, n: int) -> str:

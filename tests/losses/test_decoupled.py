@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import contrastive_kernels as ck
 import python_ref
 from tests.support.losses import assert_exact, assert_module_is_function, assert_refused
-from tests.support.testing import assert_outcomes_match, check, device_of, differentiate
+from tests.support.testing import assert_outcomes_match, check, device_of, differentiate, dtype_id, supports
 from tests.support.variants import EVERY, mises_fisher
 
 SHAPE = (65, 129, 24)
@@ -41,6 +41,52 @@ def test_positive_weight_as_a_tensor_and_as_a_callable(backend):
     assert_outcomes_match(ones, plain, torch.float32)
     assert not torch.allclose(called.value, plain.value)
     check(CASE, SHAPE, torch.float32, backend, positive_weight=torch.rand(65).double(), label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=dtype_id)
+def test_a_pair_of_weights_is_one_for_each_view_and_is_differentiated(dtype, backend):
+    if not supports(backend, dtype):
+        pytest.skip(f"{backend} does not take {dtype}")
+    z0, z1, w0, w1 = (*torch.randn(2, 65, 24).unbind(), *(2 * torch.rand(2, 65)).unbind())
+    tensors = {"z0": z0, "z1": z1, "w0": w0, "w1": w1, "temperature": torch.tensor(0.3)}
+
+    def loss(module, w0, w1, **arguments):
+        return module.decoupled_loss(**arguments, positive_weight=(w0, w1), reduction="none")
+
+    given = {name: x.to(device_of(backend), dtype) for name, x in tensors.items()}
+    ours = differentiate(lambda **t: loss(ck, **t, backend=backend), given)
+    expected = differentiate(lambda **t: loss(python_ref, **t), {name: x.double() for name, x in given.items()})
+    assert_outcomes_match(ours, expected, dtype, 4.0)
+    assert ours.gradients["w0"].any() and ours.gradients["w1"].any()
+
+
+def test_a_pair_of_equal_weights_is_one_weight_for_both_views():
+    z0, z1, w = *torch.randn(2, 12, 8).unbind(), torch.rand(12)
+    pair = ck.decoupled_loss(z0, z1, positive_weight=(w, w), reduction="none")
+    assert torch.equal(pair, ck.decoupled_loss(z0, z1, positive_weight=w, reduction="none"))
+    other = ck.decoupled_loss(z0, z1, positive_weight=(w, 2 * w), reduction="none")
+    assert torch.equal(other[:12], pair[:12]) and not torch.isclose(other[12:], pair[12:]).any()
+
+
+def weighted_on_a_rank(group, sizes, tensors):
+    mine = {name: x.split(sizes)[group.rank()].clone().requires_grad_() for name, x in tensors.items()}
+    weights = mine["w0"], mine["w1"]
+    loss = ck.decoupled_loss(mine["z0"], mine["z1"], positive_weight=weights, group=group)
+    return loss.detach(), dict(zip(mine, torch.autograd.grad(loss, [*mine.values()]), strict=True))
+
+
+def test_a_pair_of_weights_over_ranks(ranks):
+    """The ranks agree on the kind of a pair of tensors, not on their numbers."""
+    sizes = [4, 1, 6]
+    z0, z1, w0, w1 = (*torch.randn(2, 11, 5).double(), *torch.rand(2, 11).double())
+    tensors = {"z0": z0, "z1": z1, "w0": w0, "w1": w1}
+    whole = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+    expected = python_ref.decoupled_loss(whole["z0"], whole["z1"], positive_weight=(whole["w0"], whole["w1"]))
+    gradients = torch.autograd.grad(expected, [*whole.values()])
+    found = ranks.run(3, weighted_on_a_rank, sizes, tensors)
+    assert_exact(torch.stack([loss for loss, _ in found]).mean(), expected.detach())
+    for name, gradient in zip(tensors, gradients, strict=True):
+        assert_exact(torch.cat([of_rank[name] for _, of_rank in found]) / 3, gradient)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +123,17 @@ BAD = {
         "positive_weight (7,) must have shape (8,)",
     ),
     "weight a number": (lambda: decoupled(positive_weight=2.0), TypeError, "positive_weight must be a ten"),
+    "one of a pair": (
+        lambda: decoupled(positive_weight=(torch.ones(8),)),
+        ValueError,
+        "positive_weight has 1 entries; a pair has one for each view",
+    ),
+    "pair too long": (
+        lambda: decoupled(positive_weight=(torch.ones(8), torch.ones(9))),
+        ValueError,
+        "positive_weight[1] (9,) must have shape (8,)",
+    ),
+    "pair of numbers": (lambda: decoupled(positive_weight=(1.0, 2.0)), TypeError, "positive_weight[0] must be a ten"),
     "smoothing": (lambda: decoupled(label_smoothing=2), ValueError, "label_smoothing 2"),
     "both cutoffs": (lambda: decoupled(cutoff=0.1, cutoff_margin=0.1), ValueError, "cutoff and cutoff_m"),
     "temperature": (lambda: decoupled(temperature=0.0), ValueError, "temperature 0.0"),
