@@ -180,7 +180,9 @@ CASES = (
     Case("t_simclr", VIEWS, {"temperature": 8.0}, {"df": 5.0}),
     # moments and views
     Case("barlow_twins", VIEWS, {"lambd": 0.0051}),
+    Case("barlow_twins", VIEWS, {"lambd": 0.0051}, {"std_eps": 1e-3}),
     Case("vicreg", VIEWS, {"sim_weight": 25.0, "var_weight": 25.0, "cov_weight": 1.0}),
+    Case("vicreg", {"z0": "N3D", "z1": "N3D"}, {"sim_weight": 25.0, "var_weight": 25.0, "cov_weight": 1.0}),
     Case("simsiam", PREDICTIONS, detached=("z0", "z1")),
     Case("byol", PREDICTIONS, detached=("z0", "z1")),
     Case("alignment", {"views": "N3D"}),

@@ -372,13 +372,20 @@ def t_simclr(z0: Tensor, z1: Tensor, *, temperature: Tensor, df: float) -> Tenso
 # Moments and views
 
 
-def barlow_twins(z0: Tensor, z1: Tensor, *, lambd: Tensor) -> Tensor:
-    columns = [(wide(z) - wide(z).mean(0)) / (wide(z).var(0, correction=0) + 1e-5).sqrt() for z in (z0, z1)]
+def barlow_twins(z0: Tensor, z1: Tensor, *, lambd: Tensor, std_eps: float | None = None) -> Tensor:
+    columns = []
+    for z in (wide(z0), wide(z1)):
+        variance = z.var(0, correction=0)
+        deviation = (variance + 1e-5).sqrt() if std_eps is None else variance.sqrt() + std_eps
+        columns.append((z - z.mean(0)) / deviation)
     c = columns[0].mT @ columns[1] / len(z0)
     return (1 - c.diagonal()).square().sum() + lambd * c.masked_fill(oneself(c), 0).square().sum()
 
 
 def vicreg(z0: Tensor, z1: Tensor, *, sim_weight: Tensor, var_weight: Tensor, cov_weight: Tensor) -> Tensor:
+    if z0.dim() > 2:
+        weights = {"sim_weight": sim_weight, "var_weight": var_weight, "cov_weight": cov_weight}
+        return torch.stack([vicreg(x, y, **weights) for x, y in zip(z0.unbind(1), z1.unbind(1), strict=True)]).mean()
     views, d = (wide(z0), wide(z1)), z0.shape[1]
     losses = sim_weight * F.mse_loss(*views)
     for x in views:

@@ -27,6 +27,7 @@ class BarlowTwinsArguments(GroupArguments, total=False):
     """Keyword arguments of `barlow_twins_loss`."""
 
     std: Literal["biased", "unbiased"]
+    std_eps: float | None
     normalize: bool
 
 
@@ -38,6 +39,7 @@ def barlow_twins_loss(
     *,
     lambd: float | Tensor = 0.0051,
     std: Literal["biased", "unbiased"] = "biased",
+    std_eps: float | None = None,
     normalize: bool = False,
     group: Group | None = None,
 ) -> Tensor:
@@ -55,6 +57,8 @@ def barlow_twins_loss(
         lambd: weight of the redundancy term; float or 0-dim tensor (differentiable).
         std: ``"biased"``: divide by ``sqrt(var + 1e-5)`` with the variance over N, as batch normalisation does;
             ``"unbiased"``: by the root of the variance over N - 1, without epsilon (a constant column gives NaN).
+        std_eps: divide by the deviation, biased or unbiased, plus this number instead: ``sqrt(var) + std_eps``. Where
+            it is positive a constant column is 0.
         normalize: rows to unit norm before.
         group: process group, one-dimensional mesh or ``"world"``: the rows of all its ranks are one batch. None: this
             process alone.
@@ -63,7 +67,7 @@ def barlow_twins_loss(
         0-dim, float32 (float64 for float64 inputs). The batch enters through its moments: there is no loss per row.
 
     Raises:
-        ValueError: shapes that do not fit, fewer than two rows, an unknown std.
+        ValueError: shapes that do not fit, fewer than two rows, an unknown std, a negative std_eps.
         TypeError: dtypes that differ or are not floating.
         RuntimeError: tensors on different devices.
 
@@ -78,8 +82,10 @@ def barlow_twins_loss(
     checks.paired("z0", z0, "z1", z1)
     checks.two_rows("z0", z0, "the loss is one of variances", shards.total(z0.shape[0]))
     checks.choice("std", std, ("biased", "unbiased"))
+    if std_eps is not None:
+        checks.positive("std_eps", std_eps, zero=True)
     lambd = checks.scalar("lambd", lambd, z0)
-    first, second = (_standard_columns(unit_rows(z, normalize), std, shards) for z in (z0, z1))
+    first, second = (_standard_columns(unit_rows(z, normalize), std, std_eps, shards) for z in (z0, z1))
     diagonal, off_diagonal = cross_moments(first, second, shards)
     n = shards.total(first.shape[0])
     loss = (1 - diagonal / n).square().sum() + lambd * (off_diagonal / n**2)
@@ -116,10 +122,16 @@ class BarlowTwinsLoss(LossModule):
         return self.function(z0, z1, **self.options())
 
 
-def _standard_columns(x: Tensor, std: str, shards: Shards) -> Tensor:
+def _standard_columns(x: Tensor, std: str, std_eps: float | None, shards: Shards) -> Tensor:
     """Return the columns of x with mean 0 and variance 1."""
     wide = x.to(compute_dtype(x))
     centred = wide - shards.column_means(wide)
     if std == "biased":
-        return centred * (shards.column_means(centred.square()) + 1e-5).rsqrt()
-    return centred * (shards.sum(centred.square().sum(0)) / (shards.total(x.shape[0]) - 1)).rsqrt()
+        variance = shards.column_means(centred.square())
+    else:
+        variance = shards.sum(centred.square().sum(0)) / (shards.total(x.shape[0]) - 1)
+    if std_eps is None:
+        return centred * (variance + 1e-5 if std == "biased" else variance).rsqrt()
+    constant = variance == 0  # the root has no derivative there, but the column has one
+    deviation = variance.masked_fill(constant, 1).sqrt().masked_fill(constant, 0)
+    return centred / (deviation + std_eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
@@ -10,6 +11,7 @@ from contrastive_kernels.losses._arguments import GroupArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.primitives import (
     Group,
+    Shards,
     centred_rows,
     checks,
     compute_dtype,
@@ -49,11 +51,11 @@ def vicreg_loss(
         + \frac{\gamma}{D} \sum_{z \in \{x, y\}} \sum_{a \ne b} \mathrm{cov}(z)_{ab}^2
 
     with the variance and covariance over N - 1. Formed from D x D or N x N products, whichever take less
-    work.
+    work. Rows of several positions, as those of a feature map, have the mean of the positions' losses.
 
     Args:
-        z0: x, ``(N, D)``, N >= 2, the first view.
-        z1: y, ``(N, D)``, the second view.
+        z0: x, ``(N, D)`` or ``(N, ..., D)``, N >= 2, the first view; the dimensions in between are the positions.
+        z1: y, of the same shape, the second view.
         sim_weight: :math:`\alpha`, float or 0-dim tensor (differentiable), as the other weights.
         var_weight: :math:`\beta`, shared by both views: each counts half.
         cov_weight: :math:`\gamma`.
@@ -78,7 +80,7 @@ def vicreg_loss(
         torch.Size([])
     """
     shards = shards_of(group)
-    checks.paired("z0", z0, "z1", z1)
+    checks.paired_positions("z0", z0, "z1", z1)
     checks.two_rows("z0", z0, "the loss is one of variances", shards.total(z0.shape[0]))
     checks.number("eps", eps)
     if not eps >= 0:
@@ -87,16 +89,31 @@ def vicreg_loss(
     alpha, beta, gamma = (checks.scalar(name, value, z0) for name, value in weights.items())
     rows = (unit_rows(z, normalize) for z in (z0, z1))
     views = [z.to(compute_dtype(z)) for z in rows]
-    n, d = shards.total(views[0].shape[0]), views[0].shape[1]
+    n, d = shards.total(views[0].shape[0]), views[0].shape[-1]
     hinge, covariance = [], []
     for view in views:
-        centred = centred_rows(view, shards)
-        diagonal, off_diagonal = cross_moments(centred, centred, shards)
-        hinge.append((1 - (diagonal / (n - 1) + eps).sqrt()).relu().mean())
-        covariance.append(off_diagonal / ((n - 1) ** 2 * d))
+        found = [_spread(rows, n, eps, shards) for rows in _positions(view)]
+        hinge.append(_mean([of_variances for of_variances, _ in found]))
+        covariance.append(_mean([of_covariances for _, of_covariances in found]) / ((n - 1) ** 2 * d))
     similarity = F.mse_loss(views[0], views[1]) if shards.alone else shards.mean((views[0] - views[1]).square())
     loss = alpha * similarity + beta * (hinge[0] + hinge[1]) / 2 + gamma * (covariance[0] + covariance[1])
     return loss.to(similarity.dtype)
+
+
+def _positions(view: Tensor) -> tuple[Tensor, ...]:
+    """Return the rows (N, D) of every position."""
+    return (view,) if view.dim() == 2 else view.flatten(1, -2).unbind(1)
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+
+def _spread(rows: Tensor, n: int, eps: float, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Return the mean hinge of the deviations, and the sum of the squares off the diagonal of the second moments."""
+    centred = centred_rows(rows, shards)
+    diagonal, off_diagonal = cross_moments(centred, centred, shards)
+    return (1 - (diagonal / (n - 1) + eps).sqrt()).relu().mean(), off_diagonal
 
 
 class VICRegLoss(LossModule):

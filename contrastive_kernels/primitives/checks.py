@@ -35,12 +35,17 @@ def tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} has layout {x.layout}; expected a dense tensor, which to_dense() returns")
 
 
+def _floating(name: str, x: Tensor) -> None:
+    tensor(name, x)
+    if x.dtype not in FEATURE_DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}; expected float16, bfloat16, float32 or float64")
+
+
 def _features(name: str, x: Tensor, dimensions: str) -> None:
     tensor(name, x)
     if x.dim() != dimensions.count(",") + 1:
         raise ValueError(f"{name} {shape(x)} must have shape ({dimensions})")
-    if x.dtype not in FEATURE_DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}; expected float16, bfloat16, float32 or float64")
+    _floating(name, x)
 
 
 def features(name: str, x: Tensor) -> None:
@@ -85,6 +90,20 @@ def paired(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
     features(name_y, y)
     alike(name_x, x, name_y, y)
     not_empty(name_x, x)
+
+
+def paired_positions(name_x: str, x: Tensor, name_y: str, y: Tensor) -> None:
+    """Raise unless x and y are two batches of paired rows, of one or of several positions: (N, ..., D) both, N > 0."""
+    for name, value in ((name_x, x), (name_y, y)):
+        _floating(name, value)
+        if value.dim() < 2:
+            raise ValueError(f"{name} {shape(value)} must have shape (N, D) or (N, ..., D)")
+    alike(name_x, x, name_y, y)
+    if x.shape != y.shape:
+        raise ValueError(f"{name_x} {shape(x)} and {name_y} {shape(y)} must have the same shape")
+    not_empty(name_x, x)
+    if 0 in x.shape[1:-1]:
+        raise ValueError(f"{name_x} {shape(x)} has no positions between its first and its last dimension")
 
 
 def same_device(name: str, value: Tensor, x: Tensor) -> None:

@@ -49,10 +49,31 @@ def test_values_by_hand():
     assert ck.barlow_twins_loss(orthogonal, -orthogonal) == pytest.approx(8.0, rel=1e-4)
 
 
+def test_a_constant_column_is_zero_where_a_number_is_added_to_its_deviation():
+    """Its own entry of the correlation is 0, so that it loses 1, and its gradient is that of a division by std_eps."""
+    z0, z1 = torch.randn(2, 9, 3, dtype=torch.float64).unbind()
+    z0[:, 1] = 0.5
+    z0.requires_grad_()
+    for module in (ck, python_ref):
+        loss = module.barlow_twins_loss(z0, z1, std="unbiased", std_eps=1e-2)
+        (gradient,) = torch.autograd.grad(loss, z0)
+        column = (z1[:, 1] - z1[:, 1].mean()) / (z1[:, 1].std() + 1e-2)
+        # C_1b = 0 for all b: only (1 - C_11)^2 has a slope
+        torch.testing.assert_close(gradient[:, 1], -2 * column / 9 / 1e-2)
+        rest = module.barlow_twins_loss(z0[:, ::2].detach(), z1[:, ::2], std="unbiased", std_eps=1e-2)
+        first = z0[:, ::2].detach()
+        first = (first - first.mean(0)) / (first.std(0) + 1e-2)
+        torch.testing.assert_close(loss.detach(), rest + 1 + 0.0051 * (first.T @ column / 9).square().sum())
+    assert ck.barlow_twins_loss(z0, z1, std="unbiased").isnan()
+    z1[0, 0] = torch.nan
+    assert ck.barlow_twins_loss(z0, z1, std_eps=1e-2).isnan()
+
+
 X = torch.randn(8, 16)
 BAD = {
     "one row": (lambda: ck.barlow_twins_loss(X[:1], X[:1]), ValueError, "z0 (1, 16) must have at least 2 rows"),
     "std": (lambda: ck.barlow_twins_loss(X, X, std="batch"), ValueError, "std 'batch' is unknown"),
+    "std_eps": (lambda: ck.barlow_twins_loss(X, X, std_eps=-0.1), ValueError, "std_eps -0.1 must not be negative"),
     "lambd": (lambda: ck.barlow_twins_loss(X, X, lambd=torch.ones(2)), ValueError, "lambd (2,)"),
 }
 

@@ -41,9 +41,34 @@ def test_values_by_hand():
     assert ck.vicreg_loss(orthogonal, -orthogonal) == 100
 
 
+@pytest.mark.parametrize("normalize", [False, True], ids=["raw", "unit"])
+def test_positions_have_the_mean_of_their_losses(normalize):
+    """Both forms of the products: more rows than dimensions, and fewer."""
+    for shape in ((9, 3, 2, 4), (4, 5, 9)):
+        z0, z1 = torch.randn(2, *shape, dtype=torch.float64)
+        ours = differentiate(lambda **z: ck.vicreg_loss(**z, normalize=normalize), {"z0": z0, "z1": z1})
+        expected = differentiate(
+            lambda z0, z1: torch.stack(
+                [
+                    ck.vicreg_loss(x, y, normalize=normalize)
+                    for x, y in zip(z0.flatten(1, -2).unbind(1), z1.flatten(1, -2).unbind(1), strict=True)
+                ]
+            ).mean(),
+            {"z0": z0, "z1": z1},
+        )
+        assert_outcomes_match(ours, expected, torch.float64, 25.0)
+
+
 X = torch.randn(8, 16)
 BAD = {
     "one row": (lambda: ck.vicreg_loss(X[:1], X[:1]), ValueError, "z0 (1, 16) must have at least 2 rows"),
+    "a vector": (lambda: ck.vicreg_loss(X[0], X[0]), ValueError, "z0 (16,) must have shape (N, D) or (N, ..., D)"),
+    "positions": (
+        lambda: ck.vicreg_loss(X.view(8, 2, 8), X.view(8, 2, 8)[:, :1]),
+        ValueError,
+        "z0 (8, 2, 8) and z1 (8, 1, 8) must have the same shape",
+    ),
+    "no positions": (lambda: ck.vicreg_loss(X[:, None][:, :0], X[:, None][:, :0]), ValueError, "has no positions"),
     "eps": (lambda: ck.vicreg_loss(X, X, eps=-1.0), ValueError, "eps -1.0"),
     "sim_weight": (lambda: ck.vicreg_loss(X, X, sim_weight="high"), TypeError, "sim_weight must be a number"),
 }

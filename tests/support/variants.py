@@ -50,9 +50,9 @@ class Correlated(Case):
     """A case of two correlated views whose columns differ in size and have a mean."""
 
     def features(self, shape, dtype=torch.float64, device="cpu"):
-        n, _, d = shape
-        first = torch.randn(n, d, dtype=torch.float64) * torch.linspace(0.5, 1.5, d, dtype=torch.float64) + 0.3
-        second = first + 0.5 * torch.randn(n, d, dtype=torch.float64)
+        size = self.shapes(*shape)["z0"]
+        first = torch.randn(size, dtype=torch.float64) * torch.linspace(0.5, 1.5, size[-1], dtype=torch.float64) + 0.3
+        second = first + 0.5 * torch.randn(size, dtype=torch.float64)
         return {name: x.to(dtype).to(device) for name, x in (("z0", first), ("z1", second))}
 
     def __call__(self, module, features, **options):
@@ -120,8 +120,12 @@ def triplet(unit=False, **options) -> Case:
     return Case("triplet_margin_loss", two("anchor", "positive"), options, unit=unit)
 
 
-def correlated(loss: str, **options) -> Case:
-    return Correlated(f"{loss}_loss", two("z0", "z1"), options)
+def correlated(loss: str, positions: int = 1, **options) -> Case:
+    def shapes(n, m, d):
+        size = (n, d) if positions == 1 else (n, positions, d)
+        return {"z0": size, "z1": size}
+
+    return Correlated(f"{loss}_loss", shapes, options)
 
 
 MEANINGS = ("out", "in", "pairwise")
@@ -179,9 +183,11 @@ MOMENTS = {
     "spectral_contrastive-unit": correlated("spectral_contrastive", normalize=True, reduction="sum"),
     "barlow_twins-correlated": correlated("barlow_twins"),
     "barlow_twins-unbiased": correlated("barlow_twins", std="unbiased", lambd=0.1),
+    "barlow_twins-std_eps": correlated("barlow_twins", std="unbiased", std_eps=1e-3),
     "barlow_twins-unit": correlated("barlow_twins", normalize=True),
     "vicreg-correlated": correlated("vicreg"),
     "vicreg-weights": correlated("vicreg", sim_weight=2.0, var_weight=3.0, cov_weight=5.0, eps=0.1),
+    "vicreg-positions": correlated("vicreg", positions=2),
     "vicreg-unit": correlated("vicreg", normalize=True),
 }
 VARIANTS = {
