@@ -82,6 +82,7 @@ from contrastive_kernels.primitives import (
     min_view_similarity,
     row_select,
     similarity_logsumexp,
+    similarity_softmax_mean,
     similarity_sum,
 )
 
@@ -158,6 +159,7 @@ __all__ = [
     "set_workspace_limit",
     "siglip_loss",
     "similarity_logsumexp",
+    "similarity_softmax_mean",
     "similarity_sum",
     "simsiam_loss",
     "spectral_contrastive_loss",

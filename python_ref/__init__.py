@@ -32,6 +32,7 @@ from .quick_thoughts import quick_thoughts_loss
 from .select import row_select
 from .siglip import siglip_loss
 from .simsiam import simsiam_loss
+from .softmax_mean import similarity_softmax_mean
 from .spectral_contrastive import spectral_contrastive_loss
 from .sums import similarity_sum
 from .sup_con import sup_con_loss
@@ -69,6 +70,7 @@ __all__ = [
     "row_select",
     "siglip_loss",
     "similarity_logsumexp",
+    "similarity_softmax_mean",
     "similarity_sum",
     "simsiam_loss",
     "spectral_contrastive_loss",

@@ -29,6 +29,9 @@ from contrastive_kernels.engine.spec import (
     GroupArguments,
     Inputs,
     SoftmaxArguments,
+    SoftmaxMean,
+    SoftmaxMeanArguments,
+    SoftmaxMeanBackwardArguments,
     SoftmaxTotal,
     Statistics,
     Upstream,
@@ -36,7 +39,16 @@ from contrastive_kernels.engine.spec import (
     compute_dtype,
 )
 
-__all__ = ["apply", "call", "group_total", "softmax_total", "sweep_backward", "sweep_forward", "sweep_total"]
+__all__ = [
+    "apply",
+    "call",
+    "group_total",
+    "softmax_mean",
+    "softmax_total",
+    "sweep_backward",
+    "sweep_forward",
+    "sweep_total",
+]
 
 # How an operator is called
 
@@ -184,7 +196,9 @@ def _differentiate_backward(backend: str, ctx: Any, *grads: Tensor | None) -> tu
     *of_gradients, of_total = grads
     if any(grad is not None for grad in of_gradients) or any(ctx.needs_input_grad[:split]):
         needed = tuple(ctx.needs_input_grad[:end])
-        found = apply(_HigherDerivative, *upstream, *inputs, *grads, ctx.what, ctx.wanted, needed)
+        found = apply(
+            _HigherDerivative, *upstream, *inputs, *grads, torch_backend.derivative, ctx.what, ctx.wanted, needed
+        )
         return *found, *[None] * (ctx.arguments - end)
     if of_total is None:
         return _no_gradients(ctx)
@@ -201,19 +215,20 @@ def _differentiate_backward(backend: str, ctx: Any, *grads: Tensor | None) -> tu
 
 
 class _HigherDerivative(torch.autograd.Function):
-    """A derivative of the backward operator, computed by the PyTorch backend for all; the next order is of its kind.
+    """A derivative of a backward operator, computed by the PyTorch backend for all; the next order is of its kind.
 
-    Takes the tensors of `engine.backends.torch.derivative`, then description, wanted and which tensors need a gradient.
+    Takes the tensors of `engine.backends.torch.derivative` or of another function like it, then that function,
+    description, wanted and which tensors need a gradient.
     """
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        *tensors, what, wanted, needed = arguments
-        return tuple(torch_backend.derivative(tensors, what, wanted, needed))
+        *tensors, derivative, what, wanted, needed = arguments
+        return tuple(derivative(tensors, what, wanted, needed))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.what, ctx.wanted, _ = inputs
+        *tensors, ctx.derivative, ctx.what, ctx.wanted, _ = inputs
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
@@ -223,9 +238,9 @@ class _HigherDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, (*needed, _, _, _) = ctx.saved_tensors, ctx.needs_input_grad
-        found = apply(_HigherDerivative, *tensors, *grads, ctx.what, ctx.wanted, tuple(needed))
-        return *found, None, None, None
+        tensors, (*needed, _, _, _, _) = ctx.saved_tensors, ctx.needs_input_grad
+        found = apply(_HigherDerivative, *tensors, *grads, ctx.derivative, ctx.what, ctx.wanted, tuple(needed))
+        return *found, None, None, None, None
 
 
 def _spread(grads: Sequence[Tensor], wanted: Wanted, arguments: int, first: int = 0) -> tuple[Tensor | None, ...]:
@@ -333,6 +348,55 @@ def softmax_total(
 ) -> Tensor:
     """Return the total of `SoftmaxTotal`, differentiable, from one visit of every row."""
     return SoftmaxTotal(*call(backend, "softmax_total", weight, own, *inputs, *what, list(wanted))).total.to(own.dtype)
+
+
+# The mean under a softmax
+
+
+def _setup_softmax_mean(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    values, tensors, ctx.what = SoftmaxMeanArguments.of(inputs)
+    ctx.arguments = len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(values, *tensors, *output)
+
+
+def _differentiate_softmax_mean(
+    backend: str, ctx: Any, of_mean: Tensor | None, of_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if of_mean is None and of_lse is None:
+        return _no_gradients(ctx)
+    values, *tensors, mean, row_lse = ctx.saved_tensors
+    of_mean = torch.zeros_like(mean) if of_mean is None else of_mean
+    shift = -(of_mean * mean).sum(1)
+    shift = shift if of_lse is None else shift + of_lse.to(shift.dtype)
+    needs_values, *needs = ctx.needs_input_grad
+    wanted = [*needs[:4], needs_values]
+    flow = of_mean, shift, row_lse
+    *of_inputs, of_values = call(backend, "softmax_mean_backward", *flow, values, *tensors, *ctx.what, wanted)
+    found: list[Tensor | None] = [None] * ctx.arguments
+    found[:5] = (
+        grad if want else None for grad, want in zip((of_values, *of_inputs), ctx.needs_input_grad, strict=False)
+    )
+    return tuple(found)
+
+
+def _setup_softmax_mean_backward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    upstream, values, tensors, ctx.what, ctx.wanted = SoftmaxMeanBackwardArguments.of(inputs)
+    ctx.arguments = len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*upstream, values, *tensors)
+
+
+def _differentiate_softmax_mean_backward(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors, derivative = ctx.saved_tensors, torch_backend.softmax_mean_derivative
+    needed = tuple(ctx.needs_input_grad[: len(tensors)])
+    found = apply(_HigherDerivative, *tensors, *grads, derivative, ctx.what, ctx.wanted, needed)
+    return *found, *[None] * (ctx.arguments - len(tensors))
+
+
+def softmax_mean(values: Tensor, inputs: Inputs, what: Description, backend: str) -> SoftmaxMean:
+    """Return the means of values under the softmax of every row, differentiable."""
+    return SoftmaxMean(*call(backend, "softmax_mean", values, *inputs, *what))
 
 
 # The rows
@@ -508,6 +572,8 @@ FORMULAS = {
     "forward": Formula(_setup_forward, _differentiate_forward),
     "backward": Formula(_setup_backward, _differentiate_backward),
     "softmax_total": Formula(_setup_softmax_total, _differentiate_softmax_total),
+    "softmax_mean": Formula(_setup_softmax_mean, _differentiate_softmax_mean),
+    "softmax_mean_backward": Formula(_setup_softmax_mean_backward, _differentiate_softmax_mean_backward),
     "unit_rows": Formula(_setup_unit_rows, _differentiate_unit_rows),
     "unit_rows_backward": Formula(_setup_plain, partial(_differentiate_plain, torch_backend.unit_rows_backward)),
     "row_dot": Formula(_setup_row_dot, _differentiate_row_dot),

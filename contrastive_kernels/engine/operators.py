@@ -20,6 +20,8 @@ from contrastive_kernels.engine.spec import (
     ForwardArguments,
     GroupArguments,
     SoftmaxArguments,
+    SoftmaxMeanArguments,
+    SoftmaxMeanBackwardArguments,
     compute_dtype,
 )
 
@@ -59,6 +61,10 @@ def _kernel(name: str, function: Function) -> Function:
                 return tuple(function(*arguments, float32_gradients=float32_gradients))
             if name == "softmax_total":
                 return tuple(function(*SoftmaxArguments.of(flat)))
+            if name == "softmax_mean":
+                return tuple(function(*SoftmaxMeanArguments.of(flat)))
+            if name == "softmax_mean_backward":
+                return tuple(function(*SoftmaxMeanBackwardArguments.of(flat)))
             return function(*flat)
 
     return kernel
@@ -113,6 +119,26 @@ def _fake_softmax_total(backend: Backend) -> Function:
     return fake
 
 
+def _fake_softmax_mean(backend: Backend) -> Function:
+    def fake(*flat: Any) -> tuple[Tensor, Tensor]:
+        values, inputs, _ = SoftmaxMeanArguments.of(flat)
+        x = inputs.x
+        mean = x.new_empty((x.shape[0], values.shape[1]), dtype=compute_dtype(x))
+        return mean, x.new_empty(x.shape[0], dtype=backend.statistic_dtype(x))
+
+    return fake
+
+
+def _fake_softmax_mean_backward(backend: Backend) -> Function:
+    def fake(*flat: Any) -> tuple[Tensor, ...]:
+        _, values, inputs, _, wanted = SoftmaxMeanBackwardArguments.of(flat)
+        y, scale = inputs.x if inputs.y is None else inputs.y, inputs.scale
+        like = inputs.x, y, scale, scale.new_empty(y.shape[0]), values
+        return tuple(r.new_empty(r.shape if want else (0,)) for r, want in zip(like, wanted, strict=True))
+
+    return fake
+
+
 def _fake_unit_rows(backend: Backend) -> Function:
     return lambda x: (x.new_empty(x.shape), x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x)))
 
@@ -145,6 +171,8 @@ FAKES = {
     "forward": _fake_forward,
     "backward": _fake_backward,
     "softmax_total": _fake_softmax_total,
+    "softmax_mean": _fake_softmax_mean,
+    "softmax_mean_backward": _fake_softmax_mean_backward,
     "unit_rows": _fake_unit_rows,
     "unit_rows_backward": _fake_unit_rows_backward,
     "row_dot": _fake_row_dot,

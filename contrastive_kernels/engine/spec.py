@@ -23,7 +23,8 @@ The backward sweep recomputes every tile, or reads it from the saved ``scores``,
 statistics and returns ``dx = G y``, ``dy = G^T x`` and the gradients of the scalars and vectors. The G of a term alone
 needs no statistics: the same sweep can then return the weighted total of the row sums too, and no forward sweep is
 needed. So can the rows of a log-sum-exp whose loss is known: `SoftmaxTotal` comes from one visit of each strip of rows,
-three products, of which the last two wait for the sums of the rows.
+three products, of which the last two wait for the sums of the rows. `SoftmaxMean` gives every row the mean of further
+rows, one for each y, under the softmax that belongs to its log-sum-exp.
 
 ``y = None`` means x against itself: S and its mask are then symmetric unless there is a bias, a cutoff or a
 term offset, and a backend may visit the upper triangle only.
@@ -44,6 +45,7 @@ __all__ = [
     "Description",
     "Gradients",
     "Inputs",
+    "SoftmaxMean",
     "SoftmaxTotal",
     "Statistics",
     "Upstream",
@@ -157,6 +159,50 @@ class SoftmaxTotal(NamedTuple):
     total: Tensor
 
 
+class SoftmaxMean(NamedTuple):
+    """The mean of values (M, D') under the softmax of every row, and the log-sum-exp of its logits.
+
+    ``mean[i] = sum_j exp(scale * s_ij + b_j - row_lse[i]) values[j]``, 0 for a row with no kept pair. Of one
+    log-sum-exp, without term or `column_lse`.
+    """
+
+    mean: Tensor  # (N, D'), in the compute dtype
+    row_lse: Tensor  # (N,), in the statistic dtype
+
+
+class SoftmaxMeanUpstream(NamedTuple):
+    """What flows into the backward of a `SoftmaxMean`, in the compute dtype, and the log-sum-exps."""
+
+    grad_mean: Tensor  # (N, D')
+    shift: Tensor  # (N,), the gradient of row_lse minus <grad_mean, mean>
+    row_lse: Tensor  # (N,)
+
+
+class SoftmaxMeanGradients(NamedTuple):
+    """The gradients of a `SoftmaxMean`; empty where not wanted.
+
+    With ``p_ij = exp(scale * s_ij + b_j - row_lse[i])`` and ``w_ij = p_ij (<grad_mean[i], values[j]> + shift[i])`` they
+    are ``scale w y``, ``scale w^T x``, ``sum w * s``, the sums of the columns of w, and ``p^T grad_mean``. Those of x,
+    y and values have the dtype of what they belong to, the others the compute dtype.
+    """
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    bias: Tensor
+    values: Tensor
+
+
+class SoftmaxMeanWanted(NamedTuple):
+    """Which of `SoftmaxMeanGradients` are wanted."""
+
+    x: bool
+    y: bool
+    scale: bool
+    bias: bool
+    values: bool
+
+
 # The fields of Gradients that are derivatives, and where each of them stands among the inputs.
 DERIVATIVES = tuple(name for name in Gradients._fields if name in Inputs._fields)
 DIFFERENTIABLE = tuple(Inputs._fields.index(name) for name in DERIVATIVES)
@@ -215,6 +261,37 @@ class SoftmaxArguments(NamedTuple):
         return cls(flat[0], flat[1], inputs, what, (of_x, of_y, of_scale))
 
 
+class SoftmaxMeanArguments(NamedTuple):
+    """The arguments of a softmax_mean operator."""
+
+    values: Tensor  # (M, D'), of any floating dtype
+    inputs: Inputs
+    what: Description
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> SoftmaxMeanArguments:
+        """Group flat arguments."""
+        inputs, what, _ = _grouped(flat[1:])
+        return cls(flat[0], inputs, what)
+
+
+class SoftmaxMeanBackwardArguments(NamedTuple):
+    """The arguments of a softmax_mean_backward operator."""
+
+    upstream: SoftmaxMeanUpstream
+    values: Tensor
+    inputs: Inputs
+    what: Description
+    wanted: SoftmaxMeanWanted
+
+    @classmethod
+    def of(cls, flat: Sequence[Any]) -> SoftmaxMeanBackwardArguments:
+        """Group flat arguments."""
+        split = len(SoftmaxMeanUpstream._fields)
+        inputs, what, (wanted,) = _grouped(flat[split + 1 :])
+        return cls(SoftmaxMeanUpstream(*flat[:split]), flat[split], inputs, what, SoftmaxMeanWanted(*wanted))
+
+
 class GroupArguments(NamedTuple):
     """The last arguments of the operators of a sweep over a process group, after those of the sweep."""
 
@@ -265,6 +342,11 @@ SCHEMAS = {
         f"-> {_results(Gradients)}"
     ),
     "softmax_total": f"(Tensor weight, Tensor own, {_SWEEP}, bool[] wanted) -> {_results(SoftmaxTotal)}",
+    "softmax_mean": f"(Tensor values, {_SWEEP}) -> {_results(SoftmaxMean)}",
+    "softmax_mean_backward": (
+        f"({_parameters(SoftmaxMeanUpstream)}, Tensor values, {_SWEEP}, bool[] wanted) "
+        f"-> {_results(SoftmaxMeanGradients)}"
+    ),
     # x / max(|x|, NORM_EPSILON) over the last dimension, and |x| as (..., 1)
     "unit_rows": "(Tensor x) -> (Tensor, Tensor)",
     # 0 for a row below NORM_EPSILON

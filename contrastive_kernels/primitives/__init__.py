@@ -38,6 +38,7 @@ from contrastive_kernels.primitives.shards import (
     shards_for,
     shards_of,
 )
+from contrastive_kernels.primitives.softmax_mean import similarity_softmax_mean
 from contrastive_kernels.primitives.sums import kept_counts, kept_sums, similarity_sum
 from contrastive_kernels.primitives.sweep import ALL_PAIRS, Pairs, Statistics, softmax_total, sweep, weighted_total
 from contrastive_kernels.primitives.views import min_view_similarity
@@ -85,6 +86,7 @@ __all__ = [
     "shards_for",
     "shards_of",
     "similarity_logsumexp",
+    "similarity_softmax_mean",
     "similarity_sum",
     "softmax_total",
     "sweep",

@@ -36,7 +36,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 # Arguments whose number of rows is each rank's own affair.
-UNPAIRED = ("negative_keys", "key_ids", "contrast_features", "contrast_labels", "y", "y_ids", "y_bias")
+UNPAIRED = (
+    "negative_keys",
+    "key_ids",
+    "contrast_features",
+    "contrast_labels",
+    "y",
+    "y_ids",
+    "y_bias",
+    "values",
+)
 # Arguments that are the same on every rank.
 COMMON = ("queue", "support", "label_embeddings")
 

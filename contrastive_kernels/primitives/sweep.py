@@ -25,7 +25,7 @@ from contrastive_kernels.primitives.devices import known
 from contrastive_kernels.primitives.rows import cast_for_autocast
 from contrastive_kernels.primitives.shards import ALONE, Shards
 
-__all__ = ["ALL_PAIRS", "Pairs", "Statistics", "softmax_total", "sweep", "weighted_total"]
+__all__ = ["ALL_PAIRS", "Pairs", "Statistics", "softmax_mean", "softmax_total", "sweep", "weighted_total"]
 
 
 class Pairs(NamedTuple):
@@ -160,6 +160,21 @@ def softmax_total(
         differentiable and inputs.scale.requires_grad,
     )
     return autograd.softmax_total(factors.to(inputs.scale), own.to(inputs.scale), inputs, what, wanted, chosen.name)
+
+
+def softmax_mean(
+    x: Tensor,
+    y: Tensor | None,
+    values: Tensor,
+    pairs: Pairs = ALL_PAIRS,
+    *,
+    scale: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Return (N, D'), the mean of the values (M, D') under the softmax of every row. The arguments are not checked."""
+    inputs, what, _ = _prepare(x, y, pairs, scale, bias, (1.0,), False, None, backend)
+    return autograd.softmax_mean(values, inputs, what, choose(inputs.x, backend, "softmax_mean").name).mean
 
 
 def _prepare(

@@ -47,6 +47,10 @@ PRIMITIVES = {
         x, term=ck.Square(), x_ids=ids, same=True, exclude_diagonal=True, **o
     ),
     "cutoff": lambda x, y, ids, bias, cutoff, **o: ck.similarity_logsumexp(x, y, cutoff=cutoff, **o),
+    "mean": lambda x, y, ids, bias, cutoff, **o: (
+        ck.similarity_softmax_mean(x, y, y.sin(), scale=3.0, x_ids=ids, y_ids=ids, y_bias=bias, cutoff=cutoff, **o).T
+    ),
+    "mean of itself": lambda x, y, ids, bias, cutoff, **o: ck.similarity_softmax_mean(x, None, y, x_ids=ids, **o).T,
     "sum": lambda x, y, ids, bias, cutoff, **o: ck.similarity_sum(x, y, term=ck.Softplus(2.0, bias.sum()), **o),
     "sum of itself": lambda x, y, ids, bias, cutoff, **o: ck.similarity_sum(x, term=ck.Band(0.1, 0.9), **o),
 }

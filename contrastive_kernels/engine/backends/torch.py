@@ -2,6 +2,8 @@
 
 It is the fallback where no kernel is available, the yardstick of the other backends, and, because every operation of
 its backward is differentiable, the one that computes the second derivatives of all.
+
+Longer than 500 lines because a backend is one module and this one has every operator.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from contrastive_kernels.engine.spec import (
     Description,
     Gradients,
     Inputs,
+    SoftmaxMean,
+    SoftmaxMeanGradients,
+    SoftmaxMeanUpstream,
+    SoftmaxMeanWanted,
     SoftmaxTotal,
     Statistics,
     Upstream,
@@ -64,11 +70,15 @@ def _chunks(n: int, m: int, dtype: torch.dtype) -> list[slice]:
 
 def _logsumexp(v: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Return log-sum-exp in `dtype`, so that maximum and logarithm are not rounded together in the dtype of v."""
-    if v.shape[dim] == 0:
-        return torch.logsumexp(v, dim).to(dtype)
-    peak = v.amax(dim, keepdim=True)
+    exponentials, peak = _exponentials(v, dim)
+    return exponentials.sum(dim).to(dtype).log() + peak.squeeze(dim).to(dtype)
+
+
+def _exponentials(v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Return exp(v - peak) and the peak of v, 0 where that is infinite or there is none."""
+    peak = v.amax(dim, keepdim=True) if v.shape[dim] else v.sum(dim, keepdim=True)
     peak = torch.where(peak.abs() == torch.inf, torch.zeros_like(peak), peak)
-    return (v - peak).exp().sum(dim).to(dtype).log() + peak.squeeze(dim).to(dtype)
+    return (v - peak).exp(), peak
 
 
 class _Scores:
@@ -295,17 +305,115 @@ def softmax_total(
     return SoftmaxTotal(d_x.to(features), d_y.to(features), scale, d_own, total)
 
 
+def softmax_mean(values: Tensor, inputs: Inputs, what: Description) -> SoftmaxMean:
+    """Return the means and the log-sum-exps that `engine.spec` describes."""
+    matrix, wide = _Scores(inputs, what), statistic_dtype(inputs.x)
+    values = values.to(matrix.dtype)
+    mean = values.new_empty(matrix.n, values.shape[1])
+    row_lse = values.new_empty(matrix.n, dtype=wide)
+    for rows in matrix.chunks:
+        exponentials, peak = _exponentials(matrix.logits(*matrix.similarities(rows)), 1)
+        total = exponentials.sum(1)
+        row_lse[rows] = total.to(wide).log() + peak.squeeze(1).to(wide)
+        mean[rows] = (exponentials @ values) / total.masked_fill(total == 0, 1)[:, None]
+    return SoftmaxMean(mean, row_lse)
+
+
+def _chunk_mean_gradients(
+    matrix: _Scores,
+    upstream: SoftmaxMeanUpstream,
+    values: Tensor,
+    wanted: SoftmaxMeanWanted,
+    rows: slice,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Return what some rows of x add to `SoftmaxMeanGradients`, None where nothing; all of it is differentiable."""
+    high, low = _split(upstream.row_lse[rows], matrix.dtype)
+    grad, s_and_dropped = upstream.grad_mean[rows], matrix.similarities(rows)
+    shares = (matrix.logits(*s_and_dropped) - high[:, None] - low[:, None]).exp()
+    d_values = shares.T @ grad if wanted.values else None
+    if not any(wanted[:-1]):
+        return None, None, None, None, d_values
+    weight = shares * (grad @ values.T + upstream.shift[rows, None])  # dL / d(scale * s)
+    d_scale = (s_and_dropped[0] * weight).sum(dtype=statistic_dtype(matrix.x)) if wanted.scale else None
+    d_bias = weight.sum(0) if wanted.bias else None
+    weight = weight * matrix.inputs.scale
+    d_x = weight @ matrix.y if wanted.x else None
+    d_y = weight.T @ matrix.x[rows] if wanted.y or (wanted.x and matrix.inputs.y is None) else None
+    return d_x, d_y, d_scale, d_bias, d_values
+
+
+def softmax_mean_backward(
+    upstream: SoftmaxMeanUpstream, values: Tensor, inputs: Inputs, what: Description, wanted: SoftmaxMeanWanted
+) -> SoftmaxMeanGradients:
+    """Return the gradients that `engine.spec` describes."""
+    matrix, wide = _Scores(inputs, what), values.to(compute_dtype(inputs.x))
+    d_x, d_y, d_values = torch.zeros_like(matrix.x), torch.zeros_like(matrix.y), torch.zeros_like(wide)
+    d_scale = d_values.new_zeros((), dtype=statistic_dtype(inputs.x))
+    totals = [d_x, d_y, d_scale, d_values.new_zeros(matrix.m), d_values]
+    for rows in matrix.chunks:
+        parts = _chunk_mean_gradients(matrix, upstream, wide, wanted, rows)
+        for k, part in enumerate(parts):
+            if part is not None:
+                total = totals[k][rows] if k == 0 else totals[k]
+                total += part
+    if inputs.y is None:
+        totals[0] = d_x + d_y
+    dtypes = inputs.x.dtype, (inputs.x if inputs.y is None else inputs.y).dtype, *(matrix.dtype,) * 2, values.dtype
+    cast = (total.to(dtype) for total, dtype in zip(totals, dtypes, strict=True))
+    return SoftmaxMeanGradients(*(t if want else t.new_empty(0) for t, want in zip(cast, wanted, strict=True)))
+
+
 def derivative(
     tensors: Sequence[Tensor | None], what: Description, wanted: Wanted, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Return a derivative of `backward`, of any order, for the tensors that are needed and None for the others.
 
-    The tensors are the fields of `Upstream` and `Inputs`, then what flows into the results of `backward`, then, for the
-    next order, what flows into their derivatives, and so on; `needed` says which of those before the last are. The sum
-    over the rows stays one in every order, so that a chunk at a time is differentiated here too.
+    The tensors are the fields of `Upstream` and `Inputs`, then what `_derivative` says.
     """
-    split, given = len(Upstream._fields), len(Upstream._fields) + len(Inputs._fields)
-    bounds = [given, given + len(Gradients._fields)]
+    given = len(Upstream._fields) + len(Inputs._fields)
+
+    def flow(leaves: Sequence[Any], rows: slice) -> Tensor | None:
+        return _chunk_flow(leaves, what, wanted, rows)
+
+    return _derivative(tensors, needed, given, len(Gradients._fields), len(Upstream._fields), flow)
+
+
+def softmax_mean_derivative(
+    tensors: Sequence[Tensor | None], what: Description, wanted: SoftmaxMeanWanted, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return a derivative of `softmax_mean_backward` as `derivative` does of `backward`.
+
+    The tensors are the fields of `SoftmaxMeanUpstream`, the values and the fields of `Inputs`, then the same.
+    """
+    split = len(SoftmaxMeanUpstream._fields)
+    given = split + 1 + len(Inputs._fields)
+
+    def flow(leaves: Sequence[Any], rows: slice) -> Tensor | None:
+        inputs, into = Inputs(*leaves[split + 1 : given]), SoftmaxMeanGradients(*leaves[given : given + len(wanted)])
+        matrix, upstream = _Scores(inputs, what), SoftmaxMeanUpstream(*leaves[:split])
+        parts = _chunk_mean_gradients(matrix, upstream, leaves[split].to(matrix.dtype), wanted, rows)
+        into = into._replace(x=None if into.x is None else into.x[rows], y=into.x if inputs.y is None else into.y)
+        return _flow(parts, into)
+
+    return _derivative(tensors, needed, given, len(wanted), split + 1, flow)
+
+
+def _derivative(
+    tensors: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    given: int,
+    results: int,
+    first_input: int,
+    chunk_flow: Callable[[Sequence[Any], slice], Tensor | None],
+) -> list[Tensor | None]:
+    """Return a derivative, of any order, of a function that is a sum over the rows of x.
+
+    The tensors are those `given` to it, among which x and y begin at `first_input`, then what flows into its results,
+    then, for the next order, what flows into their derivatives, and so on; `needed` says which of those before the last
+    are. `chunk_flow` returns the product of what some rows add to the results with what flows into these. The sum over
+    the rows stays one in every order, so that a chunk at a time is differentiated here too.
+    """
+    bounds = [given, given + results]
     while bounds[-1] < len(tensors):
         bounds.append(bounds[-1] + bounds[-2])
     positions = [position for position, need in enumerate(needed) if need]
@@ -313,7 +421,7 @@ def derivative(
         torch.zeros_like(tensor) if need and tensor is not None else None
         for tensor, need in zip(tensors, needed, strict=False)
     ]
-    x, y = tensors[split : split + 2]
+    x, y = tensors[first_input : first_input + 2]
     assert x is not None
     for rows in _chunks(x.shape[0], (x if y is None else y).shape[0], compute_dtype(x)):
         with torch.enable_grad():
@@ -321,7 +429,7 @@ def derivative(
                 None if tensor is None else tensor.detach().requires_grad_(tensor.is_floating_point())
                 for tensor in tensors
             ]
-            flow = _chunk_flow(leaves, what, wanted, rows)
+            flow = chunk_flow(leaves, rows)
             for end, following in pairwise(bounds[1:]):
                 flow = _flow(_gradients(flow, leaves[: following - end], create_graph=True), leaves[end:following])
         for position, grad in zip(positions, _gradients(flow, [leaves[p] for p in positions]), strict=True):
@@ -463,6 +571,8 @@ operators: Mapping[str, Callable[..., Any]] = {
     "forward": forward,
     "backward": backward,
     "softmax_total": softmax_total,
+    "softmax_mean": softmax_mean,
+    "softmax_mean_backward": softmax_mean_backward,
     "unit_rows": unit_rows,
     "unit_rows_backward": unit_rows_backward,
     "views": view_minimum,
