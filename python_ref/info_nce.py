@@ -28,6 +28,8 @@ def info_nce_loss(
     key_ids=None,
     cutoff=None,
     cutoff_margin=None,
+    guide=None,
+    guide_cutoff=None,
     polarization=None,
     return_stats=False,
 ):
@@ -56,12 +58,19 @@ def info_nce_loss(
         key_ids = query_ids if key_ids is None else key_ids
         kept = kept & (query_ids[:, None] != (key_ids if key_ids.dim() == 2 else key_ids[None, :]))
     kept_forward = kept & below(similarity, threshold(positive, cutoff, cutoff_margin))
+    if guide is not None:
+        of_query, *of_keys = (unit_rows(rows, normalize) for rows in guide)
+        limit = threshold((of_query * of_keys[0]).sum(1), guide_cutoff, None if guide_cutoff is not None else 0.0)
+        of_keys = torch.cat(of_keys if in_batch else of_keys[1:])
+        kept_forward = kept_forward & below(of_query @ of_keys.mT, limit)
 
     logit = scale * positive
     directions = [(logit, logit[:, None], scale * similarity, kept_forward)]
     if symmetric:
         back = similarity[:, :count].mT
         kept_back = kept[:, :count].mT & below(back, threshold(positive, cutoff, cutoff_margin))
+        if guide is not None:
+            kept_back = kept_back & below(of_keys[:count] @ of_query.mT, limit)
         directions.append((logit, logit[:, None], scale * back, kept_back))
     term = None if polarization is None else polarization_term(similarity, kept_forward, polarization, reduction)
     return softmax_outcome(directions, reduction, weight, label_smoothing, return_stats, term)

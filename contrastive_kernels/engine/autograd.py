@@ -27,6 +27,7 @@ from contrastive_kernels.engine.spec import (
     ForwardArguments,
     Gradients,
     GroupArguments,
+    Guide,
     Inputs,
     SoftmaxArguments,
     SoftmaxMean,
@@ -43,6 +44,7 @@ __all__ = [
     "apply",
     "call",
     "group_total",
+    "guided_forward",
     "softmax_mean",
     "softmax_total",
     "sweep_backward",
@@ -150,12 +152,12 @@ def _kernel(backend: str, name: str) -> Callable[..., Any]:
 # The sweep and its backward
 
 
-def _setup_forward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _setup_forward(backend: str, ctx: Any, inputs: Sequence[Any], output: Any, *others: Tensor | None) -> None:
     tensors, ctx.what, _, ctx.save_scores = ForwardArguments.of(inputs)
     row_lse, col_lse, row_sum, row_max, col_max, scores = output
     ctx.arguments = len(inputs)
     ctx.mark_non_differentiable(row_max, col_max, scores)
-    ctx.save_for_backward(row_lse, col_lse, scores, *tensors)
+    ctx.save_for_backward(row_lse, col_lse, scores, *tensors, *others)
     # do not materialise zero gradients of unrequested statistics
     ctx.set_materialize_grads(False)
     ctx.shapes = row_lse.shape, col_lse.shape, row_sum.shape
@@ -168,15 +170,16 @@ def _differentiate_forward(backend: str, ctx: Any, *grads: Tensor | None) -> tup
 def _differentiate_sweep(
     function: Callable[..., Gradients], backend: str, ctx: Any, *grads: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a sweep from a function like `sweep_backward`."""
+    """Return the gradients of a sweep from a function like `sweep_backward`, which takes what else was saved last."""
     wanted = Wanted(*(ctx.needs_input_grad[position] for position in DIFFERENTIABLE))
     row_lse, col_lse, scores, *tensors = ctx.saved_tensors
+    inputs, others = Inputs(*tensors[: len(Inputs._fields)]), tensors[len(Inputs._fields) :]
     of_rows, of_columns, of_sums = (
         row_lse.new_zeros(shape) if grad is None else grad for grad, shape in zip(grads[:3], ctx.shapes, strict=True)
     )
     upstream = Upstream(of_rows, of_columns, of_sums, row_lse, col_lse)
     saved = scores if ctx.save_scores else None
-    gradients = function(upstream, Inputs(*tensors), ctx.what, wanted, saved, backend)
+    gradients = function(upstream, inputs, ctx.what, wanted, saved, backend, *others)
     return _spread(gradients, wanted, ctx.arguments)
 
 
@@ -212,6 +215,17 @@ def _differentiate_backward(backend: str, ctx: Any, *grads: Tensor | None) -> tu
         factor = of_total.to(inputs.scale.dtype)
         ready = tuple((grad.to(factor.dtype) * factor).to(grad.dtype) for grad in ready)
     return _spread(ready, needed, ctx.arguments, first=split)
+
+
+def _differentiate_again(
+    derivative: Callable[..., Any], constants: int, backend: str, ctx: Any, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the derivative of a backward from its tensors, which come first but for the last few, the constants."""
+    tensors = ctx.saved_tensors
+    first = len(tensors) - constants
+    needed = *ctx.needs_input_grad[:first], *[False] * constants
+    found = apply(_HigherDerivative, *tensors, *grads, derivative, ctx.what, ctx.wanted, needed)
+    return *found[:first], *[None] * (ctx.arguments - first)
 
 
 class _HigherDerivative(torch.autograd.Function):
@@ -283,6 +297,43 @@ def group_total(weight: Tensor, inputs: Inputs, what: Description, wanted: Wante
     """Return `sweep_total` of this rank's rows with the rows of y, or of x with itself, of all ranks of a group."""
     arguments = *_of_row_sums(weight), *inputs, *what, list(wanted), *of_group
     return Gradients(*call("group", "sweep_backward", *arguments)).total.to(weight.dtype)
+
+
+# The sweep with a guide
+
+
+def _setup_guided_forward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    flat, guide = Guide.split(inputs)
+    _setup_forward(backend, ctx, flat, output, *guide)
+    ctx.arguments = len(inputs)
+
+
+def _differentiate_guided_forward(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        upstream: Upstream,
+        inputs: Inputs,
+        what: Description,
+        wanted: Wanted,
+        _: Tensor | None,
+        backend: str,
+        *guide: Tensor | None,
+    ) -> Gradients:
+        return Gradients(*call(backend, "guided_backward", *upstream, *inputs, *what, list(wanted), *guide))
+
+    return _differentiate_sweep(backward, backend, ctx, *grads)
+
+
+def _setup_guided_backward(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    flat, guide = Guide.split(inputs)
+    upstream, tensors, ctx.what, ctx.wanted, *_ = BackwardArguments.of(flat)
+    ctx.arguments = len(inputs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*upstream, *tensors, *guide)
+
+
+def guided_forward(inputs: Inputs, what: Description, maximum: bool, guide: Guide, backend: str) -> Statistics:
+    """Return the statistics of a forward sweep over the pairs that a guide keeps, differentiable."""
+    return Statistics(*call(backend, "guided_forward", *inputs, *what, maximum, *guide))
 
 
 # The total of a softmax
@@ -387,13 +438,6 @@ def _setup_softmax_mean_backward(backend: str, ctx: Any, inputs: tuple[Any, ...]
     ctx.save_for_backward(*upstream, values, *tensors)
 
 
-def _differentiate_softmax_mean_backward(backend: str, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    tensors, derivative = ctx.saved_tensors, torch_backend.softmax_mean_derivative
-    needed = tuple(ctx.needs_input_grad[: len(tensors)])
-    found = apply(_HigherDerivative, *tensors, *grads, derivative, ctx.what, ctx.wanted, needed)
-    return *found, *[None] * (ctx.arguments - len(tensors))
-
-
 def softmax_mean(values: Tensor, inputs: Inputs, what: Description, backend: str) -> SoftmaxMean:
     """Return the means of values under the softmax of every row, differentiable."""
     return SoftmaxMean(*call(backend, "softmax_mean", values, *inputs, *what))
@@ -490,7 +534,7 @@ def _differentiate_selection(backend: str, ctx: Any, *grads: Tensor | None) -> t
 
 def _setup_group_sweep(backend: str, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     flat, ctx.of_group = GroupArguments.split(inputs)
-    _setup_forward(backend, ctx, tuple(flat), output)
+    _setup_forward(backend, ctx, flat, output)
     ctx.arguments = len(inputs)
 
 
@@ -573,7 +617,14 @@ FORMULAS = {
     "backward": Formula(_setup_backward, _differentiate_backward),
     "softmax_total": Formula(_setup_softmax_total, _differentiate_softmax_total),
     "softmax_mean": Formula(_setup_softmax_mean, _differentiate_softmax_mean),
-    "softmax_mean_backward": Formula(_setup_softmax_mean_backward, _differentiate_softmax_mean_backward),
+    "softmax_mean_backward": Formula(
+        _setup_softmax_mean_backward, partial(_differentiate_again, torch_backend.softmax_mean_derivative, 0)
+    ),
+    "guided_forward": Formula(_setup_guided_forward, _differentiate_guided_forward),
+    "guided_backward": Formula(
+        _setup_guided_backward,
+        partial(_differentiate_again, torch_backend.guided_derivative, len(Guide._fields)),
+    ),
     "unit_rows": Formula(_setup_unit_rows, _differentiate_unit_rows),
     "unit_rows_backward": Formula(_setup_plain, partial(_differentiate_plain, torch_backend.unit_rows_backward)),
     "row_dot": Formula(_setup_row_dot, _differentiate_row_dot),

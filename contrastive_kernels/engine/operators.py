@@ -6,6 +6,7 @@ The C++ extension registers its own kernels (csrc/extension.cpp); here they only
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from contrastive_kernels.engine.spec import (
     BackwardArguments,
     ForwardArguments,
     GroupArguments,
+    Guide,
     SoftmaxArguments,
     SoftmaxMeanArguments,
     SoftmaxMeanBackwardArguments,
@@ -57,8 +59,15 @@ def _kernel(name: str, function: Function) -> Function:
                 inputs, what, maximum, save_scores = ForwardArguments.of(flat)
                 return tuple(function(inputs, what, maximum=maximum, save_scores=save_scores))
             if name == "backward":
-                *arguments, float32_gradients = BackwardArguments.of(flat)
-                return tuple(function(*arguments, float32_gradients=float32_gradients))
+                *grouped, float32_gradients = BackwardArguments.of(flat)
+                return tuple(function(*grouped, float32_gradients=float32_gradients))
+            if name == "guided_forward":
+                arguments, guide = Guide.split(flat)
+                inputs, what, maximum, _ = ForwardArguments.of(arguments)
+                return tuple(function(inputs, what, maximum=maximum, guide=guide))
+            if name == "guided_backward":
+                arguments, guide = Guide.split(flat)
+                return tuple(function(*BackwardArguments.of(arguments)[:4], guide=guide))
             if name == "softmax_total":
                 return tuple(function(*SoftmaxArguments.of(flat)))
             if name == "softmax_mean":
@@ -167,9 +176,16 @@ def _fake_select(backend: Backend) -> Function:
     return fake
 
 
-FAKES = {
+def _guided(fake_of: Callable[[Backend], Function], backend: Backend) -> Function:
+    fake = fake_of(backend)
+    return lambda *flat: fake(*Guide.split(flat)[0])
+
+
+FAKES: dict[str, Callable[[Backend], Function]] = {
     "forward": _fake_forward,
     "backward": _fake_backward,
+    "guided_forward": partial(_guided, _fake_forward),
+    "guided_backward": partial(_guided, _fake_backward),
     "softmax_total": _fake_softmax_total,
     "softmax_mean": _fake_softmax_mean,
     "softmax_mean_backward": _fake_softmax_mean_backward,

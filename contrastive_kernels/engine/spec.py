@@ -7,7 +7,9 @@ A pair (i, j) is *kept* when every condition that was supplied holds:
 - diagonals: 0 drops none, 1 drops ``i = j``; V > 1 (y None) means that x holds V views of N / V samples, view after
   view, and drops the pairs of the views of one sample, ``i = j`` modulo N / V; `PLACES` (-1) drops the pairs of equal
   places: an id is then ``class * 2^32 + place``, and the condition on ids is one on classes;
-- cutoff: ``not (s_ij > cutoff[i])``, so that a NaN similarity is kept and survives.
+- cutoff: ``not (s_ij > cutoff[i])``, so that a NaN similarity is kept and survives;
+- `Guide`: ``not (<guide_x[i], guide_y[j]> > guide_cutoff[i])``, a second similarity. Its operators, ``guided_forward``
+  and ``guided_backward``, are apart from those of the sweep, so that a backend need not have them.
 
 The forward sweep computes `Statistics`; a statistic that was not asked for is an empty tensor:
 
@@ -44,6 +46,7 @@ __all__ = [
     "PLACE_BITS",
     "Description",
     "Gradients",
+    "Guide",
     "Inputs",
     "SoftmaxMean",
     "SoftmaxTotal",
@@ -94,6 +97,19 @@ class Description(NamedTuple):
     constants: tuple[float, ...]  # of the term
     keep_equal_ids: bool
     diagonals: int
+
+
+class Guide(NamedTuple):
+    """A second similarity of the rows, without gradient, that drops pairs above its own cutoff."""
+
+    guide_x: Tensor  # (N, E)
+    guide_y: Tensor | None  # (M, E); None for x against itself
+    guide_cutoff: Tensor  # (N,), in the compute dtype of the guide
+
+    @classmethod
+    def split(cls, flat: Sequence[Any]) -> tuple[Sequence[Any], Guide]:
+        """Return the arguments of the sweep and the guide, which comes last."""
+        return flat[: -len(cls._fields)], cls(*flat[-len(cls._fields) :])
 
 
 class Statistics(NamedTuple):
@@ -342,6 +358,10 @@ SCHEMAS = {
         f"-> {_results(Gradients)}"
     ),
     "softmax_total": f"(Tensor weight, Tensor own, {_SWEEP}, bool[] wanted) -> {_results(SoftmaxTotal)}",
+    "guided_forward": f"({_SWEEP}, bool maximum, {_parameters(Guide)}) -> {_results(Statistics)}",
+    "guided_backward": (
+        f"({_parameters(Upstream)}, {_SWEEP}, bool[] wanted, {_parameters(Guide)}) -> {_results(Gradients)}"
+    ),
     "softmax_mean": f"(Tensor values, {_SWEEP}) -> {_results(SoftmaxMean)}",
     "softmax_mean_backward": (
         f"({_parameters(SoftmaxMeanUpstream)}, Tensor values, {_SWEEP}, bool[] wanted) "

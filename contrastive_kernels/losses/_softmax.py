@@ -46,11 +46,11 @@ def sweep_negatives(x: Tensor, y: Tensor | None, pairs: Pairs, options: SoftmaxO
 def sweep_both_directions(x: Tensor, y: Tensor, pairs: Pairs, options: SoftmaxOptions) -> list[Negatives]:
     """Return the negatives of the rows of x among those of y, and the other way round.
 
-    Both come from one sweep unless there is a cutoff, which each direction applies to its own anchors. Polarization
-    belongs to the first.
+    Both come from one sweep unless there is a cutoff or a guide, which each direction applies to its own anchors.
+    Polarization belongs to the first.
     """
-    back, alone = pairs._replace(x_ids=pairs.y_ids, y_ids=pairs.x_ids), replace(options, polarization=None)
-    if pairs.cutoff is not None:
+    back, alone = pairs.turned(), replace(options, polarization=None)
+    if pairs.by_similarity:
         return [sweep_negatives(x, y, pairs, options), sweep_negatives(y, x, back, alone)]
     out = _sweep(x, y, pairs, options, column_lse=True)
     turned = out._replace(row_lse=out.col_lse[None], row_max=out.col_max)

@@ -22,7 +22,17 @@ from contrastive_kernels.losses._softmax import (
     sweep_negatives,
     union,
 )
-from contrastive_kernels.primitives import Group, Pairs, checks, over_ranks, row_dot, unit_rows
+from contrastive_kernels.primitives import (
+    Group,
+    Guide,
+    Pairs,
+    checks,
+    cutoff_between,
+    one_process_only,
+    over_ranks,
+    row_dot,
+    unit_rows,
+)
 
 __all__ = ["InfoNCELoss", "info_nce_loss"]
 
@@ -36,6 +46,8 @@ class InfoNCEArguments(SoftmaxArguments, CutoffArguments, total=False):
     symmetric: bool
     query_ids: Tensor | None
     key_ids: Tensor | None
+    guide: tuple[Tensor, ...] | None
+    guide_cutoff: float | Tensor | None
     polarization: Polarization | None
 
 
@@ -88,6 +100,8 @@ def info_nce_loss(
     key_ids: Tensor | None = None,
     cutoff: float | Tensor | None = None,
     cutoff_margin: float | Tensor | None = None,
+    guide: tuple[Tensor, ...] | None = None,
+    guide_cutoff: float | Tensor | None = None,
     polarization: Polarization | None = None,
     return_stats: bool = False,
     backend: str | None = None,
@@ -120,6 +134,12 @@ def info_nce_loss(
             negative_keys, ``(N + M,)`` for in-batch and shared ones.
         cutoff: float or ``(N,)``; negatives more similar than this are dropped, the positive never is.
         cutoff_margin: the same, as the positive's similarity plus a margin.
+        guide: rows of a second model, which decides what is no negative, without gradient: ``(N, E)`` for the queries,
+            ``(N, E)`` for the positive keys and, where there are shared negative_keys, ``(M, E)`` for those; normalised
+            as the queries are. Not with paired negatives, nor with a group of several processes. The sweep is in plain
+            PyTorch then.
+        guide_cutoff: float or ``(N,)``; negatives that the guide finds more similar to their anchor than this are
+            dropped, the positive never is. None: the guide's similarity of the positive, as GISTEmbed has it.
         polarization: adds `Polarization` over the negatives, from the same sweep.
         return_stats: also return `ContrastiveStats`.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
@@ -136,7 +156,7 @@ def info_nce_loss(
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.
 
-    Source: van den Oord, Li, Vinyals 2018, arXiv:1807.03748, eq. 4.
+    Source: van den Oord, Li, Vinyals 2018, arXiv:1807.03748, eq. 4. The guide: Solatorio 2024, arXiv:2402.16829.
 
     Example:
         >>> query, key = torch.randn(2, 16, 8).unbind(0)
@@ -154,6 +174,7 @@ def info_nce_loss(
     if symmetric and not in_batch:
         raise ValueError("symmetric=True exchanges queries and in-batch keys; it needs in_batch_negatives=True")
     check_cutoff(query, cutoff, cutoff_margin)
+    _check_guide(guide, guide_cutoff, query, negative_keys, paired, group)
     query_ids, batch_ids, negative_ids = split_ids(query, query_ids, key_ids, negative_keys, in_batch)
     options = SoftmaxOptions.of(
         query,
@@ -172,10 +193,11 @@ def info_nce_loss(
     query, positive_key = unit_rows(query, normalize, backend), unit_rows(positive_key, normalize, backend)
     positive_similarity = row_dot(query, positive_key, backend)
     limit = cutoff_from(cutoff, cutoff_margin, positive_similarity)
+    guides = (None, None) if guide is None else _guides(guide, guide_cutoff, normalize)
     positives = Positives.single(options.scale * positive_similarity)
     directions: list[Negatives] = []
     if in_batch:
-        pairs = Pairs(query_ids, batch_ids, limit, diagonals=1)
+        pairs = Pairs(query_ids, batch_ids, limit, diagonals=1, guide=guides[0])
         if not symmetric and negative_keys is None:
             return one_direction_loss(query, positive_key, pairs, positives, options)
         if symmetric:
@@ -188,7 +210,7 @@ def info_nce_loss(
             similarity = row_dot(query[:, None], negative_keys, backend)
             further = list_negatives(similarity, _dropped(similarity, query_ids, negative_ids, limit), options)
         else:
-            pairs = Pairs(None if negative_ids is None else query_ids, negative_ids, limit)
+            pairs = Pairs(None if negative_ids is None else query_ids, negative_ids, limit, guide=guides[1])
             columns = options.shards.of(negative_keys)
             if not in_batch:
                 return one_direction_loss(query, negative_keys, pairs, positives, options, columns)
@@ -223,7 +245,7 @@ class InfoNCELoss(LossModule):
     def forward(
         self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None, **inputs: Any
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
-        """Return the loss; `inputs` are per-batch keyword arguments: weight, query_ids, key_ids, cutoff."""
+        """Return the loss; `inputs` are per-batch keyword arguments: weight, query_ids, key_ids, cutoff, guide."""
         return self.function(query, positive_key, negative_keys, **self.options(), **inputs)
 
 
@@ -234,6 +256,49 @@ def _check_negatives(query: Tensor, negative_keys: Tensor, paired: bool) -> None
         return
     checks.views("negative_keys", negative_keys, minimum=1)
     checks.alike("query", query, "negative_keys", negative_keys)
+
+
+def _check_guide(
+    guide: tuple[Tensor, ...] | None,
+    guide_cutoff: float | Tensor | None,
+    query: Tensor,
+    negative_keys: Tensor | None,
+    paired: bool,
+    group: object,
+) -> None:
+    """Raise unless a guide has a row for every query, positive key and shared negative key."""
+    if guide is None:
+        checks.no_effect("guide=None", guide_cutoff=(guide_cutoff, None))
+        return
+    if paired:
+        raise ValueError("guide does not serve paired negatives; leave out the false ones by query_ids and key_ids")
+    columns = [("query", query), ("positive_key", query)]
+    columns += [] if negative_keys is None else [("negative_keys", negative_keys)]
+    names = ", ".join(name for name, _ in columns)
+    if not isinstance(guide, (tuple, list)):
+        raise TypeError(f"guide must be a tuple of tensors, the guide's rows for {names}")
+    if len(guide) != len(columns):
+        raise ValueError(f"guide has {len(guide)} tensors and needs {len(columns)}, the guide's rows for {names}")
+    for place, (rows, (name, x)) in enumerate(zip(guide, columns, strict=True)):
+        checks.guide_rows(f"guide[{place}]", rows, x, name)
+        checks.alike("guide[0]", guide[0], f"guide[{place}]", rows, rows=False)
+    checks.per_row("guide_cutoff", guide_cutoff, query)
+    one_process_only("guide", group)
+
+
+def _guides(
+    guide: tuple[Tensor, ...], guide_cutoff: float | Tensor | None, normalize: bool
+) -> tuple[Guide, Guide | None]:
+    """Return what a guide says of the in-batch keys and of the negative keys."""
+    query, key, *negatives = (unit_rows(rows.detach(), normalize) for rows in guide)
+    given, positive = checks.per_row("guide_cutoff", guide_cutoff, query), row_dot(query, key)
+
+    def of(columns: Tensor) -> Guide:
+        # what is as similar as the positive is kept, whatever rounding makes of it
+        limit = cutoff_between(positive, positive, query, columns) if given is None else given.detach()
+        return Guide(query, columns, limit)
+
+    return of(key), of(negatives[0]) if negatives else None
 
 
 def split_ids(

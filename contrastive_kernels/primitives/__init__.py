@@ -1,6 +1,6 @@
 """The primitives: everything that a loss is made of, and all that a loss imports."""
 
-from contrastive_kernels.engine.spec import PLACES, compute_dtype, with_places
+from contrastive_kernels.engine.spec import PLACES, Guide, compute_dtype, with_places
 from contrastive_kernels.engine.terms import (
     Band,
     Count,
@@ -28,7 +28,7 @@ from contrastive_kernels.primitives.rows import (
     wide_products,
     wide_sums,
 )
-from contrastive_kernels.primitives.select import row_select, select_over, selecting_cutoff
+from contrastive_kernels.primitives.select import cutoff_between, row_select, select_over, selecting_cutoff
 from contrastive_kernels.primitives.shards import (
     ALONE,
     Group,
@@ -52,6 +52,7 @@ __all__ = [
     "DistanceHinge",
     "Gaussian",
     "Group",
+    "Guide",
     "Hinge",
     "Identity",
     "Pairs",
@@ -67,6 +68,7 @@ __all__ = [
     "checks",
     "compute_dtype",
     "cross_moments",
+    "cutoff_between",
     "gather_rows",
     "kept_counts",
     "kept_sums",

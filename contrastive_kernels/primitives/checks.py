@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.engine.backends import choose
-from contrastive_kernels.engine.spec import compute_dtype
+from contrastive_kernels.engine.spec import Guide, compute_dtype
 from contrastive_kernels.engine.terms import Term
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -167,6 +167,38 @@ def per_row(name: str, value: float | Tensor | None, x: Tensor) -> Tensor | None
         return value.to(dtype).expand(x.shape[0])
     vector(name, value, x, "x")
     return value.to(dtype)
+
+
+def guide(
+    value: tuple[Tensor, Tensor | None] | None, cutoff: float | Tensor | None, x: Tensor, y: Tensor | None
+) -> Guide | None:
+    """Return the second similarity of the pairs; raise unless it has a row for every row of x and of y."""
+    if value is None:
+        if cutoff is not None:
+            raise ValueError("guide_cutoff is given but guide is not; it bounds the similarities of the guide's rows")
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError("guide must be a pair of tensors, the guide's rows for x and for y (None where y is None)")
+    if cutoff is None:
+        raise ValueError("guide is given but guide_cutoff is not; a pair above it is left out")
+    of_x, of_y = value
+    guide_rows("guide[0]", of_x, x, "x")
+    if (of_y is None) != (y is None):
+        raise ValueError("guide must be (rows for x, rows for y), the second None exactly where y is None")
+    if of_y is not None and y is not None:
+        guide_rows("guide[1]", of_y, y, "y")
+        alike("guide[0]", of_x, "guide[1]", of_y, rows=False)
+    limit = per_row("guide_cutoff", cutoff, of_x)
+    assert limit is not None
+    return Guide(of_x.detach(), None if of_y is None else of_y.detach(), limit.detach())
+
+
+def guide_rows(name: str, value: Tensor, x: Tensor, x_name: str) -> None:
+    """Raise unless a guide has a row for every row of x."""
+    features(name, value)
+    same_device(name, value, x)
+    if value.shape[0] != x.shape[0]:
+        raise ValueError(f"{name} {shape(value)} must have {x.shape[0]} rows, one for every row of {x_name} {shape(x)}")
 
 
 # Numbers and choices

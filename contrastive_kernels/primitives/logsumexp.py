@@ -6,8 +6,10 @@ from typing import Literal, overload
 
 from torch import Tensor
 
+from contrastive_kernels.engine.spec import compute_dtype
 from contrastive_kernels.primitives import checks
-from contrastive_kernels.primitives.shards import Group, over_ranks, shards_of_columns
+from contrastive_kernels.primitives.rows import cast_for_autocast
+from contrastive_kernels.primitives.shards import ALONE, Group, Shards, over_ranks, shards_of_columns
 from contrastive_kernels.primitives.sweep import Pairs, sweep
 
 __all__ = ["similarity_logsumexp"]
@@ -25,6 +27,8 @@ def similarity_logsumexp(
     exclude_diagonal: bool = False,
     y_bias: Tensor | None = None,
     cutoff: float | Tensor | None = None,
+    guide: tuple[Tensor, Tensor | None] | None = None,
+    guide_cutoff: float | Tensor | None = None,
     columns: Literal[False] = False,
     backend: str | None = None,
     group: Group | None = None,
@@ -41,6 +45,8 @@ def similarity_logsumexp(
     exclude_diagonal: bool = False,
     y_bias: Tensor | None = None,
     cutoff: float | Tensor | None = None,
+    guide: tuple[Tensor, Tensor | None] | None = None,
+    guide_cutoff: float | Tensor | None = None,
     columns: Literal[True],
     backend: str | None = None,
     group: Group | None = None,
@@ -57,6 +63,8 @@ def similarity_logsumexp(
     exclude_diagonal: bool = False,
     y_bias: Tensor | None = None,
     cutoff: float | Tensor | None = None,
+    guide: tuple[Tensor, Tensor | None] | None = None,
+    guide_cutoff: float | Tensor | None = None,
     columns: bool = False,
     backend: str | None = None,
     group: Group | None = None,
@@ -65,7 +73,8 @@ def similarity_logsumexp(
 
     .. math::
         \ell_i = \log \sum_{j \in A(i)} \exp(\mathrm{scale} \, \langle x_i, y_j \rangle + b_j), \qquad
-        A(i) = \{j : \mathrm{id}(x_i) \ne \mathrm{id}(y_j),\ \langle x_i, y_j \rangle \le c_i\}
+        A(i) = \{j : \mathrm{id}(x_i) \ne \mathrm{id}(y_j),\ \langle x_i, y_j \rangle \le c_i,\
+            \langle g^x_i, g^y_j \rangle \le c^g_i\}
 
     With ``same`` the ids are equal instead, and with ``exclude_diagonal`` j is not i.
 
@@ -81,6 +90,10 @@ def similarity_logsumexp(
         exclude_diagonal: pairs (i, i) are left out too; of the ranks of a group, those of one rank's x and y.
         y_bias: ``(M,)``, added to the logits of column j, differentiable. Not with ``columns``.
         cutoff: float or ``(N,)``; pairs with ``<x_i, y_j>`` above it are left out. No gradient, not with ``columns``.
+        guide: ``(gx, gy)``, ``(N, E)`` and ``(M, E)`` (None where y is): rows of a second model for those of x and y,
+            which decide about pairs, without gradient; taken as they are. In plain PyTorch on every backend.
+        guide_cutoff: float or ``(N,)``; pairs with ``<gx_i, gy_j>`` above it are left out. Given exactly when ``guide``
+            is; not with ``columns``. Similarities that are equal but for rounding may fall on either side.
         columns: also return the log-sum-exp of every column.
         backend: ``"triton"``, ``"cpp"``, ``"torch"`` or None, by device.
         group: process group, one-dimensional mesh or ``"world"``: the rows of y (or of x) of all its ranks are the
@@ -91,8 +104,8 @@ def similarity_logsumexp(
         A row or column with no pair left is ``-inf`` and has zero gradient.
 
     Raises:
-        ValueError: shapes that do not fit, or ``columns`` together with ``y_bias`` or ``cutoff``.
-        TypeError: dtypes that differ or are not floating (ids: not integer).
+        ValueError: shapes that do not fit, or ``columns`` together with ``y_bias``, ``cutoff`` or ``guide``.
+        TypeError: dtypes that differ or are not floating (ids: not integer), a guide that is no pair.
         RuntimeError: tensors on different devices.
         NotImplementedError: the requested backend does not take these inputs.
 
@@ -105,10 +118,38 @@ def similarity_logsumexp(
     scale = checks.scalar("scale", scale, x)
     if y_bias is not None:
         checks.vector("y_bias", y_bias, x if y is None else y, "x" if y is None else "y")
-    if columns and (y_bias is not None or cutoff is not None):
-        raise ValueError("columns=True takes neither y_bias nor cutoff; call twice with x and y exchanged")
-    pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x), same, int(exclude_diagonal))
+    if columns and (y_bias is not None or cutoff is not None or guide is not None):
+        raise ValueError("columns=True takes neither y_bias, cutoff nor guide; call twice with x and y exchanged")
+    guided = checks.guide(guide, guide_cutoff, x, y)
+    pairs = Pairs(x_ids, y_ids, checks.per_row("cutoff", cutoff, x), same, int(exclude_diagonal), guided)
     shards = shards_of_columns(group, y)
+    if pairs.guide is not None and not shards.alone:
+        x, y, y_bias, pairs = _gathered(x, y, y_bias, pairs, shards)
+        shards = ALONE
     out = sweep(x, y, pairs, scale=scale, bias=y_bias, column_lse=columns, backend=backend, shards=shards)
     row_lse = out.row_lse.squeeze(0)
     return (row_lse, out.col_lse) if columns else row_lse
+
+
+def _gathered(
+    x: Tensor, y: Tensor | None, y_bias: Tensor | None, pairs: Pairs, shards: Shards
+) -> tuple[Tensor, Tensor, Tensor | None, Pairs]:
+    """Return x with the columns of all ranks, in the compute dtype, in which their gradients are summed.
+
+    This rank's columns come first, so that its diagonal is where it was.
+    """
+    x, columns = cast_for_autocast(x), cast_for_autocast(x if y is None else y)
+    dtype, guide = compute_dtype(x), pairs.guide
+    assert guide is not None
+    before = sum(shards.sizes(columns)[: shards.rank])
+
+    def gathered(own: Tensor) -> Tensor:
+        return shards.gather(own).roll(-before, 0)
+
+    own_ids = pairs.x_ids if y is None else pairs.y_ids
+    pairs = pairs._replace(
+        y_ids=None if own_ids is None else gathered(own_ids),
+        guide=guide._replace(guide_y=gathered(guide.guide_x if guide.guide_y is None else guide.guide_y)),
+    )
+    bias = None if y_bias is None else gathered(y_bias.to(dtype))
+    return x.to(dtype), gathered(columns.to(dtype)), bias, pairs

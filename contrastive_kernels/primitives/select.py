@@ -12,7 +12,7 @@ from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.rows import cast_for_autocast
 from contrastive_kernels.primitives.shards import ALONE, Group, Shards, over_ranks, shards_of_columns
 
-__all__ = ["row_select", "select_over", "selecting_cutoff"]
+__all__ = ["cutoff_between", "row_select", "select_over", "selecting_cutoff"]
 
 
 @over_ranks

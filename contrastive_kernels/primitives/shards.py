@@ -45,6 +45,7 @@ UNPAIRED = (
     "y_ids",
     "y_bias",
     "values",
+    "guide",
 )
 # Arguments that are the same on every rank.
 COMMON = ("queue", "support", "label_embeddings")

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.engine import autograd
-from contrastive_kernels.engine.autograd import call, group_total, sweep_forward, sweep_total
+from contrastive_kernels.engine.autograd import call, group_total, guided_forward, sweep_forward, sweep_total
 from contrastive_kernels.engine.backends import Backend, choose
 from contrastive_kernels.engine.limits import saved_scores_limit, workspace_limit
 from contrastive_kernels.engine.spec import (
     Description,
     GroupArguments,
+    Guide,
     Inputs,
     Statistics,
     Wanted,
@@ -36,6 +37,19 @@ class Pairs(NamedTuple):
     cutoff: Tensor | None = None  # (N,)
     keep_equal_ids: bool = False
     diagonals: int = 0  # 1: drop i == j; V: drop the pairs of a sample's V views; PLACES: drop equal places
+    guide: Guide | None = None  # of one process
+
+    @property
+    def by_similarity(self) -> bool:
+        """Whether similarities decide, so that the kept pairs are not known before a sweep."""
+        return self.cutoff is not None or self.guide is not None
+
+    def turned(self) -> Pairs:
+        """Return the pairs (j, i) of as many rows of y, each with the cutoffs of its row of x."""
+        guide = self.guide
+        if guide is not None and guide.guide_y is not None:
+            guide = guide._replace(guide_x=guide.guide_y, guide_y=guide.guide_x)
+        return self._replace(x_ids=self.y_ids, y_ids=self.x_ids, guide=guide)
 
 
 ALL_PAIRS = Pairs()
@@ -64,7 +78,9 @@ def sweep(
     """
     inputs, what, chosen = _prepare(x, y, pairs, scale, bias, exponents, column_lse, term, backend)
     x, y = inputs.x, inputs.y
-    if shards.alone:
+    if pairs.guide is not None:
+        statistics = guided_forward(inputs, what, maximum, pairs.guide, choose(x, backend, "guided_forward").name)
+    elif shards.alone:
         differentiable = torch.is_grad_enabled() and (x.requires_grad or (y is not None and y.requires_grad))
         save_scores = differentiable and _may_be_saved(inputs, chosen)
         statistics = sweep_forward(inputs, what, maximum, save_scores, chosen.name)
@@ -100,7 +116,7 @@ def weighted_total(
     # scale and bias do not enter a term
     wanted = Wanted(wants(x), wants(y), False, False, wants(inputs.term_scale), wants(inputs.term_offset))
     # float16 takes two sweeps: a gradient stored before the incoming factor leaves its range
-    two_sweeps = x.dtype == torch.float16 or (weight is not None and weight.requires_grad)
+    two_sweeps = x.dtype == torch.float16 or (weight is not None and weight.requires_grad) or pairs.guide is not None
     of_group = None if shards.alone else _of_group(inputs, chosen, shards)
     if of_group is not None:
         # those of other ranks' rows wait here for the factor of this rank's loss
@@ -140,10 +156,10 @@ def softmax_total(
     """Return ``sum_i weight_i log(1 + exp(row_lse_i - own_i))``, 0-dim, with gradients from the same visit of the rows.
 
     None where two sweeps serve better or have to: on a GPU; of x with itself where one triangle holds all pairs; for
-    float16, as in `weighted_total`; for a weight with a gradient; and where the exponentials of some rows do not fit in
-    the workspace. The arguments are not checked; `weight` is called only where the total is computed.
+    float16, as in `weighted_total`; for a weight with a gradient; with a guide; and where the exponentials of some rows
+    do not fit in the workspace. The arguments are not checked; `weight` is called only where the total is computed.
     """
-    if y is None and pairs.cutoff is None:
+    if (y is None and pairs.cutoff is None) or pairs.guide is not None:
         return None
     inputs, what, chosen = _prepare(x, y, pairs, scale, None, (1.0,), False, None, backend)
     x, y = inputs.x, inputs.y
@@ -191,7 +207,7 @@ def _prepare(
     """Return the arguments as the operators take them, and the backend."""
     x, y = cast_for_autocast(x), None if y is None else cast_for_autocast(y)
     dtype = compute_dtype(x)
-    x_ids, y_ids, cutoff, keep_equal_ids, diagonals = pairs
+    x_ids, y_ids, cutoff, keep_equal_ids, diagonals, _ = pairs
     term_scale, term_offset, constants = (None, None, ()) if term is None else term.operands()
     inputs = Inputs(
         x,

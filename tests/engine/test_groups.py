@@ -51,6 +51,12 @@ PRIMITIVES = {
         ck.similarity_softmax_mean(x, y, y.sin(), scale=3.0, x_ids=ids, y_ids=ids, y_bias=bias, cutoff=cutoff, **o).T
     ),
     "mean of itself": lambda x, y, ids, bias, cutoff, **o: ck.similarity_softmax_mean(x, None, y, x_ids=ids, **o).T,
+    "guide": lambda x, y, ids, bias, cutoff, **o: ck.similarity_logsumexp(
+        x, y, x_ids=ids, y_ids=ids, y_bias=bias, guide=(x.sin(), y), guide_cutoff=0.1, **o
+    ),
+    "guide of itself": lambda x, y, ids, bias, cutoff, **o: ck.similarity_logsumexp(
+        x, x_ids=ids, guide=(y, None), guide_cutoff=bias.detach(), **o
+    ),
     "sum": lambda x, y, ids, bias, cutoff, **o: ck.similarity_sum(x, y, term=ck.Softplus(2.0, bias.sum()), **o),
     "sum of itself": lambda x, y, ids, bias, cutoff, **o: ck.similarity_sum(x, term=ck.Band(0.1, 0.9), **o),
 }

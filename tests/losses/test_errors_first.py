@@ -65,6 +65,8 @@ BAD = {
     "cutoff": [vector(N + 1), "none"],
     "cutoff_margin": [vector(N + 1), "none"],
     "threshold": [vector(N + 1)],
+    "guide": [7, (torch.rand(N + 1, 3), torch.rand(N, 3)), (torch.rand(N, 3),)],
+    "guide_cutoff": ["none", 0.1],
     "tau_plus": [1.0, "none"],
     "beta": [-0.5],
     "positive_weight": [2.0, vector(N + 1), (vector(N),), (vector(N), vector(N + 1))],
@@ -273,6 +275,7 @@ OTHER = {
     "label_smoothing": 0.2,
     "cutoff": 0.0,
     "cutoff_margin": -0.1,
+    "guide_cutoff": 0.0,
     "threshold": 0.9,
     "top_k": 2,
     "factor": 3.0,
@@ -329,6 +332,8 @@ def others(case: Case, argument: str, n: int, features: dict) -> list:
         return [torch.rand(n, n)]
     if argument in ("weight", "positive_weight"):
         return [0.5 + torch.rand(n)]
+    if argument == "guide":
+        return [(torch.randn(n, 3, dtype=torch.float64),) * 2]
     value = case.options.get(argument, inspect.signature(function).parameters[argument].default)
     if argument in choices(case):
         hint = typing.get_type_hints(function)[argument]

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 
 import contrastive_kernels as ck
 import python_ref
-from tests.support.losses import assert_exact, assert_module_is_function, double
-from tests.support.testing import BAND, assert_matches, device_of
+from tests.support.losses import assert_exact, assert_module_is_function, assert_refused, double
+from tests.support.ranks import Raised
+from tests.support.testing import BAND, assert_matches, assert_outcomes_match, device_of, differentiate, precise
 
 
 @pytest.mark.parametrize("options", [{}, {"symmetric": True}, {"label_smoothing": 0.1, "polarization": BAND}], ids=str)
@@ -24,6 +25,90 @@ def test_positive_with_another_id_is_counted_once(options, backend):
         on_device = {k: v.to(device_of(backend)) for k, v in ids.items()}
         ours = ck.info_nce_loss(**features, **on_device, **options, cutoff=cutoff, reduction="none", backend=backend)
         assert_matches(ours, reference, torch.float32, scale=20)
+
+
+GUIDED = {
+    "in-batch": {},
+    "symmetric": {"symmetric": True},
+    "smoothed": {"label_smoothing": 0.1, "polarization": BAND},
+    "cutoffs": {"guide_cutoff": 0.1, "cutoff_margin": 0.1},
+    "cutoff per anchor": {"guide_cutoff": torch.linspace(-0.5, 0.5, 33)},
+    "raw": {"normalize": False, "temperature": 1.0},
+}
+
+
+@pytest.mark.parametrize("keys", [None, "alone", "both"])
+@pytest.mark.parametrize("name", GUIDED)
+def test_guide(name, keys, backend):
+    """Its cutoff is its own similarity of the positive unless one is given."""
+    if keys == "alone" and name == "symmetric":
+        pytest.skip("it needs in-batch negatives")
+    dtype, device = precise(backend), device_of(backend)
+    rows = {"query": 33, "positive_key": 33, **({} if keys is None else {"negative_keys": 17})}
+    tensors = {key: torch.randn(n, 12, dtype=torch.float64) for key, n in rows.items()}
+    guide = tuple(torch.randn(n, 6, dtype=torch.float64) for n in rows.values())
+    options = {"temperature": 0.3, "reduction": "none", **GUIDED[name]}
+    options |= {"reduction": "mean"} if name == "smoothed" else {}
+    options |= {"in_batch_negatives": True} if keys == "both" else {}
+
+    def loss(module, guide, **arguments):
+        return module.info_nce_loss(**arguments, guide=guide, **options)
+
+    reference = differentiate(lambda **t: loss(python_ref, guide, **t), tensors)
+    on_device = tuple(x.to(device, dtype) for x in guide)
+    options = {key: x.to(device) if torch.is_tensor(x) else x for key, x in options.items()}
+    ours = differentiate(
+        lambda **t: loss(ck, on_device, backend=backend, **t), {key: x.to(device, dtype) for key, x in tensors.items()}
+    )
+    assert_outcomes_match(ours, reference, dtype, 10.0)
+    unguided = python_ref.info_nce_loss(**tensors, **{k: v for k, v in options.items() if k != "guide_cutoff"})
+    assert not torch.allclose(unguided, reference.value)
+
+
+def test_a_guide_keeps_what_is_as_similar_as_the_positive():
+    """Duplicates of the positive, whose products are equal but for rounding."""
+    x, y, of_x = torch.randn(40, 8), torch.randn(40, 8), torch.randn(40, 33)
+    of_y = torch.randn(4, 33).repeat(10, 1)
+    guide = F.normalize(of_x), F.normalize(of_y)
+    alike = (torch.arange(40)[:, None] - torch.arange(40)) % 4 == 0
+    above = (guide[0] @ guide[1].T > (guide[0] * guide[1]).sum(1, keepdim=True)) & ~alike
+    expected = F.cross_entropy(
+        (F.normalize(x) @ F.normalize(y).T / 0.07).masked_fill(above, -math.inf), torch.arange(40), reduction="none"
+    )
+    torch.testing.assert_close(ck.info_nce_loss(x, y, guide=(of_x, of_y), reduction="none"), expected)
+
+
+def guided_on_a_rank(group):
+    x = torch.randn(4, 5)
+    ck.info_nce_loss(x, x, guide=(x, x), group=group)
+
+
+def test_a_guide_takes_no_group(ranks):
+    with pytest.raises(Raised, match="guide does not take a group"):
+        ranks.run(2, guided_on_a_rank)
+
+
+X = torch.ones(8, 16)
+BAD_GUIDES = {
+    "a tensor": ({"guide": X}, TypeError, "guide must be a tuple of tensors, the guide's rows for query, positive_key"),
+    "one": ({"guide": (X,)}, ValueError, "guide has 1 tensors and needs 2"),
+    "three": ({"guide": (X, X, X)}, ValueError, "guide has 3 tensors and needs 2"),
+    "rows": ({"guide": (X, X[1:])}, ValueError, "guide[1] (7, 16) must have 8 rows"),
+    "widths": ({"guide": (X, X[:, 1:])}, ValueError, "guide[0] (8, 16) and guide[1] (8, 15)"),
+    "cutoff alone": ({"guide_cutoff": 0.1}, ValueError, "guide_cutoff 0.1 has no effect with guide=None"),
+    "negatives": ({"negative_keys": X, "guide": (X, X)}, ValueError, "query, positive_key, negative_keys"),
+    "paired": (
+        {"negative_keys": X[:, None], "negative_mode": "paired", "guide": (X, X)},
+        ValueError,
+        "guide does not serve paired",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GUIDES)
+def test_bad_guide(name):
+    options, error, message = BAD_GUIDES[name]
+    assert_refused(lambda: ck.info_nce_loss(X, X, **options), error, message)
 
 
 @pytest.mark.parametrize(

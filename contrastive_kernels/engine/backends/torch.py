@@ -22,6 +22,7 @@ from contrastive_kernels.engine.spec import (
     PLACES,
     Description,
     Gradients,
+    Guide,
     Inputs,
     SoftmaxMean,
     SoftmaxMeanGradients,
@@ -84,12 +85,12 @@ def _exponentials(v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 class _Scores:
     """The score matrix of one call, computed a chunk of rows at a time, with its mask of dropped pairs."""
 
-    def __init__(self, inputs: Inputs, what: Description) -> None:
+    def __init__(self, inputs: Inputs, what: Description, guide: Guide | None = None) -> None:
         x, y = inputs.x, inputs.y
         self.dtype = compute_dtype(x)
         self.x = x.to(self.dtype)
         self.y = self.x if y is None else y.to(self.dtype)
-        self.inputs, self.what = inputs, what
+        self.inputs, self.what, self.guide = inputs, what, guide
         self.y_ids = inputs.x_ids if y is None else inputs.y_ids
         self.n, self.m = self.x.shape[0], self.y.shape[0]
         self.chunks = _chunks(self.n, self.m, self.dtype)
@@ -116,7 +117,15 @@ class _Scores:
         if cutoff is not None:
             above = s > cutoff[rows, None]
             dropped = above if dropped is None else dropped | above
+        if self.guide is not None:
+            above = self._above_the_cutoff_of(self.guide, rows)
+            dropped = above if dropped is None else dropped | above
         return s, dropped
+
+    def _above_the_cutoff_of(self, guide: Guide, rows: slice) -> Tensor:
+        """Return the mask of the pairs that the guide drops."""
+        columns = (guide.guide_x if guide.guide_y is None else guide.guide_y).to(guide.guide_cutoff.dtype)
+        return guide.guide_x[rows].to(columns.dtype) @ columns.T > guide.guide_cutoff[rows, None]
 
     def logits(self, s: Tensor, dropped: Tensor | None, exponent: float = 1.0, bias: bool = True) -> Tensor:
         """Return exponent * scale * s + bias, -inf where dropped."""
@@ -153,9 +162,11 @@ def _through_base(term: type[Term], s: Tensor, slope: Tensor) -> Tensor:
     return (slope * square.clamp(min=LEAST_SQUARE).rsqrt()).masked_fill(square < LEAST_SQUARE, 0)
 
 
-def forward(inputs: Inputs, what: Description, *, maximum: bool, save_scores: bool) -> Statistics:
+def forward(
+    inputs: Inputs, what: Description, *, maximum: bool, save_scores: bool = False, guide: Guide | None = None
+) -> Statistics:
     """Return the statistics that `engine.spec` describes."""
-    scores, term, x = _Scores(inputs, what), _term(what), inputs.x
+    scores, term, x = _Scores(inputs, what, guide), _term(what), inputs.x
     dtype, n, m = statistic_dtype(x), scores.n, scores.m
     row_lse = x.new_empty((len(what.exponents), n), dtype=dtype)
     row_sum = x.new_empty((n if term else 0,), dtype=dtype)
@@ -236,12 +247,13 @@ def backward(
     inputs: Inputs,
     what: Description,
     wanted: Wanted,
-    scores: Tensor | None,
+    scores: Tensor | None = None,
     *,
     float32_gradients: bool = False,
+    guide: Guide | None = None,
 ) -> Gradients:
     """Return the gradients that `engine.spec` describes; no scores are saved here."""
-    matrix, x = _Scores(inputs, what), inputs.x
+    matrix, x = _Scores(inputs, what, guide), inputs.x
     dtype, totals_dtype = matrix.dtype, statistic_dtype(x)
 
     def zeros(*shape: int) -> Tensor:
@@ -347,17 +359,19 @@ def softmax_mean_backward(
 ) -> SoftmaxMeanGradients:
     """Return the gradients that `engine.spec` describes."""
     matrix, wide = _Scores(inputs, what), values.to(compute_dtype(inputs.x))
-    d_x, d_y, d_values = torch.zeros_like(matrix.x), torch.zeros_like(matrix.y), torch.zeros_like(wide)
-    d_scale = d_values.new_zeros((), dtype=statistic_dtype(inputs.x))
-    totals = [d_x, d_y, d_scale, d_values.new_zeros(matrix.m), d_values]
+    itself = inputs.y is None
+    shapes = matrix.x.shape, matrix.y.shape, (), (matrix.m,), wide.shape
+    summed = wanted._replace(y=wanted.y or (wanted.x and itself))
+    totals = [wide.new_zeros(shape if want else 0) for shape, want in zip(shapes, summed, strict=True)]
+    totals[2] = totals[2].to(statistic_dtype(inputs.x))
     for rows in matrix.chunks:
         parts = _chunk_mean_gradients(matrix, upstream, wide, wanted, rows)
         for k, part in enumerate(parts):
             if part is not None:
                 total = totals[k][rows] if k == 0 else totals[k]
                 total += part
-    if inputs.y is None:
-        totals[0] = d_x + d_y
+    if itself and wanted.x:
+        totals[0] = totals[0] + totals[1]
     dtypes = inputs.x.dtype, (inputs.x if inputs.y is None else inputs.y).dtype, *(matrix.dtype,) * 2, values.dtype
     cast = (total.to(dtype) for total, dtype in zip(totals, dtypes, strict=True))
     return SoftmaxMeanGradients(*(t if want else t.new_empty(0) for t, want in zip(cast, wanted, strict=True)))
@@ -374,6 +388,19 @@ def derivative(
 
     def flow(leaves: Sequence[Any], rows: slice) -> Tensor | None:
         return _chunk_flow(leaves, what, wanted, rows)
+
+    return _derivative(tensors, needed, given, len(Gradients._fields), len(Upstream._fields), flow)
+
+
+def guided_derivative(
+    tensors: Sequence[Tensor | None], what: Description, wanted: Wanted, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Return a derivative of `backward` with a guide, whose fields come after those of `Inputs`."""
+    split = len(Upstream._fields) + len(Inputs._fields)
+    given = split + len(Guide._fields)
+
+    def flow(leaves: Sequence[Any], rows: slice) -> Tensor | None:
+        return _chunk_flow((*leaves[:split], *leaves[given:]), what, wanted, rows, Guide(*leaves[split:given]))
 
     return _derivative(tensors, needed, given, len(Gradients._fields), len(Upstream._fields), flow)
 
@@ -439,11 +466,13 @@ def _derivative(
     return found
 
 
-def _chunk_flow(leaves: Sequence[Any], what: Description, wanted: Wanted, rows: slice) -> Tensor | None:
+def _chunk_flow(
+    leaves: Sequence[Any], what: Description, wanted: Wanted, rows: slice, guide: Guide | None = None
+) -> Tensor | None:
     """Return the product of what some rows add to `Gradients` with what flows into these."""
     split, given = len(Upstream._fields), len(Upstream._fields) + len(Inputs._fields)
     inputs, into = Inputs(*leaves[split:given]), Gradients(*leaves[given : given + len(Gradients._fields)])
-    parts = _chunk_gradients(_Scores(inputs, what), Upstream(*leaves[:split]), wanted, rows)
+    parts = _chunk_gradients(_Scores(inputs, what, guide), Upstream(*leaves[:split]), wanted, rows)
     into = into._replace(
         x=None if into.x is None else into.x[rows],
         y=into.x if inputs.y is None else into.y,
@@ -571,6 +600,8 @@ operators: Mapping[str, Callable[..., Any]] = {
     "forward": forward,
     "backward": backward,
     "softmax_total": softmax_total,
+    "guided_forward": forward,
+    "guided_backward": backward,
     "softmax_mean": softmax_mean,
     "softmax_mean_backward": softmax_mean_backward,
     "unit_rows": unit_rows,
