@@ -14,7 +14,7 @@ from contrastive_kernels import losses
 from contrastive_kernels.check import dense
 
 CLASSES = 5
-NO_FEATURES = ("ids", "query_ids", "labels", "contrast_labels", "exclude", "weight")
+NO_FEATURES = ("ids", "query_ids", "labels", "contrast_labels", "exclude", "weight", "guide")
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Case:
     Attributes:
         loss: the name of the loss, which its file and its function in `dense` have too.
         inputs: the names of the tensors and their shapes, a letter or digit for a size: ``"N3D"`` is ``(N, 3, D)``.
+            ``"guide[0]"`` and ``"guide[1]"`` are a tuple.
         scalars: arguments that are trained, as 0-dim tensors.
         options: the other arguments.
         reduction: of a loss that takes one.
@@ -51,7 +52,7 @@ class Case:
     def differentiable(self) -> list[str]:
         """The names of the tensors that have a gradient."""
         constant = (*self.detached, *NO_FEATURES)
-        return [name for name in (*self.inputs, *self.scalars) if name not in constant]
+        return [name for name in (*self.inputs, *self.scalars) if name.partition("[")[0] not in constant]
 
     def tensors(self, n: int, m: int, d: int, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
         """Return the inputs and the scalars, on the CPU."""
@@ -81,12 +82,12 @@ class Case:
         options = dict(self.options)
         if "reduction" in inspect.signature(function).parameters:
             options["reduction"] = self.reduction
-        loss: Tensor = function(**tensors, **options)
+        loss: Tensor = function(**_arguments(tensors), **options)
         return loss
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the loss in plain PyTorch."""
-        arguments = {name: x for name, x in tensors.items() if name != "weight"}
+        arguments = {name: x for name, x in _arguments(tensors).items() if name != "weight"}
         anchors: Tensor = getattr(dense, self.loss)(**arguments, **self.options)
         if "weight" in tensors:
             weight = dense.wide(tensors["weight"]).repeat(anchors.numel() // len(tensors["weight"])).view_as(anchors)
@@ -94,6 +95,15 @@ class Case:
         if self.reduction == "none":
             return anchors
         return anchors.sum() if self.reduction == "sum" else anchors.mean()
+
+
+def _arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the tensors by the names of arguments."""
+    arguments: dict[str, Any] = {}
+    for name, x in tensors.items():
+        argument, is_part, _ = name.partition("[")
+        arguments[argument] = (*arguments.get(argument, ()), x) if is_part else x
+    return arguments
 
 
 def _function(loss: str) -> Callable[..., Any]:
@@ -131,6 +141,7 @@ CASES = (
     Case("info_nce", QUERY_KEY | {"query_ids": "N"}, SCALE, {"symmetric": True, "label_smoothing": 0.1}),
     Case("info_nce", QUERY_KEY | {"negative_keys": "MD", "weight": "N"}, SCALE, {"in_batch_negatives": True}, "mean"),
     Case("info_nce", QUERY_KEY | {"negative_keys": "N9D"}, SCALE, {"negative_mode": "paired"}),
+    Case("info_nce", QUERY_KEY | {"guide[0]": "ND", "guide[1]": "ND"}, SCALE, SELECTING, unit=True),
     Case("nt_xent", VIEWS | {"ids": "N", "weight": "N"}, SCALE, reduction="mean"),
     Case("nt_xent", {"z0": "N3D"}, SCALE, {"label_smoothing": 0.1}),
     Case("clip", IMAGE_TEXT, {"logit_scale": 1.0, "logit_bias": 0.5}),
@@ -142,6 +153,7 @@ CASES = (
         "moco_arcl", {"query": "ND", "keys": "N3D", "queue": "MD"}, SCALE, SELECTING, detached=QUEUE, unit=True
     ),
     Case("decoupled", VIEWS, SCALE),
+    Case("decoupled", VIEWS | {"positive_weight[0]": "N", "positive_weight[1]": "N"}, SCALE),
     Case(
         "nnclr", {"z": "ND", "predictions": "ND", "support": "MD"}, SCALE, SELECTING,
         detached=("z", "support"), unit=True,

@@ -102,11 +102,14 @@ def info_nce(
     query_ids: Tensor | None = None,
     label_smoothing: float = 0.0,
     normalize: bool = True,
+    guide: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     x, y = unit(query, normalize), unit(positive_key, normalize)
     own, s, kept = dots(x, y)[:, None], [], []
     if negative_keys is None or in_batch_negatives:
         s, kept = [products(x, y)], [~same(query_ids, len(x))]
+        if guide is not None:
+            kept[0] &= products(*guide) <= dots(*guide)[:, None]
     if negative_keys is not None:
         further = unit(negative_keys, normalize)
         s.append(products(x, further) if negative_mode == "unpaired" else dots(x[:, None], further))
@@ -179,9 +182,12 @@ def moco_arcl(query: Tensor, keys: Tensor, queue: Tensor, *, logit_scale: Tensor
     return softmax(logit_scale * positive[:, None], logit_scale * s, torch.ones_like(s, dtype=torch.bool))
 
 
-def decoupled(z0: Tensor, z1: Tensor, *, logit_scale: Tensor) -> Tensor:
+def decoupled(
+    z0: Tensor, z1: Tensor, *, logit_scale: Tensor, positive_weight: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     s, positives, own = rows_of_views(torch.stack([z0, z1], 1))
-    return lse(logit_scale * s, ~own) - logit_scale * positives.squeeze(1)
+    share = 1.0 if positive_weight is None else wide(torch.cat(positive_weight))
+    return lse(logit_scale * s, ~own) - share * (logit_scale * positives.squeeze(1))
 
 
 def nnclr(z: Tensor, predictions: Tensor, support: Tensor, *, logit_scale: Tensor, normalize: bool) -> Tensor:

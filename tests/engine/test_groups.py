@@ -57,6 +57,9 @@ PRIMITIVES = {
     "guide of itself": lambda x, y, ids, bias, cutoff, **o: ck.similarity_logsumexp(
         x, x_ids=ids, guide=(y, None), guide_cutoff=bias.detach(), **o
     ),
+    "guide without the diagonal": lambda x, y, ids, bias, cutoff, **o: ck.similarity_logsumexp(
+        x, exclude_diagonal=True, guide=(y, None), guide_cutoff=bias.detach(), **o
+    ),
     "sum": lambda x, y, ids, bias, cutoff, **o: ck.similarity_sum(x, y, term=ck.Softplus(2.0, bias.sum()), **o),
     "sum of itself": lambda x, y, ids, bias, cutoff, **o: ck.similarity_sum(x, term=ck.Band(0.1, 0.9), **o),
 }

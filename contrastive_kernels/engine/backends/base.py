@@ -32,7 +32,8 @@ class Backend(Protocol):
           float32_gradients: bool) -> Gradients``.
 
         So does ``softmax_total(weight: Tensor, own: Tensor, inputs: Inputs, what: Description, wanted) ->
-        SoftmaxTotal``.
+        SoftmaxTotal``. The torch backend alone has ``guided_forward`` and ``guided_backward``, which are the first two
+        with ``guide: Guide``, and ``softmax_mean`` with its backward.
         """
 
     def not_supported_reasons(self, x: Tensor) -> list[str]:
