@@ -82,12 +82,12 @@ class Case:
         options = dict(self.options)
         if "reduction" in inspect.signature(function).parameters:
             options["reduction"] = self.reduction
-        loss: Tensor = function(**_arguments(tensors), **options)
+        loss: Tensor = function(**arguments_of(tensors), **options)
         return loss
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the loss in plain PyTorch."""
-        arguments = {name: x for name, x in _arguments(tensors).items() if name != "weight"}
+        arguments = {name: x for name, x in arguments_of(tensors).items() if name != "weight"}
         anchors: Tensor = getattr(dense, self.loss)(**arguments, **self.options)
         if "weight" in tensors:
             weight = dense.wide(tensors["weight"]).repeat(anchors.numel() // len(tensors["weight"])).view_as(anchors)
@@ -97,7 +97,7 @@ class Case:
         return anchors.sum() if self.reduction == "sum" else anchors.mean()
 
 
-def _arguments(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def arguments_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the tensors by the names of arguments."""
     arguments: dict[str, Any] = {}
     for name, x in tensors.items():
