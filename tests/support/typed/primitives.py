@@ -25,6 +25,8 @@ for term in (
 ):
     assert_type(ck.similarity_sum(x, y, term=term), Tensor)
 assert_type(ck.similarity_sum(x, term=ck.Gaussian(), x_ids=torch.arange(8), reduction="sum"), Tensor)
+assert_type(ck.similarity_logsumexp(x, y, guide=(x, y), guide_cutoff=0.5), Tensor)
+assert_type(ck.similarity_softmax_mean(x, y, y, scale=10.0), Tensor)
 values, chosen = ck.row_select(x, y, 3, largest=False)
 assert_type(chosen, Tensor)
 least, pairs = ck.min_view_similarity(views)
