@@ -61,9 +61,11 @@ def encode_in_chunks(
         UserWarning: a BatchNorm in training, by its name in the encoder.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> encoder = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
-        >>> z0, z1 = (encode_in_chunks(encoder, torch.randn(1000, 32), chunk_size=256) for _ in range(2))
-        >>> nt_xent_loss(z0, z1, temperature=0.1).backward()
+        >>> z0, z1 = (ck.encode_in_chunks(encoder, torch.randn(1000, 32), chunk_size=256) for _ in range(2))
+        >>> ck.nt_xent_loss(z0, z1, temperature=0.1).backward()
         >>> encoder[0].weight.grad.shape
         torch.Size([64, 32])
     """
@@ -91,7 +93,9 @@ class ChunkedEncoder(nn.Module):
         ValueError: as `encode_in_chunks`, also in the forward.
 
     Example:
-        >>> encoder = ChunkedEncoder(torch.nn.Linear(32, 16), chunk_size=256)
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> encoder = ck.ChunkedEncoder(torch.nn.Linear(32, 16), chunk_size=256)
         >>> encoder(torch.randn(1000, 32)).shape
         torch.Size([1000, 16])
     """

@@ -45,7 +45,9 @@ def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0, normalize: bool = 
     Source: Wang and Isola, ICML 2020.
 
     Example:
-        >>> alignment(torch.ones(4, 2), torch.ones(4, 2)).item()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.alignment(torch.ones(4, 2), torch.ones(4, 2)).item()
         0.0
     """
     checks.features("x", x)
@@ -83,7 +85,9 @@ def uniformity(z: Tensor, *, t: float = 2.0, normalize: bool = False, backend: s
     Source: Wang and Isola, ICML 2020.
 
     Example:
-        >>> round(uniformity(torch.eye(4)).item(), 4)
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> round(diagnostics.uniformity(torch.eye(4)).item(), 4)
         -4.0
     """
     t = as_positive("t", t)
@@ -116,7 +120,9 @@ def info_nce_split(query: Tensor, positive: Tensor, negative: Tensor, *, normali
     Source: the decomposition of Wang and Isola, ICML 2020, as used by Huang, Yi, Zhao, Jiang, ICLR 2023.
 
     Example:
-        >>> round(sum(info_nce_split(*torch.eye(3).split(1))).item(), 4)  # log 2
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> round(sum(diagnostics.info_nce_split(*torch.eye(3).split(1))).item(), 4)  # log 2
         0.6931
     """
     for name, x in (("query", query), ("positive", positive), ("negative", negative)):

@@ -111,7 +111,9 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int, *, normalize
     Source: Huang, Yi, Zhao, Jiang, ICLR 2023.
 
     Example:
-        >>> class_means(torch.eye(4), torch.tensor([0, 0, 1, 1]), 2).counts.tolist()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.class_means(torch.eye(4), torch.tensor([0, 0, 1, 1]), 2).counts.tolist()
         [2, 2]
     """
     features = _as_views(features)
@@ -148,7 +150,9 @@ def class_similarity(means: Tensor, *, normalize: bool = True) -> Tensor:
         ValueError, TypeError: means are not a floating (K, D) tensor.
 
     Example:
-        >>> class_similarity(torch.eye(2)).tolist()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.class_similarity(torch.eye(2)).tolist()
         [[1.0, 0.0], [0.0, 1.0]]
     """
     checks.features("means", means)
@@ -187,7 +191,9 @@ def classify(
         TypeError: dtypes that differ or are not floating.
 
     Example:
-        >>> classify(torch.eye(2), torch.eye(2)).prediction.tolist()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.classify(torch.eye(2), torch.eye(2)).prediction.tolist()
         [0, 1]
     """
     checks.features("features", features)
@@ -291,8 +297,11 @@ def centre_bound(
     Source: Huang, Yi, Zhao, Jiang, ICLR 2023.
 
     Example:
-        >>> views = torch.eye(2)[:, None].expand(2, 2, 2)
-        >>> bool(centre_bound(views, torch.arange(2), 2, sigma=1.0, delta=0.0, lipschitz=1.0, epsilon=0.0).holds)
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> views, labels = torch.eye(2)[:, None].expand(2, 2, 2), torch.arange(2)
+        >>> bound = diagnostics.centre_bound(views, labels, 2, sigma=1.0, delta=0.0, lipschitz=1.0, epsilon=0.0)
+        >>> bool(bound.holds)
         True
     """
     checks.views("views", views)
@@ -362,7 +371,9 @@ def augmented_distance(first: Tensor, second: Tensor) -> Tensor:
     Source: Huang, Yi, Zhao, Jiang, ICLR 2023.
 
     Example:
-        >>> augmented_distance(torch.zeros(3, 2, 4), torch.ones(3, 5, 4)).tolist()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.augmented_distance(torch.zeros(3, 2, 4), torch.ones(3, 5, 4)).tolist()
         [2.0, 2.0, 2.0]
     """
     checks.views("first", first, minimum=1)

@@ -138,7 +138,9 @@ def band_count(
     Source: Chen, Niu, Gong, Li, Yang, Sugiyama, ICML 2021, large-margin contrastive learning.
 
     Example:
-        >>> band_count(torch.eye(3), lower=0.2, upper=0.6).count.item()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.band_count(torch.eye(3), lower=0.2, upper=0.6).count.item()
         6
     """
     lower, upper = as_positive("lower", lower, zero=True), as_positive("upper", upper)
@@ -187,7 +189,9 @@ def distance_histogram(
         TypeError: dtypes that differ or are not floating (ids: not integer).
 
     Example:
-        >>> distance_histogram(torch.eye(3), bins=4).counts.tolist()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.distance_histogram(torch.eye(3), bins=4).counts.tolist()
         [0, 0, 6, 0]
     """
     bins = as_count("bins", bins)

@@ -60,8 +60,10 @@ def false_negative_mass(
         TypeError: dtypes that differ or are not floating (labels: not integer).
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
         >>> z, labels = torch.eye(4), torch.tensor([0, 0, 1, -1])
-        >>> [round(s, 3) for s in false_negative_mass(z, z, labels).share.tolist()[:4]]
+        >>> [round(s, 3) for s in diagnostics.false_negative_mass(z, z, labels).share.tolist()[:4]]
         [0.333, 0.333, 0.0, 0.0]
     """
     checks.features("z0", z0)

@@ -36,7 +36,9 @@ def mmcl_dual(z0: Tensor, *, solver: Literal["inverse", "pgd"] = "inverse", **op
     Source: Shah, Sra, Chellappa, Cherian, AAAI 2022.
 
     Example:
-        >>> bool((mmcl_dual(torch.randn(16, 8), solver="pgd", sigma=5.0).kkt_residual < 1e-3).all())
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> bool((diagnostics.mmcl_dual(torch.randn(16, 8), solver="pgd", sigma=5.0).kkt_residual < 1e-3).all())
         True
     """
     checks.features("z0", z0)

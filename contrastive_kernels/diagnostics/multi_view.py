@@ -45,7 +45,10 @@ def classify_views(
         TypeError: dtypes that differ or are not floating.
 
     Example:
-        >>> classify_views(torch.eye(2)[None].repeat(3, 1, 1), torch.eye(2), combine="vote").confidence.tolist()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> views, means = torch.eye(2)[None].repeat(3, 1, 1), torch.eye(2)
+        >>> diagnostics.classify_views(views, means, combine="vote").confidence.tolist()
         [0.5, 0.5, 0.5]
     """
     checks.views("views", views, minimum=1)

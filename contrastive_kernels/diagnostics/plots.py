@@ -80,7 +80,9 @@ def plot_distance_histogram(
         ValueError: only one end of the band, or bounds that are no band.
 
     Example:
-        >>> plot_distance_histogram(torch.randn(64, 8), lower=0.2, upper=0.4).get_xlabel()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.plot_distance_histogram(torch.randn(64, 8), lower=0.2, upper=0.4).get_xlabel()
         'distance (1 − s) / 2'
     """
     if (lower is None) != (upper is None):
@@ -135,7 +137,9 @@ def plot_class_similarity(
         ValueError: another number of names than of classes, or no class.
 
     Example:
-        >>> plot_class_similarity(torch.eye(2), ["cat", "dog"]).get_title()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.plot_class_similarity(torch.eye(2), ["cat", "dog"]).get_title()
         'Similarity of the class means'
     """
     similarity = class_similarity(means, normalize=normalize).cpu()
@@ -188,7 +192,9 @@ def plot_rank_distribution(ranks: Tensor, keys: int, *, axes: Axes | None = None
         ValueError: ranks of another shape or empty, or not from 1 to keys, keys not positive.
 
     Example:
-        >>> plot_rank_distribution(torch.tensor([1, 1, 3, 8]), 8).get_ylabel()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.plot_rank_distribution(torch.tensor([1, 1, 3, 8]), 8).get_ylabel()
         'fraction of positives among the k nearest'
     """
     checks.tensor("ranks", ranks)

@@ -58,7 +58,9 @@ def positive_rank(
         TypeError: dtypes that differ or are not floating (target and ids: not integer).
 
     Example:
-        >>> positive_rank(torch.eye(3), torch.eye(3)).tolist()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.positive_rank(torch.eye(3), torch.eye(3)).tolist()
         [1, 1, 1]
     """
     checks.features("query", query)
@@ -119,7 +121,9 @@ def retrieval_accuracy(
         ValueError, TypeError: as `positive_rank`; k that is no positive integer.
 
     Example:
-        >>> retrieval_accuracy(torch.eye(3), torch.eye(3).roll(1, 0), k=(1, 3)).tolist()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.retrieval_accuracy(torch.eye(3), torch.eye(3).roll(1, 0), k=(1, 3)).tolist()
         [0.0, 1.0]
     """
     several = [as_count("k", value) for value in (k if isinstance(k, Iterable) else [k])]

@@ -64,8 +64,10 @@ def adversarial_radius(
         TypeError: dtypes that differ or are not floating (labels: not integer).
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
         >>> x, means = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
-        >>> adversarial_radius(x, torch.tensor([0]), means, lipschitz=1.0).tolist()
+        >>> diagnostics.adversarial_radius(x, torch.tensor([0]), means, lipschitz=1.0).tolist()
         [1.0]
     """
     checks.features("features", features)

@@ -65,7 +65,9 @@ def normalized_adjacency(joint: Tensor) -> Tensor:
     Source: HaoChen, Wei, Gaidon, Ma, NeurIPS 2021.
 
     Example:
-        >>> normalized_adjacency(torch.eye(4) / 4).diagonal().tolist()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.normalized_adjacency(torch.eye(4) / 4).diagonal().tolist()
         [1.0, 1.0, 1.0, 1.0]
     """
     return _adjacency(_joint(joint, symmetric=False))
@@ -96,7 +98,9 @@ def spectral_population_loss(joint: Tensor, f: Tensor, g: Tensor | None = None) 
     Source: HaoChen, Wei, Gaidon, Ma, NeurIPS 2021.
 
     Example:
-        >>> round(spectral_population_loss(torch.eye(2) / 2, torch.eye(2) * 2**0.5).item(), 4)
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> round(diagnostics.spectral_population_loss(torch.eye(2) / 2, torch.eye(2) * 2**0.5).item(), 4)
         -2.0
     """
     joint = _joint(joint, symmetric=g is None)
@@ -136,7 +140,9 @@ def spectral_optimum(joint: Tensor, k: int, *, two_towers: bool = False) -> Spec
     Source: HaoChen, Wei, Gaidon, Ma, NeurIPS 2021.
 
     Example:
-        >>> spectral_optimum(torch.eye(4) / 4, 2).loss.item()
+        >>> import torch
+        >>> from contrastive_kernels import diagnostics
+        >>> diagnostics.spectral_optimum(torch.eye(4) / 4, 2).loss.item()
         -2.0
     """
     joint = _joint(joint, symmetric=not two_towers)

@@ -60,10 +60,11 @@ def set_workspace_limit(size: int | None) -> None:
         TypeError: size is not an integer.
 
     Example:
-        >>> set_workspace_limit(128 << 20)
-        >>> workspace_limit() >> 20
+        >>> import contrastive_kernels as ck
+        >>> ck.set_workspace_limit(128 << 20)
+        >>> ck.workspace_limit() >> 20
         128
-        >>> set_workspace_limit(None)
+        >>> ck.set_workspace_limit(None)
     """
     _workspace.set(size)
 
@@ -98,10 +99,11 @@ def set_saved_scores_limit(size: int | None) -> None:
         TypeError: size is not an integer.
 
     Example:
-        >>> set_saved_scores_limit(8 << 30)  # 65,536 x 65,536 pairs of 2 bytes
-        >>> saved_scores_limit() >> 30
+        >>> import contrastive_kernels as ck
+        >>> ck.set_saved_scores_limit(8 << 30)  # 65,536 x 65,536 pairs of 2 bytes
+        >>> ck.saved_scores_limit() >> 30
         8
-        >>> set_saved_scores_limit(None)
+        >>> ck.set_saved_scores_limit(None)
     """
     _saved_scores.set(size)
 

@@ -54,7 +54,9 @@ def alignment_loss(
     Source: Wang, Isola, ICML 2020, arXiv:2005.10242, for V = 2 and exponent 2; ArCL's L_align for V > 2.
 
     Example:
-        >>> alignment_loss(torch.randn(16, 4, 8), normalize=True).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.alignment_loss(torch.randn(16, 4, 8), normalize=True).shape
         torch.Size([])
     """
     checks.views("views", views)
@@ -76,7 +78,9 @@ class AlignmentLoss(LossModule):
         options: keyword arguments of `alignment_loss`.
 
     Example:
-        >>> AlignmentLoss(normalize=True)(torch.randn(8, 3, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.AlignmentLoss(normalize=True)(torch.randn(8, 3, 4)).shape
         torch.Size([])
     """
 

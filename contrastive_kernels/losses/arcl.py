@@ -116,7 +116,9 @@ def arcl_loss(
     Source: Zhao, Du, Wang, Yao, Huang, ICLR 2023 (ArCL), on SimCLR.
 
     Example:
-        >>> arcl_loss(torch.randn(16, 4, 8), temperature=0.2).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.arcl_loss(torch.randn(16, 4, 8), temperature=0.2).shape
         torch.Size([])
     """
     checks.views("views", views)
@@ -165,7 +167,9 @@ class ArCLLoss(LossModule):
         options: further keyword arguments of `arcl_loss`.
 
     Example:
-        >>> ArCLLoss(0.2)(torch.randn(8, 4, 16)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.ArCLLoss(0.2)(torch.randn(8, 4, 16)).shape
         torch.Size([])
     """
 

@@ -55,7 +55,9 @@ def augmentation_robust_loss(
     Source: Zhao, Du, Wang, Yao, Huang, ICLR 2023 (ArCL), the augmentation-robust alignment L_AR.
 
     Example:
-        >>> augmentation_robust_loss(torch.randn(16, 4, 8), normalize=True).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.augmentation_robust_loss(torch.randn(16, 4, 8), normalize=True).shape
         torch.Size([])
     """
     checks.views("views", views)
@@ -79,7 +81,9 @@ class AugmentationRobustLoss(LossModule):
         options: keyword arguments of `augmentation_robust_loss`.
 
     Example:
-        >>> AugmentationRobustLoss(normalize=True)(torch.randn(8, 3, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.AugmentationRobustLoss(normalize=True)(torch.randn(8, 3, 4)).shape
         torch.Size([])
     """
 

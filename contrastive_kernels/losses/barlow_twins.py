@@ -74,8 +74,10 @@ def barlow_twins_loss(
     Source: Zbontar, Jing, Misra, LeCun, Deny, ICML 2021, arXiv:2103.03230, eq. 1 and 2.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
-        >>> barlow_twins_loss(z0, z1).shape
+        >>> ck.barlow_twins_loss(z0, z1).shape
         torch.Size([])
     """
     shards = shards_of(group)
@@ -100,7 +102,9 @@ class BarlowTwinsLoss(LossModule):
         options: further keyword arguments of `barlow_twins_loss`.
 
     Example:
-        >>> BarlowTwinsLoss(5e-3)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.BarlowTwinsLoss(5e-3)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -108,9 +108,11 @@ def clip_loss(
     Source: Radford et al., ICML 2021, arXiv:2103.00020, figure 3.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> image, text = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=-1).unbind(0)
         >>> logit_scale = torch.nn.Parameter(torch.tensor(14.3).log())
-        >>> clip_loss(image, text, logit_scale.exp()).shape
+        >>> ck.clip_loss(image, text, logit_scale.exp()).shape
         torch.Size([])
     """
     checks.paired("image_features", image_features, "text_features", text_features)
@@ -145,7 +147,9 @@ class ClipLoss(LossModule):
         options: keyword arguments of `clip_loss`.
 
     Example:
-        >>> ClipLoss(normalize=True)(torch.randn(8, 4), torch.randn(8, 4), torch.tensor(14.3)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.ClipLoss(normalize=True)(torch.randn(8, 4), torch.randn(8, 4), torch.tensor(14.3)).shape
         torch.Size([])
     """
 

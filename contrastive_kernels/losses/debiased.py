@@ -117,8 +117,10 @@ def debiased_loss(
     Source: Chuang, Robinson, Lin, Torralba, Jegelka, NeurIPS 2020, arXiv:2007.00224.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
-        >>> debiased_loss(z0, z1, tau_plus=0.05).shape
+        >>> ck.debiased_loss(z0, z1, tau_plus=0.05).shape
         torch.Size([])
     """
     return hard_negative_loss(
@@ -150,7 +152,9 @@ class DebiasedLoss(LossModule):
         options: further keyword arguments of `debiased_loss`.
 
     Example:
-        >>> DebiasedLoss(0.2, tau_plus=0.05)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.DebiasedLoss(0.2, tau_plus=0.05)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -115,8 +115,10 @@ def decoupled_loss(
     Source: Yeh, Hong, Hsu, Liu, Chen, LeCun, ECCV 2022, arXiv:2110.06848.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
-        >>> decoupled_loss(z0, z1, positive_weight=torch.full((16,), 0.5)).shape
+        >>> ck.decoupled_loss(z0, z1, positive_weight=torch.full((16,), 0.5)).shape
         torch.Size([])
     """
     checks.paired("z0", z0, "z1", z1)
@@ -172,7 +174,9 @@ class DecoupledLoss(LossModule):
         options: further keyword arguments of `decoupled_loss`; ``positive_weight`` is best a callable here.
 
     Example:
-        >>> DecoupledLoss(0.2)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.DecoupledLoss(0.2)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -71,7 +71,9 @@ def distance_polarization(
     Source: Chen, Niu, Gong, Li, Yang, Sugiyama, ICML 2021, large-margin contrastive learning.
 
     Example:
-        >>> distance_polarization(torch.randn(16, 8), lower=0.2, upper=0.6).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.distance_polarization(torch.randn(16, 8), lower=0.2, upper=0.6).shape
         torch.Size([])
     """
     shards = shards_of(group)
@@ -101,7 +103,9 @@ class DistancePolarization(LossModule):
         options: further keyword arguments of `distance_polarization`.
 
     Example:
-        >>> DistancePolarization(0.2, 0.6)(torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.DistancePolarization(0.2, 0.6)(torch.randn(8, 4)).shape
         torch.Size([])
     """
 

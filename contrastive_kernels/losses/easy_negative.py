@@ -129,8 +129,10 @@ def easy_negative_loss(
     Source: the easy-negative mining of metric learning, applied to InfoNCE.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> query, key = torch.randn(2, 16, 8).unbind(0)
-        >>> easy_negative_loss(query, key, k=5).shape
+        >>> ck.easy_negative_loss(query, key, k=5).shape
         torch.Size([])
     """
     checks.choice("select", select, ("bottomk", "below"))
@@ -201,7 +203,9 @@ class EasyNegativeLoss(LossModule):
         options: further keyword arguments of `easy_negative_loss`.
 
     Example:
-        >>> EasyNegativeLoss(0.1, k=5)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.EasyNegativeLoss(0.1, k=5)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -139,8 +139,10 @@ def false_negative_loss(
     Source: Huynh, Kornblith, Walter, Maire, Khademi, WACV 2022, arXiv:2011.11765.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
-        >>> false_negative_loss(z0, z1, mode="attract", threshold=0.5, top_k=3).shape
+        >>> ck.false_negative_loss(z0, z1, mode="attract", threshold=0.5, top_k=3).shape
         torch.Size([])
     """
     v, n = check_views(z0, z1), z0.shape[0]
@@ -195,7 +197,9 @@ class FalseNegativeLoss(LossModule):
         options: further keyword arguments of `false_negative_loss`.
 
     Example:
-        >>> FalseNegativeLoss(0.1, mode="attract")(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.FalseNegativeLoss(0.1, mode="attract")(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -135,8 +135,10 @@ def hard_negative_loss(
     Source: Robinson, Chuang, Sra, Jegelka, ICLR 2021, arXiv:2010.04592.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
-        >>> hard_negative_loss(z0, z1, temperature=0.2, beta=0.5).shape
+        >>> ck.hard_negative_loss(z0, z1, temperature=0.2, beta=0.5).shape
         torch.Size([])
     """
     checks.paired("z0", z0, "z1", z1)
@@ -187,7 +189,9 @@ class HardNegativeLoss(LossModule):
         options: further keyword arguments of `hard_negative_loss`.
 
     Example:
-        >>> HardNegativeLoss(0.2, beta=0.5)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.HardNegativeLoss(0.2, beta=0.5)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

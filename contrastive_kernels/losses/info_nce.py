@@ -159,8 +159,10 @@ def info_nce_loss(
     Source: van den Oord, Li, Vinyals 2018, arXiv:1807.03748, eq. 4. The guide: Solatorio 2024, arXiv:2402.16829.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> query, key = torch.randn(2, 16, 8).unbind(0)
-        >>> info_nce_loss(query, key, temperature=0.1).shape
+        >>> ck.info_nce_loss(query, key, temperature=0.1).shape
         torch.Size([])
     """
     checks.paired("query", query, "positive_key", positive_key)
@@ -227,7 +229,9 @@ class InfoNCELoss(LossModule):
         options: further keyword arguments of `info_nce_loss`.
 
     Example:
-        >>> InfoNCELoss(0.1, symmetric=True)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.InfoNCELoss(0.1, symmetric=True)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

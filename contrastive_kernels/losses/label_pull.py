@@ -77,8 +77,10 @@ def label_pull_loss(
     Source: no paper is known to us for ``"pull"``; related to Frome et al., NeurIPS 2013 (DeViSE).
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z, labels, words = torch.randn(16, 8), torch.randint(-1, 4, (16,)), torch.randn(4, 8)
-        >>> label_pull_loss(z, labels, words).shape
+        >>> ck.label_pull_loss(z, labels, words).shape
         torch.Size([])
     """
     checks.features("z", z)
@@ -144,7 +146,9 @@ class LabelPullLoss(LossModule):
         options: further keyword arguments of `label_pull_loss`.
 
     Example:
-        >>> LabelPullLoss("softmax")(torch.randn(8, 4), torch.randint(3, (8,)), torch.randn(3, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.LabelPullLoss("softmax")(torch.randn(8, 4), torch.randint(3, (8,)), torch.randn(3, 4)).shape
         torch.Size([])
     """
 

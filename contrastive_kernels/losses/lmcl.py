@@ -32,7 +32,9 @@ class LMCLLoss(LossModule):
     Source: Chen, Niu, Gong, Li, Yang, Sugiyama, ICML 2021.
 
     Example:
-        >>> LMCLLoss("nt_xent", lower=0.2, upper=0.6, weight=0.5)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.LMCLLoss("nt_xent", lower=0.2, upper=0.6, weight=0.5)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

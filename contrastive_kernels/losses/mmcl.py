@@ -191,7 +191,9 @@ def mmcl_loss(
     Source: Shah, Sra, Chellappa, Cherian, AAAI 2022 (MMCL).
 
     Example:
-        >>> mmcl_loss(torch.randn(16, 8), torch.randn(16, 8), sigma=5.0, solver="pgd").shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.mmcl_loss(torch.randn(16, 8), torch.randn(16, 8), sigma=5.0, solver="pgd").shape
         torch.Size([])
     """
     one_process_only("mmcl_loss", group)
@@ -258,7 +260,9 @@ class MMCLLoss(LossModule):
     Source: Shah, Sra, Chellappa, Cherian, AAAI 2022.
 
     Example:
-        >>> MMCLLoss(sigma=5.0, solver="pgd")(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.MMCLLoss(sigma=5.0, solver="pgd")(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

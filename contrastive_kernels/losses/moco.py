@@ -111,8 +111,10 @@ def moco_loss(
     Source: He, Fan, Wu, Xie, Girshick, CVPR 2020, arXiv:1911.05722, eq. 1.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> query, key, queue = torch.randn(16, 8), torch.randn(16, 8), torch.randn(64, 8)
-        >>> moco_loss(query, key, queue, temperature=0.2).shape
+        >>> ck.moco_loss(query, key, queue, temperature=0.2).shape
         torch.Size([])
     """
     checks.paired("query", query, "key", key)
@@ -152,7 +154,9 @@ class MoCoLoss(KeyQueue):
         options: further keyword arguments of `moco_loss`.
 
     Example:
-        >>> MoCoLoss(dim=4, queue_size=64)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.MoCoLoss(dim=4, queue_size=64)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -125,7 +125,9 @@ def moco_arcl_loss(
     Source: Zhao, Du, Wang, Yao, Huang, ICLR 2023 (ArCL), on MoCo; which views count is our reading.
 
     Example:
-        >>> moco_arcl_loss(torch.randn(16, 8), torch.randn(16, 3, 8), torch.randn(64, 8)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.moco_arcl_loss(torch.randn(16, 8), torch.randn(16, 3, 8), torch.randn(64, 8)).shape
         torch.Size([])
     """
     checks.choice("pairs", pairs, ("keys", "all"))
@@ -188,7 +190,9 @@ class MoCoArCLLoss(KeyQueue):
         options: further keyword arguments of `moco_arcl_loss`.
 
     Example:
-        >>> MoCoArCLLoss(dim=4, queue_size=64)(torch.randn(8, 4), torch.randn(8, 3, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.MoCoArCLLoss(dim=4, queue_size=64)(torch.randn(8, 4), torch.randn(8, 3, 4)).shape
         torch.Size([])
     """
 

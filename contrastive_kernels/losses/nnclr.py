@@ -121,8 +121,10 @@ def nnclr_loss(
     Source: Dwibedi, Aytar, Tompson, Sermanet, Zisserman, ICCV 2021, arXiv:2104.14548.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z, predictions, support = torch.randn(16, 2, 8), torch.randn(16, 2, 8), torch.randn(64, 8)
-        >>> nnclr_loss(z, predictions, support).shape
+        >>> ck.nnclr_loss(z, predictions, support).shape
         torch.Size([])
     """
     _check_features(z, predictions, support)
@@ -176,7 +178,9 @@ class NNCLRLoss(KeyQueue):
         options: further keyword arguments of `nnclr_loss`.
 
     Example:
-        >>> NNCLRLoss(dim=4, queue_size=64)(torch.randn(8, 2, 4), torch.randn(8, 2, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.NNCLRLoss(dim=4, queue_size=64)(torch.randn(8, 2, 4), torch.randn(8, 2, 4)).shape
         torch.Size([])
     """
 

@@ -118,8 +118,10 @@ def nt_xent_loss(
     Source: Chen, Kornblith, Norouzi, Hinton, ICML 2020, arXiv:2002.05709, eq. 1.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
-        >>> nt_xent_loss(z0, z1, temperature=0.1).shape
+        >>> ck.nt_xent_loss(z0, z1, temperature=0.1).shape
         torch.Size([])
     """
     v = check_views(z0, z1)
@@ -165,7 +167,9 @@ class NTXentLoss(LossModule):
         options: further keyword arguments of `nt_xent_loss`.
 
     Example:
-        >>> NTXentLoss(0.1)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.NTXentLoss(0.1)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -106,8 +106,10 @@ def quick_thoughts_loss(
     Source: Logeswaran, Lee, ICLR 2018, arXiv:1803.02893.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> first, second = torch.randn(2, 16, 8).unbind(0)
-        >>> quick_thoughts_loss(first, second, context_size=2).shape
+        >>> ck.quick_thoughts_loss(first, second, context_size=2).shape
         torch.Size([])
     """
     shards = shards_of(group)
@@ -164,7 +166,9 @@ class QuickThoughtsLoss(LossModule):
         options: further keyword arguments of `quick_thoughts_loss`.
 
     Example:
-        >>> QuickThoughtsLoss(2)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.QuickThoughtsLoss(2)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -138,9 +138,11 @@ def siglip_loss(
     Source: Zhai, Mustafa, Kolesnikov, Beyer, ICCV 2023, arXiv:2303.15343.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> image, text = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=-1).unbind(0)
         >>> log_scale, bias = torch.nn.Parameter(torch.tensor(10.0).log()), torch.nn.Parameter(torch.tensor(-10.0))
-        >>> siglip_loss(image, text, log_scale.exp(), bias).shape
+        >>> ck.siglip_loss(image, text, log_scale.exp(), bias).shape
         torch.Size([])
     """
     shards = shards_of(group)
@@ -180,7 +182,9 @@ class SigLipLoss(LossModule):
         options: keyword arguments of `siglip_loss`.
 
     Example:
-        >>> SigLipLoss(normalize=True)(torch.randn(8, 4), torch.randn(8, 4), torch.tensor(10.0), -10.0).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.SigLipLoss(normalize=True)(torch.randn(8, 4), torch.randn(8, 4), torch.tensor(10.0), -10.0).shape
         torch.Size([])
     """
 

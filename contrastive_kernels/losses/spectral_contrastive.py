@@ -89,8 +89,10 @@ def spectral_contrastive_loss(
     Source: HaoChen, Wei, Gaidon, Ma, NeurIPS 2021, arXiv:2106.04156.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
-        >>> spectral_contrastive_loss(z0, z1, project=True).shape
+        >>> ck.spectral_contrastive_loss(z0, z1, project=True).shape
         torch.Size([])
     """
     shards = shards_of(group)
@@ -131,7 +133,9 @@ class SpectralContrastiveLoss(LossModule):
         options: further keyword arguments of `spectral_contrastive_loss`.
 
     Example:
-        >>> SpectralContrastiveLoss(project=True)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.SpectralContrastiveLoss(project=True)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -160,8 +160,10 @@ def sup_con_loss(
     cross-batch memory of Wang et al., CVPR 2020, arXiv:1912.06798.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> features, labels = torch.randn(16, 2, 8), torch.randint(4, (16,))
-        >>> sup_con_loss(features, labels, temperature=0.1).shape
+        >>> ck.sup_con_loss(features, labels, temperature=0.1).shape
         torch.Size([])
     """
     checks.tensor("features", features)
@@ -236,7 +238,9 @@ class SupConLoss(LossModule):
         options: further keyword arguments of `sup_con_loss`.
 
     Example:
-        >>> SupConLoss(0.07)(torch.randn(8, 2, 4), torch.randint(3, (8,))).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.SupConLoss(0.07)(torch.randn(8, 2, 4), torch.randint(3, (8,))).shape
         torch.Size([])
     """
 

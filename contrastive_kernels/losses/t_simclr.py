@@ -68,7 +68,9 @@ def t_simclr_loss(
     Source: Hu, Liu, Zhou, Wang, Huang, ICLR 2023, arXiv:2205.14814.
 
     Example:
-        >>> t_simclr_loss(torch.randn(16, 8), torch.randn(16, 8)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.t_simclr_loss(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """
     shards = shards_of(group)
@@ -102,7 +104,9 @@ class TSimCLRLoss(LossModule):
         options: further keyword arguments of `t_simclr_loss`.
 
     Example:
-        >>> TSimCLRLoss(df=1.0)(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.TSimCLRLoss(df=1.0)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

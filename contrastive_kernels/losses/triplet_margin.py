@@ -98,8 +98,10 @@ def triplet_margin_loss(
     Source: Schroff, Kalenichenko, Philbin, CVPR 2015 (Euclidean); Faghri, Fleet, Kiros, Fidler, BMVC 2018 (hardest).
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> anchor, positive = torch.randn(16, 8), torch.randn(16, 8)
-        >>> triplet_margin_loss(anchor, positive, mining="hardest").shape
+        >>> ck.triplet_margin_loss(anchor, positive, mining="hardest").shape
         torch.Size([])
     """
     shards = shards_of(group)
@@ -136,7 +138,9 @@ class TripletMarginLoss(LossModule):
         options: further keyword arguments of `triplet_margin_loss`.
 
     Example:
-        >>> TripletMarginLoss(0.1, metric="euclidean")(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.TripletMarginLoss(0.1, metric="euclidean")(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -59,7 +59,9 @@ def uniformity_loss(
     Source: Wang & Isola, ICML 2020, arXiv:2005.10242.
 
     Example:
-        >>> uniformity_loss(torch.randn(16, 8), normalize=True).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.uniformity_loss(torch.randn(16, 8), normalize=True).shape
         torch.Size([])
     """
     shards = shards_of(group)
@@ -86,7 +88,9 @@ class UniformityLoss(LossModule):
         options: further keyword arguments of `uniformity_loss`.
 
     Example:
-        >>> UniformityLoss(normalize=True)(torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.UniformityLoss(normalize=True)(torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -75,8 +75,10 @@ def vicreg_loss(
     Source: Bardes, Ponce, LeCun, ICLR 2022, arXiv:2105.04906, eq. 1 to 6, with the constants of its code.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> z0, z1 = torch.randn(2, 16, 8).unbind(0)
-        >>> vicreg_loss(z0, z1).shape
+        >>> ck.vicreg_loss(z0, z1).shape
         torch.Size([])
     """
     shards = shards_of(group)
@@ -124,7 +126,9 @@ class VICRegLoss(LossModule):
         options: further keyword arguments of `vicreg_loss`.
 
     Example:
-        >>> VICRegLoss()(torch.randn(8, 4), torch.randn(8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.VICRegLoss()(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
 

@@ -110,8 +110,10 @@ def similarity_logsumexp(
         NotImplementedError: the requested backend does not take these inputs.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> x = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
-        >>> similarity_logsumexp(x, scale=10.0, x_ids=torch.arange(8)).shape
+        >>> ck.similarity_logsumexp(x, scale=10.0, x_ids=torch.arange(8)).shape
         torch.Size([8])
     """
     x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, cutoff, same)

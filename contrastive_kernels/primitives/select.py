@@ -59,8 +59,10 @@ def row_select(
     Source: exhaustive nearest-neighbour search; serves NNCLR, false-negative cancellation and easy negatives.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> x, y = torch.randn(8, 4), torch.randn(100, 4)
-        >>> values, columns = row_select(x, y, k=3)
+        >>> values, columns = ck.row_select(x, y, k=3)
         >>> columns.shape
         torch.Size([8, 3])
     """

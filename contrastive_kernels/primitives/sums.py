@@ -52,8 +52,10 @@ def similarity_sum(
         ValueError, TypeError, RuntimeError, NotImplementedError: as `similarity_logsumexp`.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> x = torch.nn.functional.normalize(torch.randn(8, 4), dim=1)
-        >>> similarity_sum(x, term=Band(0.1, 0.5), x_ids=torch.arange(8)).shape
+        >>> ck.similarity_sum(x, term=ck.Band(0.1, 0.5), x_ids=torch.arange(8)).shape
         torch.Size([8])
     """
     if not isinstance(term, Term):

@@ -38,8 +38,10 @@ def min_view_similarity(
     Source: Zhao, Du, Wang, Yao, Huang 2023 (ArCL), the alignment term.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> views = torch.nn.functional.normalize(torch.randn(8, 4, 16), dim=-1)
-        >>> values, pairs = min_view_similarity(views)
+        >>> values, pairs = ck.min_view_similarity(views)
     """
     checks.views("views", views)
     checks.choice("reduce", reduce, ("min", "mean"))
