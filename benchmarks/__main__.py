@@ -142,21 +142,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             soft_wrap=True,
         )
     if rows:
-        publish(rows, options.output, options.memory_limit, console)
+        publish(rows, report.merge(earlier, rows), options.output, options.memory_limit, console)
     if interrupted:
         return 130
     return 0 if report.timed(rows) else 1
 
 
-def publish(rows: Sequence[Row], folder: Path, memory_limit_gib: float, console: Console) -> None:
-    """Print the tables of a run, whose rows are written, and draw its pictures into ``folder``."""
+def publish(
+    rows: Sequence[Row], in_folder: Sequence[Row], folder: Path, memory_limit_gib: float, console: Console
+) -> None:
+    """Print the tables of a run, and draw the pictures of all rows that are written in ``folder``."""
     if report.timed(rows):
         console.print(report.main_table(rows))
     for line in report.not_timed(rows):
         console.print(line, highlight=False)
     if batches := report.batch_table(rows, memory_limit_gib):
         console.print(batches)
-    written = [folder / "results.csv", folder / "results.json", *report.draw(rows, folder, console)]
+    written = [folder / "results.csv", folder / "results.json", *report.draw(in_folder, folder, console)]
     console.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib
 
@@ -38,6 +39,7 @@ STYLES = {
 RIVALS = ("eager", "open_clip", "lightly", "sentence-transformers")
 INK, GREY, PALE = "#222222", "#777777", "#e2e2e2"
 PANEL_INCHES, PANELS_ABREAST = (4.6, 2.9), 3
+MOST_SIZES = 5  # more have no room for their numbers
 TIME_UNITS = (1000, "s"), (1, "ms"), (1e-3, "µs")
 MEMORY_UNITS = (1024, "GiB"), (1, "MiB"), (1 / 1024, "KiB")
 
@@ -59,10 +61,12 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def _draw_figure(series: dict[str, list[Row]], file: Path) -> None:
-    first = next(iter(series.values()))[0]
     bands = -(-len(series) // PANELS_ABREAST)
     abreast = -(-len(series) // bands)
-    width, height = PANEL_INCHES[0] * abreast, PANEL_INCHES[1] * 2 * bands + 0.8
+    width = PANEL_INCHES[0] * abreast
+    title, source = (wrap(line, int(width * letters)) for line, letters in zip(_header(series), (8.5, 13), strict=True))
+    top = 0.1 + 0.25 * len(title) + 0.16 * len(source)
+    height = PANEL_INCHES[1] * 2 * bands + top + 0.2
     figure, grid = plt.subplots(2 * bands, abreast, figsize=(width, height), squeeze=False)
     for axes in grid.flat:
         axes.set_visible(False)
@@ -73,19 +77,23 @@ def _draw_figure(series: dict[str, list[Row]], file: Path) -> None:
         if gauged:
             _draw_panel(grid[2 * band + 1, column], gauged, "peak_mib", f"{loss}: peak extra memory", MEMORY_UNITS)
     inch = 1 / height
+    figure.text(0.1 / width, 1 - 0.1 * inch, "\n".join(title), va="top", fontsize=14, fontweight="bold", color=INK)
+    place = 1 - (0.17 + 0.25 * len(title)) * inch
+    figure.text(0.1 / width, place, "\n".join(source), va="top", fontsize=9, color=GREY)
+    figure.tight_layout(rect=(0, 0, 1, 1 - top * inch), h_pad=1.8, w_pad=1.5)
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+
+
+def _header(series: dict[str, list[Row]]) -> tuple[str, str]:
+    """Return the title of a figure, and where its rows are from."""
+    first = next(iter(series.values()))[0]
     ranks = max(row.ranks for rows in series.values() for row in rows)
-    together = f" of {ranks} processes" if ranks > 1 else ""
-    title = f"Contrastive losses over the batch{together}, D = {first.d}, {first.dtype}"
-    figure.text(0.1 / width, 1 - 0.1 * inch, title, va="top", fontsize=14, fontweight="bold", color=INK)
-    each = " each" if ranks > 1 else ""
-    source = (
+    together, each = (f" of {ranks} processes", " each") if ranks > 1 else ("", "")
+    return f"Contrastive losses over the batch{together}, D = {first.d}, {first.dtype}", (
         f"{first.device}, {first.threads} thread{'s' * (first.threads > 1)}{each}, torch {first.torch}, {first.date}. "
         "Medians, bands 20–80 %. Memory is beyond inputs and gradients."
     )
-    figure.text(0.1 / width, 1 - 0.42 * inch, source, va="top", fontsize=9, color=GREY)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.65 * inch), h_pad=1.8, w_pad=1.5)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 def _draw_panel(axes: Axes, rows: Sequence[Row], value: str, title: str, units: Sequence[tuple[float, str]]) -> None:
@@ -124,7 +132,8 @@ def _set_axes(axes: Axes, sizes: Sequence[int], units: Sequence[tuple[float, str
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0,) if high / low > 150 else (1.0, 2.0, 5.0), numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value, units)))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    named = sizes[:: 1 + len(sizes) // (MOST_SIZES + 1)]
+    axes.set_xticks(sizes, [f"{n:,}" if n in named else "" for n in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("rows N of the similarity matrix", fontsize=8.5, color=GREY, loc="left")
     axes.grid(color=PALE, linewidth=0.7)

@@ -103,6 +103,13 @@ def test_earlier_results_are_kept_and_counted(measured, tmp_path, capsys):
     assert "3 are kept and 3 replaced" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_picture_shows_all_rows_of_the_folder(measured, tmp_path):
+    """Neither run has the three sizes that a picture needs."""
+    measured("--losses", "clip", "--sizes", "64")
+    measured("--losses", "clip", "--sizes", "96", "128")
+    assert (tmp_path / "scaling-d16-float32.png").exists()
+
+
 @pytest.mark.parametrize("options", [
     ("--threads", "0"), ("--threads", "-1"), ("--seconds", "-1"), ("--seconds", "nan"), ("--min-rounds", "0"),
     ("--memory-limit", "-1"), ("--dims", "0"), ("--sizes", "many"), ("--device", "abacus"), ("--losses", "hinge"),
