@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv/bin/python
 PEERS := .venv-peers/bin/python
+DOCS := .venv-docs/bin/python
 # `make aot-newest` compiles the kernels with this Triton, `make aot-3.7.1` with another one
 NEWEST_TRITON := 3.9.0
 # the build finds ninja here
@@ -10,7 +11,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 CXX_FILES := $(shell find contrastive_kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 .PHONY: demo test test-fast test-peers bench bench-peers bench-distributed lint format interpret aot aot-newest gpu sanitize
-.PHONY: clean
+.PHONY: docs clean
 .PRECIOUS: .venv-triton-%/installed
 
 demo: .venv/built      ## compare time and memory on this machine, about three minutes
@@ -58,11 +59,15 @@ aot-%: .venv-triton-%/installed FORCE
 gpu:                   ## what results/gpu lacks of smoke test, check, GPU tests and benchmark, nine minutes a call, with the machine's own Python; PART="tests d128" for some
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--parts $(PART))
 
+docs: .venv/built .venv-docs/installed  ## the documentation site in docs/_build/html; notebooks run, warnings and broken links fail
+	$(DOCS) -m sphinx -W --keep-going docs docs/_build/html
+	$(DOCS) docs/links.py docs/_build/html
+
 sanitize: .venv/installed
 	bash contrastive_kernels/csrc/sanitize.sh
 
 clean:
-	rm -rf .venv .venv-peers .venv-triton-* build dist results *.egg-info contrastive_kernels/*.so
+	rm -rf .venv .venv-docs .venv-peers .venv-triton-* docs/_build docs/losses docs/reference.md build dist results *.egg-info contrastive_kernels/*.so
 
 .venv/installed: requirements-dev.txt
 	$(PYTHON) -m venv .venv
@@ -86,6 +91,11 @@ endef
 .venv-peers/installed: requirements-peers.txt | .venv/installed
 	$(call environment,.venv-peers)
 	$(PEERS) -m pip install --no-deps -r requirements-peers.txt
+	touch $@
+
+.venv-docs/installed: requirements-docs.txt | .venv/installed
+	$(call environment,.venv-docs)
+	$(DOCS) -m pip install -r requirements-docs.txt
 	touch $@
 
 .venv-triton-%/installed: | .venv/built

@@ -18,7 +18,8 @@ SOURCES = sorted(
     if path.suffix in (".py", ".cpp", ".h", ".inc", ".sh")
 )
 TESTS = [path for path in SOURCES if path.is_relative_to(ROOT / "tests")]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS += sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "compat").glob("*.md")])
 LONGEST = 500
 
 
