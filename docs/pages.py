@@ -229,7 +229,9 @@ def usual_cost(loss: str) -> str:
     """Return time and memory at the size at which every loss was measured."""
     for row in measured("cpu"):
         if row["loss"] == loss and row["provider"] == "ours" and _case(row) == USUAL:
-            return f"{significant(row['ms_50'])} ms, {significant(row['peak_mib'])} MiB"
+            return (
+                f"{significant(row['ms_50'])}\N{NO-BREAK SPACE}ms, {significant(row['peak_mib'])}\N{NO-BREAK SPACE}MiB"
+            )
     return "–"
 
 
