@@ -1,6 +1,5 @@
 """The documentation site: `make docs` builds it in docs/_build/html, without warnings."""
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -51,8 +50,6 @@ myst_heading_anchors = 3
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
-# They are as fast with one thread, and do not disturb others.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A docstring names its types in words, and single backticks are names of this package or code.
 default_role = "py:obj"
@@ -70,6 +67,10 @@ ELSEWHERE = {
     "contrastive_kernels/primitives": "reference#primitives",
     "contrastive_kernels/diagnostics": "reference#diagnostics",
 }
+
+
+# Pages whose text depends on more than their own file: they are read at every build.
+DEPENDENT = ["index", "losses", "migrating"]
 
 
 def prepare(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -115,5 +116,6 @@ def _link(app: Sphinx, name: str, anchor: str, link: nodes.Element) -> nodes.Ele
 def setup(app: Sphinx) -> None:
     """Write the generated pages before Sphinx looks for pages."""
     app.connect("builder-inited", lambda app: pages.write())
+    app.connect("env-get-outdated", lambda *_: DEPENDENT)
     app.connect("source-read", prepare)
     app.connect("doctree-read", follow_links, priority=400)  # before downloads are collected

@@ -32,10 +32,9 @@ PARTS = {
     "Options and results of losses": "contrastive_kernels.losses",
     "Others": "contrastive_kernels",
 }
+MODULES = {"Several processes": "contrastive_kernels.distributed", "Diagnostics": "contrastive_kernels.diagnostics"}
 # The size at which every loss was measured: dtype, D, N.
 USUAL = "float32", 128, 8192
-
-MODULES = {"Several processes": "contrastive_kernels.distributed", "Diagnostics": "contrastive_kernels.diagnostics"}
 
 
 class Section(NamedTuple):
@@ -171,12 +170,8 @@ def _documented(names: list[str]) -> Iterator[str]:
     for name in names:
         if isinstance(getattr(ck, name), type):
             # `function` of a module is the function above
-            yield from (
-                f".. autoclass:: contrastive_kernels.{name}",
-                "   :members:",
-                "   :exclude-members: function",
-                "",
-            )
+            yield from (f".. autoclass:: contrastive_kernels.{name}", "   :members:")
+            yield from ("   :exclude-members: function", "")
         else:
             yield from (f".. autofunction:: contrastive_kernels.{name}", "")
     yield from ("```", "")
@@ -189,14 +184,9 @@ def _defining_module(name: str) -> str:
 def reference() -> str:
     """Return the page of everything public that has no page of a loss."""
     left = [name for name in ck.__all__ if name not in {name for loss in losses() for name in public_names(loss)}]
-    lines = [
-        "# Reference",
-        "",
-        "Everything public beside the [losses](losses.md), as `import contrastive_kernels as ck`",
-    ]
-    lines += ["has it.", ""]
+    lines = ["# Reference", "", "Everything public beside the [losses](losses.md).", ""]
     for title, module in PARTS.items():
-        names = [name for name in left if f"{getattr(ck, name).__module__}.".startswith(f"{module}.")]
+        names = [name for name in left if f"{_defining_module(name)}.".startswith(f"{module}.")]
         left = [name for name in left if name not in names]
         if names:
             lines += [f"## {title}", "", *_documented(names)]
@@ -216,9 +206,13 @@ def measured(kind: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["mode"] == "both" and row["ms_50"]]
 
 
-def significant(value: str) -> str:
+def _significant(value: str) -> str:
     """Return a number with three significant digits, or what stands for none."""
     return f"{float(f'{float(value):.3g}'):,.10g}" if value else "–"
+
+
+def _measure(value: str, unit: str) -> str:
+    return f"{_significant(value)}\N{NO-BREAK SPACE}{unit}"
 
 
 def _case(row: dict[str, str]) -> tuple[str, int, int]:
@@ -229,10 +223,14 @@ def usual_cost(loss: str) -> str:
     """Return time and memory at the size at which every loss was measured."""
     for row in measured("cpu"):
         if row["loss"] == loss and row["provider"] == "ours" and _case(row) == USUAL:
-            return (
-                f"{significant(row['ms_50'])}\N{NO-BREAK SPACE}ms, {significant(row['peak_mib'])}\N{NO-BREAK SPACE}MiB"
-            )
+            return f"{_measure(row['ms_50'], 'ms')}, {_measure(row['peak_mib'], 'MiB')}"
     return "–"
+
+
+def _machine(loss: str) -> str:
+    """Return where a loss was measured: the processor and the version of PyTorch."""
+    row = next(row for kind in ("cpu", "peers") for row in measured(kind) if row["loss"] == loss)
+    return f"{row['device']}, torch {row['torch']}"
 
 
 def _cost(loss: str) -> Iterator[str]:
@@ -248,15 +246,15 @@ def _cost(loss: str) -> Iterator[str]:
                 continue
             lines.append(
                 f"| {int(row['n']):,} × {int(row['m']):,} | {row['d']} | {row['dtype']} "
-                f"| {significant(own['ms_50'])} ms | {row['provider']} {row['version']} "
-                f"| {significant(row['ms_50'])} ms ({float(row['ms_50']) / float(own['ms_50']):.1f}×) "
-                f"| {significant(own['peak_mib'])} / {significant(row['peak_mib'])} MiB |"
+                f"| {_measure(own['ms_50'], 'ms')} | {row['provider']} {row['version']} "
+                f"| {_measure(row['ms_50'], 'ms')} ({float(row['ms_50']) / float(own['ms_50']):.1f}×) "
+                f"| {_significant(own['peak_mib'])} / {_measure(row['peak_mib'], 'MiB')} |"
             )
     if lines:
         yield from (
             "## Cost",
             "",
-            f"Forward + backward, medians of the [committed results](../benchmarks.md), {own_machine(loss)}. In "
+            f"Forward + backward, medians of the [committed results](../benchmarks.md), {_machine(loss)}. In "
             "brackets: how many times as long as ours. Memory is beyond inputs and gradients, ours / theirs.",
             "",
             "| N × M | D | dtype | ours | beside | theirs | peak memory |",
@@ -264,12 +262,6 @@ def _cost(loss: str) -> Iterator[str]:
             *lines,
             "",
         )
-
-
-def own_machine(loss: str) -> str:
-    """Return where a loss was measured: the processor and the version of PyTorch."""
-    row = next(row for kind in ("cpu", "peers") for row in measured(kind) if row["loss"] == loss)
-    return f"{row['device']}, torch {row['torch']}"
 
 
 def generated() -> dict[str, str]:

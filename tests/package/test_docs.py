@@ -23,15 +23,16 @@ from tests.support.testing import ROOT
 DOCS = ROOT / "docs"
 
 
-def site() -> types.ModuleType:
-    """Return docs/pages.py, which makes the pages that are not written by hand."""
-    spec = importlib.util.spec_from_file_location("pages", DOCS / "pages.py")
+def module_of(name: str) -> types.ModuleType:
+    """Return a module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-PAGES = site()
+# The pages that are not written by hand.
+PAGES = module_of("pages")
 GENERATED = PAGES.generated()
 WRITTEN = {
     str(path.relative_to(DOCS)): path
@@ -308,6 +309,19 @@ def test_links_of_generated_pages_lead_to_pages_and_files():
                 path = (DOCS / name).parent.joinpath(target).resolve()
                 page = str(path.relative_to(DOCS)) if path.is_relative_to(DOCS) else ""
                 assert page in pages or path.exists(), f"{name}: {link}"
+
+
+def test_a_broken_link_of_the_site_is_found(tmp_path):
+    """`make docs` ends with this check of what Sphinx has written."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "page.html").write_text('<p id="here"><a href="../index.html#no">a</a></p>')
+    (tmp_path / "index.html").write_text(
+        '<a href="folder/page.html#here"></a><a href="#top" id="top"></a><a href="https://pytorch.org/no"></a>'
+        '<img src="no.png"><a href="folder/page.html#gone"></a>'
+    )
+    assert sorted(module_of("links").broken(tmp_path)) == [
+        "folder/page.html: ../index.html#no", "index.html: folder/page.html#gone", "index.html: no.png",
+    ]  # fmt: skip
 
 
 def test_what_pages_include_is_there():
