@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 CXX_FILES := $(shell find contrastive_kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 .PHONY: demo test test-fast test-peers bench bench-peers bench-distributed lint format interpret aot aot-newest gpu sanitize
-.PHONY: docs clean
+.PHONY: clean
 .PRECIOUS: .venv-triton-%/installed
 
 demo: .venv/built      ## compare time and memory on this machine, about three minutes
@@ -59,6 +59,7 @@ aot-%: .venv-triton-%/installed FORCE
 gpu:                   ## what results/gpu lacks of smoke test, check, GPU tests and benchmark, nine minutes a call, with the machine's own Python; PART="tests d128" for some
 	$(PYTHON) -m benchmarks.gpu $(if $(PART),--parts $(PART))
 
+.PHONY: docs
 docs: .venv/built .venv-docs/installed  ## the documentation site in docs/_build/html; notebooks run, warnings and broken links fail
 	$(DOCS) -m sphinx -W --keep-going docs docs/_build/html
 	$(DOCS) docs/links.py docs/_build/html
@@ -67,7 +68,8 @@ sanitize: .venv/installed
 	bash contrastive_kernels/csrc/sanitize.sh
 
 clean:
-	rm -rf .venv .venv-docs .venv-peers .venv-triton-* docs/_build docs/losses docs/reference.md build dist results *.egg-info contrastive_kernels/*.so
+	rm -rf .venv .venv-peers .venv-triton-* build dist results *.egg-info contrastive_kernels/*.so
+	rm -rf .venv-docs docs/_build docs/losses docs/reference.md
 
 .venv/installed: requirements-dev.txt
 	$(PYTHON) -m venv .venv

@@ -25,6 +25,8 @@ class InfoNCE(nn.Module):
         negative_mode: ``"unpaired"`` or ``"paired"``.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.info_nce import InfoNCE
         >>> InfoNCE(temperature=0.07)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
     """
@@ -80,6 +82,8 @@ def info_nce(
     Source: van den Oord, Li, Vinyals 2018, arXiv:1807.03748; `info_nce.info_nce` of info-nce-pytorch.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.info_nce import info_nce
         >>> info_nce(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """

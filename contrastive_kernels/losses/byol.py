@@ -65,8 +65,10 @@ def byol_loss(
     Source: Grill et al., NeurIPS 2020, arXiv:2006.07733, eq. 2.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> p0, z0, p1, z1 = torch.randn(4, 16, 8).unbind(0)
-        >>> byol_loss(p0, z0, p1, z1).shape
+        >>> ck.byol_loss(p0, z0, p1, z1).shape
         torch.Size([])
     """
     pairs = predictions_and_targets(p0, z0, p1, z1, normalize, reduction, weight)
@@ -82,7 +84,9 @@ class BYOLLoss(LossModule):
         options: keyword arguments of `byol_loss`.
 
     Example:
-        >>> BYOLLoss()(*torch.randn(4, 8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.BYOLLoss()(*torch.randn(4, 8, 4)).shape
         torch.Size([])
     """
 

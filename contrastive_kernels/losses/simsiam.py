@@ -64,8 +64,10 @@ def simsiam_loss(
     Source: Chen, He, CVPR 2021, arXiv:2011.10566, eq. 1 to 4.
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> p0, z0, p1, z1 = torch.randn(4, 16, 8).unbind(0)
-        >>> simsiam_loss(p0, z0, p1, z1).shape
+        >>> ck.simsiam_loss(p0, z0, p1, z1).shape
         torch.Size([])
     """
     pairs = predictions_and_targets(p0, z0, p1, z1, normalize, reduction, weight)
@@ -81,7 +83,9 @@ class SimSiamLoss(LossModule):
         options: keyword arguments of `simsiam_loss`.
 
     Example:
-        >>> SimSiamLoss()(*torch.randn(4, 8, 4)).shape
+        >>> import torch
+        >>> import contrastive_kernels as ck
+        >>> ck.SimSiamLoss()(*torch.randn(4, 8, 4)).shape
         torch.Size([])
     """
 

@@ -63,10 +63,12 @@ def similarity_softmax_mean(
     (ReSSL), and of Wu et al., ICCV 2023, arXiv:2309.12314 (TinyCLIP).
 
     Example:
+        >>> import torch
+        >>> import contrastive_kernels as ck
         >>> teacher, student = torch.randn(2, 8, 4).unbind()
         >>> bank = torch.randn(100, 4)
-        >>> mean = similarity_softmax_mean(teacher, bank, bank, scale=25.0)
-        >>> cross_entropy = similarity_logsumexp(student, bank, scale=10.0) - 10.0 * (student * mean).sum(1)
+        >>> mean = ck.similarity_softmax_mean(teacher, bank, bank, scale=25.0)
+        >>> cross_entropy = ck.similarity_logsumexp(student, bank, scale=10.0) - 10.0 * (student * mean).sum(1)
         >>> cross_entropy.shape
         torch.Size([8])
     """
