@@ -139,7 +139,17 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("path", [p for p in DOCUMENTS if list(python_of(p))], ids=relative)
+def with_code() -> list:
+    """Return the documents with code that runs; those that need packages run among the tests that have them, too."""
+    needing = [path for path in DOCUMENTS if any(block.marker == "needs" for block in blocks(path.read_text()))]
+    return [
+        pytest.param(path, id=relative(path), marks=[pytest.mark.peers] * (path in needing))
+        for path in DOCUMENTS
+        if path in needing or list(python_of(path))
+    ]
+
+
+@pytest.mark.parametrize("path", with_code())
 @pytest.mark.usefixtures("alone")
 def test_code_runs(path):
     matplotlib.use("Agg")
