@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -129,6 +130,8 @@ class BarlowTwinsLoss(LossModule):
 def _standard_columns(x: Tensor, std: str, std_eps: float | None, shards: Shards) -> Tensor:
     """Return the columns of x with mean 0 and variance 1."""
     wide = x.to(compute_dtype(x))
+    if shards.alone and std == "biased" and std_eps is None:
+        return F.batch_norm(wide, None, None, training=True, eps=1e-5)
     centred = wide - shards.column_means(wide)
     if std == "biased":
         variance = shards.column_means(centred.square())

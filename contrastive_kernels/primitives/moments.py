@@ -32,8 +32,10 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x: Tensor
         (x,) = ctx.saved_tensors
+        both = grad + grad.T
         with wide_products(x):
-            return x @ (grad + grad.T)
+            # laid out as x: the operation before goes through its gradient once more
+            return x @ both if x.is_contiguous() else (both @ x.T).T
 
 
 class _Centred(torch.autograd.Function):

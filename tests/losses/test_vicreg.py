@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import contrastive_kernels as ck
+from contrastive_kernels.primitives import cross_moments
 from tests.support.losses import assert_module_is_function, assert_refused
 from tests.support.testing import assert_outcomes_match, check, differentiate
 from tests.support.variants import EVERY
@@ -83,3 +84,10 @@ def test_module_is_its_function():
     inputs = tuple(CASE.features((12, 12, 16), torch.float32).values())
     options = {"sim_weight": 1.0, "eps": 1e-3}
     assert_module_is_function(ck.VICRegLoss, ck.vicreg_loss, inputs, options)
+
+
+def test_the_gradient_of_few_rows_has_the_layout_of_the_rows():
+    """A transposed one makes the operations before it slow."""
+    rows = torch.randn(8, 40, requires_grad=True)
+    (grad,) = torch.autograd.grad(cross_moments(rows, rows)[1], rows)
+    assert grad.is_contiguous()
