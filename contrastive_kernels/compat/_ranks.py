@@ -8,9 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.groups import exchange
 
-__all__ = ["gather", "gather_constant", "gather_own", "is_gathered", "rank", "world_size"]
+__all__ = ["gather", "gather_constant", "gather_own", "is_gathered", "rank", "sum_over_ranks", "world_size"]
+
+# Asked once: lightly asks in its constructors alone.
+_AVAILABLE = dist.is_available()
 
 
 def is_gathered() -> bool:
@@ -20,7 +24,7 @@ def is_gathered() -> bool:
 
 def world_size() -> int:
     """Return the number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if _AVAILABLE and dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -65,3 +69,12 @@ class _Gather(torch.autograd.Function):
         total = grad.contiguous().clone()
         dist.all_reduce(total)
         return total[rank() * ctx.rows :][: ctx.rows]
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Return the sum over the ranks; its gradient is the sum of theirs."""
+    if world_size() == 1:
+        return x
+    world: Any = dist.group.WORLD
+    total: Tensor = call("group", "sum", x, world.group_name)
+    return total

@@ -52,6 +52,8 @@ def test_signatures(name):
         ours_, theirs_ = getattr(ours, public), getattr(theirs, public, None)
         if theirs_ is None or not callable(theirs_) or public.startswith("patch_"):
             continue
+        if (name, public) in adapters.OLDER_SIGNATURES:
+            continue
         assert adapters.parameters(ours_) == adapters.parameters(theirs_), public
         if inspect.isclass(theirs_) and issubclass(theirs_, nn.Module):
             assert adapters.parameters(ours_.forward) == adapters.parameters(theirs_.forward), public
