@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+import torch
+
 __all__ = ["forwarding", "import_peer", "warn_dense"]
 
 
@@ -50,8 +52,11 @@ _warned: set[tuple[str, str]] = set()
 
 
 def warn_dense(name: str, option: str) -> None:
-    """Warn, once for each name and option, that this call stores the matrix of all similarities."""
-    if (name, option) not in _warned:
+    """Warn, once for each name and option, that this call stores the matrix of all similarities.
+
+    A compiled call does not warn: `torch.compile` cannot trace it.
+    """
+    if not torch.compiler.is_compiling() and (name, option) not in _warned:
         _warned.add((name, option))
         warnings.warn(
             f"{name} with {option} stores the N x N matrix of similarities: no fused loss has this option",

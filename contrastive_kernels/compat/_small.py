@@ -19,10 +19,13 @@ __all__ = ["is_small", "largest", "scalar"]
 _largest = 256 * 256
 
 
-def is_small(x: Tensor, similarities: int) -> bool:
-    """Return whether a loss of so many similarities of rows like x is taken from the plain formula."""
+def is_small(x: Tensor, similarities: int, crossover: float = 1.0) -> bool:
+    """Return whether a loss of so many similarities of rows like x is taken from the plain formula.
+
+    A loss whose sweep is overtaken later or earlier than others says so by `crossover`, a multiple of theirs.
+    """
     return (
-        similarities <= _largest
+        similarities <= crossover * _largest
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64)
         and not torch.compiler.is_compiling()

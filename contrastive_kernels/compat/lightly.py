@@ -422,7 +422,7 @@ class HypersphereLoss(nn.Module):
         """Return the loss of two views, ``(N, D)`` both; NaN for one row, which has no distance."""
         checks.paired("z_a", z_a, "z_b", z_b)
         n = z_a.shape[0]
-        if n == 1 or is_small(z_a, 2 * n * n):
+        if n == 1 or is_small(z_a, n * n, crossover=0.5):
             pairs = n * (n - 1) / 2
             x, y = unit_rows(torch.stack([z_a, z_b]).to(compute_dtype(z_a))).unbind(0)
             exponents = torch.stack([torch.pdist(x), torch.pdist(y)]).square() * -self.t

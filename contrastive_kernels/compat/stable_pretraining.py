@@ -31,6 +31,8 @@ __getattr__ = forwarding(__name__, "stable-pretraining", "stable_pretraining.los
 
 # The target of an anchor that does not count.
 IGNORED = -100
+# Anchors with targets: the peer is one product, and the sweep has the targets' candidates to look up.
+_CROSSOVER = 3.0
 
 
 class InfoNCELoss(nn.Module):
@@ -74,7 +76,7 @@ class InfoNCELoss(nn.Module):
             option = "targets that are no indices"
         if option:
             warn_dense("InfoNCELoss", option)
-        if option or is_small(anchors, anchors.shape[0] * candidates.shape[0]):
+        if option or is_small(anchors, anchors.shape[0] * candidates.shape[0], _CROSSOVER):
             return _cross_entropy(anchors, candidates, targets, temperature, mask)
         ignored = targets == IGNORED
         chosen = targets.masked_fill(ignored, 0).long()
