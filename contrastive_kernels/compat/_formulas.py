@@ -30,4 +30,5 @@ def barlow_twins(correlation: Tensor, lambd: float | Tensor) -> Tensor:
 def off_diagonal(x: Tensor) -> Tensor:
     """Return (..., D (D - 1)), all but the diagonal of (..., D, D)."""
     d = x.shape[-1]
-    return x.flatten(-2)[..., :-1].unflatten(-1, (d - 1, d + 1))[..., 1:].flatten(-2)
+    rows: Tensor = x.flatten(-2)[..., :-1].unflatten(-1, (d - 1, d + 1))
+    return rows[..., 1:].flatten(-2)

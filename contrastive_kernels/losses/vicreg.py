@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
@@ -16,12 +15,18 @@ from contrastive_kernels.primitives import (
     checks,
     compute_dtype,
     cross_moments,
+    moments_pay,
     over_ranks,
     shards_of,
     unit_rows,
 )
 
 __all__ = ["VICRegLoss", "vicreg_loss"]
+
+# Moments of several positions are formed at once, so many numbers of them.
+MOMENTS_AT_ONCE = 1 << 20
+# Moments of so few dimensions take less time than the calls for products of the rows of every position.
+FEW_DIMENSIONS = 128
 
 
 class VICRegArguments(GroupArguments, total=False):
@@ -91,31 +96,33 @@ def vicreg_loss(
     alpha, beta, gamma = (checks.scalar(name, value, z0) for name, value in weights.items())
     rows = (unit_rows(z, normalize) for z in (z0, z1))
     views = [z.to(compute_dtype(z)) for z in rows]
-    n, d = shards.total(views[0].shape[0]), views[0].shape[-1]
+    n, numbers = shards.total(views[0].shape[0]), views[0][0].numel()
     hinge, covariance = [], []
     for view in views:
-        found = [_spread(rows, n, eps, shards) for rows in _positions(view)]
-        hinge.append(_mean([of_variances for of_variances, _ in found]))
-        covariance.append(_mean([of_covariances for _, of_covariances in found]) / ((n - 1) ** 2 * d))
+        blocks = [_spread(rows, n, eps, shards) for rows in _blocks(centred_rows(view, shards), shards)]
+        hinge.append(sum(of_variances for of_variances, _ in blocks) / numbers)
+        covariance.append(sum(of_covariances for _, of_covariances in blocks) / ((n - 1) ** 2 * numbers))
     similarity = F.mse_loss(views[0], views[1]) if shards.alone else shards.mean((views[0] - views[1]).square())
     loss = alpha * similarity + beta * (hinge[0] + hinge[1]) / 2 + gamma * (covariance[0] + covariance[1])
     return loss.to(similarity.dtype)
 
 
-def _positions(view: Tensor) -> tuple[Tensor, ...]:
-    """Return the rows (N, D) of every position."""
-    return (view,) if view.dim() == 2 else view.flatten(1, -2).unbind(1)
-
-
-def _mean(losses: list[Tensor]) -> Tensor:
-    return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+def _blocks(view: Tensor, shards: Shards) -> tuple[Tensor, ...]:
+    """Return the rows (P, N, D) of positions whose moments are formed at once, or (N, D) of one position each."""
+    n, d = view.shape[0], view.shape[-1]
+    if view.dim() == 2:
+        return (view,)
+    positions = view.flatten(1, -2).transpose(0, 1)
+    if shards.alone and d > FEW_DIMENSIONS and moments_pay(d, n):
+        return positions.unbind()
+    blocks: tuple[Tensor, ...] = positions.split(max(1, MOMENTS_AT_ONCE // d**2))
+    return blocks
 
 
 def _spread(rows: Tensor, n: int, eps: float, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Return the mean hinge of the deviations, and the sum of the squares off the diagonal of the second moments."""
-    centred = centred_rows(rows, shards)
-    diagonal, off_diagonal = cross_moments(centred, centred, shards)
-    return (1 - (diagonal / (n - 1) + eps).sqrt()).relu().mean(), off_diagonal
+    """Return the hinges of the deviations and the squares off the diagonal of the second moments, summed up."""
+    diagonal, off_diagonal = cross_moments(rows, rows, shards)
+    return (1 - (diagonal / (n - 1) + eps).sqrt()).relu().sum(), off_diagonal
 
 
 class VICRegLoss(LossModule):

@@ -16,13 +16,13 @@ __all__ = ["centred_rows", "cross_moments", "moments_pay", "row_squares"]
 
 
 class _Gram(torch.autograd.Function):
-    """``x.T @ x``; its gradient takes one product, where that of two factors takes two."""
+    """``x.T @ x``, also of a batch; its gradient takes one product, where that of two factors takes two."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> Tensor:
-        return x.T @ x
+        return x.mT @ x
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -32,10 +32,10 @@ class _Gram(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x: Tensor
         (x,) = ctx.saved_tensors
-        both = grad + grad.T
+        both = grad + grad.mT
         with wide_products(x):
             # laid out as x: the operation before goes through its gradient once more
-            return x @ both if x.is_contiguous() else (both @ x.T).T
+            return x @ both if x.is_contiguous() else (both @ x.mT).mT
 
 
 class _Centred(torch.autograd.Function):
@@ -118,16 +118,16 @@ def row_squares(x: Tensor, y: Tensor, own: Tensor | None = None, shards: Shards 
 def cross_moments(a: Tensor, b: Tensor, shards: Shards = ALONE) -> tuple[Tensor, Tensor]:
     """Return the diagonal (D,) of ``a.T @ b`` and the sum of squares off it, from D x D or from N x N products.
 
-    Over several ranks from D x D products, which are summed.
+    Over several ranks from D x D products, which are summed, and of a batch (P, N, D): diagonals (P, D) and one sum.
     The sum is in the dtype of wide sums: a few large squares may be most of it.
     """
-    (n, d), wide = a.shape, wide_sums(a)
+    (n, d), wide = a.shape[-2:], wide_sums(a)
     with wide_products(a):
-        if not shards.alone or not moments_pay(d, n):
-            moments = shards.sum(apply(_Gram, a) if b is a else a.T @ b)
+        if a.dim() > 2 or not shards.alone or not moments_pay(d, n):
+            moments = shards.sum(apply(_Gram, a) if b is a else a.mT @ b)
             # Left out rather than subtracted: features that are decorrelated keep the digits of what is left.
             off_diagonal = moments.masked_fill(torch.eye(d, dtype=torch.bool, device=a.device), 0)
-            return moments.diagonal(), off_diagonal.square().sum(dtype=wide)
+            return moments.diagonal(dim1=-2, dim2=-1), off_diagonal.square().sum(dtype=wide)
         diagonal = (a * b).sum(0)
         squares, own = _all_squares(a, b), diagonal.square().sum(dtype=wide)
         if _subtraction_is_safe(squares, own):
