@@ -38,7 +38,7 @@ __all__ = [
     "negative_mises_fisher_weights",
 ]
 
-__getattr__ = forwarding(__name__, "lightly", "lightly.loss", "lightly.loss.hypersphere_loss")
+__getattr__ = forwarding(__name__, "lightly", "lightly.loss")
 
 
 # So many numbers of a view VICReg takes from the formula.
@@ -123,9 +123,11 @@ class NTXentLoss(nn.Module):
             )
         if not self._is_fused():
             warn_dense("NTXentLoss", "another cross_entropy")
-        logits = torch.cat([row_dot(query, key)[:, None], query @ bank.T], 1) / self.temperature
-        loss: Tensor = criterion(logits, logits.new_zeros(logits.shape[0], dtype=torch.int64))
-        return loss
+        query, key, bank = (x.to(compute_dtype(x)) for x in (query, key, bank))
+        with wide_products(query):
+            logits = torch.cat([row_dot(query, key)[:, None], query @ bank.T], 1) / self.temperature
+            loss: Tensor = criterion(logits, logits.new_zeros(logits.shape[0], dtype=torch.int64))
+            return loss
 
     def _is_fused(self) -> bool:
         """Return whether the criterion is one that the fused losses know."""
@@ -134,18 +136,19 @@ class NTXentLoss(nn.Module):
 
     def _dense(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Return what the criterion makes of all logits, in the order that lightly has them in."""
-        rows = unit_rows(out0), unit_rows(out1)
-        gathered = self.gather_distributed and is_gathered()
-        everyone = tuple(map(gather, rows)) if gathered else rows
-        n, before = rows[0].shape[0], rank() * rows[0].shape[0] if gathered else 0
-        own = torch.arange(before, before + n, device=out0.device)
-        others = torch.arange(everyone[0].shape[0], device=out0.device) != own[:, None]
-        halves = [
-            torch.cat([own_rows @ other.T, (own_rows @ same.T)[others].view(n, -1)], 1)
-            for own_rows, same, other in zip(rows, everyone, reversed(everyone), strict=True)
-        ]
-        loss: Tensor = self.cross_entropy(torch.cat(halves) / self.temperature, own.repeat(2))
-        return loss
+        with wide_products(out0):
+            gathered = self.gather_distributed and is_gathered()
+            rows = tuple(unit_rows(out.to(compute_dtype(out))) for out in (out0, out1))
+            everyone = tuple(map(gather, rows)) if gathered else rows
+            n, before = rows[0].shape[0], rank() * rows[0].shape[0] if gathered else 0
+            own = torch.arange(before, before + n, device=out0.device)
+            others = torch.arange(everyone[0].shape[0], device=out0.device) != own[:, None]
+            halves = [
+                torch.cat([own_rows @ other.T, (own_rows @ same.T)[others].view(n, -1)], 1)
+                for own_rows, same, other in zip(rows, everyone, reversed(everyone), strict=True)
+            ]
+            loss: Tensor = self.cross_entropy(torch.cat(halves) / self.temperature, own.repeat(2))
+            return loss
 
 
 class DirectCLRLoss(NTXentLoss):
@@ -253,7 +256,8 @@ class DCLLoss(nn.Module):
             )
         rows = torch.cat([out0, out1])
         rows = rows.to(compute_dtype(rows))
-        logits = rows @ rows.T / self.temperature
+        with wide_products(rows):
+            logits = rows @ rows.T / self.temperature
         positives = logits.diagonal(n).repeat(2)
         if weights is not None:
             positives = positives * torch.cat(weights)
@@ -422,15 +426,15 @@ class HypersphereLoss(nn.Module):
         """Return the loss of two views, ``(N, D)`` both; NaN for one row, which has no distance."""
         checks.paired("z_a", z_a, "z_b", z_b)
         n = z_a.shape[0]
-        if n == 1 or is_small(z_a, n * n, crossover=0.5):
-            pairs = n * (n - 1) / 2
-            x, y = unit_rows(torch.stack([z_a, z_b]).to(compute_dtype(z_a))).unbind(0)
-            exponents = torch.stack([torch.pdist(x), torch.pdist(y)]).square() * -self.t
-            uniformity = exponents.logsumexp(1).mean() - (math.log(pairs) if pairs else -math.inf)
-            return self._alignment(x, y) + self.lam * uniformity
         with wide_products(z_a):
-            x, y = (unit_rows(z.to(compute_dtype(z))) for z in (z_a, z_b))
-            uniformity = (uniformity_loss(x, t=self.t) + uniformity_loss(y, t=self.t)) / 2
+            if n == 1 or is_small(z_a, n * n, crossover=0.5):
+                pairs = n * (n - 1) / 2
+                x, y = unit_rows(torch.stack([z_a, z_b]).to(compute_dtype(z_a))).unbind(0)
+                exponents = torch.stack([torch.pdist(x), torch.pdist(y)]).square() * -self.t
+                uniformity = exponents.logsumexp(1).mean() - (math.log(pairs) if pairs else -math.inf)
+            else:
+                x, y = (unit_rows(z.to(compute_dtype(z))) for z in (z_a, z_b))
+                uniformity = (uniformity_loss(x, t=self.t) + uniformity_loss(y, t=self.t)) / 2
             return self._alignment(x, y) + self.lam * uniformity
 
     def _alignment(self, x: Tensor, y: Tensor) -> Tensor:

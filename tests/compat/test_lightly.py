@@ -201,6 +201,7 @@ def test_the_criterion_against_a_bank(criterion, largest, theirs):
 @PATHS
 @pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.filterwarnings("ignore:To copy construct")
 def test_half_precision_is_the_value_of_its_rows(name, dtype, largest, theirs):
     rows = views(12, 8, dtype)
     with _small.largest(largest):
@@ -210,6 +211,37 @@ def test_half_precision_is_the_value_of_its_rows(name, dtype, largest, theirs):
     torch.testing.assert_close(found["value"].double(), expected["value"], rtol=1e-2, atol=1e-2)
     for i in "01":
         assert (found[i].double() - expected[i]).norm() <= 2e-2 * expected[i].norm()
+
+
+@PATHS
+@pytest.mark.parametrize("n", [1, 12])
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.filterwarnings("ignore:To copy construct")
+def test_autocast_gives_float32(name, n, largest, theirs):
+    if n == 1 and name in ("BarlowTwinsLoss", "VICRegLoss"):
+        pytest.skip("refused")
+    rows = views(n, 8, torch.float32)
+    with _small.largest(largest), torch.autocast("cpu", torch.bfloat16):
+        found = getattr(ours, name)()(*rows)
+    found.backward()
+    expected = getattr(theirs, name)()(*(x.double() for x in rows))
+    assert found.dtype == rows[0].grad.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+@PATHS
+@pytest.mark.filterwarnings("ignore:NTXentLoss")
+@pytest.mark.parametrize("size", [0, (9, 8)], ids=["batch", "bank"])
+def test_another_criterion_in_half_precision(size, largest):
+    rows, results = views(12, 8, torch.bfloat16), []
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(0)
+        loss = ours.NTXentLoss(memory_bank_size=size)
+        loss.cross_entropy = nn.MultiMarginLoss()
+        with _small.largest(largest):
+            results.append(loss(*(x.to(dtype) for x in rows)))
+    assert results[0].dtype == torch.float32
+    torch.testing.assert_close(results[0].double(), results[1], rtol=1e-2, atol=1e-2)
 
 
 @PATHS
