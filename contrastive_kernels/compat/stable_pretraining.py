@@ -31,8 +31,9 @@ __getattr__ = forwarding(__name__, "stable-pretraining", "stable_pretraining.los
 
 # The target of an anchor that does not count.
 IGNORED = -100
-# Anchors with targets: the peer is one product, and the sweep has the targets' candidates to look up.
-_CROSSOVER = 3.0
+# Multiples of the crossover of other losses. Of anchors with targets the peer is one product, and the sweep has to look
+# up the targets' candidates; of NT-Xent it is one product, too.
+_TARGETS, _NT_XENT = 3.0, 1.5
 
 
 class InfoNCELoss(nn.Module):
@@ -76,7 +77,7 @@ class InfoNCELoss(nn.Module):
             option = "targets that are no indices"
         if option:
             warn_dense("InfoNCELoss", option)
-        if option or is_small(anchors, anchors.shape[0] * candidates.shape[0], _CROSSOVER):
+        if option or is_small(anchors, anchors.shape[0] * candidates.shape[0], _TARGETS):
             return _cross_entropy(anchors, candidates, targets, temperature, mask)
         ignored = targets == IGNORED
         chosen = targets.masked_fill(ignored, 0).long()
@@ -118,7 +119,7 @@ class NTXEntLoss(InfoNCELoss):
         """Return the loss of two views, ``(N, D)`` both."""
         checks.paired("z_i", z_i, "z_j", z_j)
         gathered = is_gathered()
-        if not gathered and is_small(z_i, 4 * z_i.shape[0] ** 2):
+        if not gathered and is_small(z_i, 4 * z_i.shape[0] ** 2, _NT_XENT):
             return nt_xent(z_i, z_j, self.temperature)
         return nt_xent_loss(z_i, z_j, temperature=scalar(self.temperature), group="world" if gathered else None)
 
