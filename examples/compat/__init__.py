@@ -1,0 +1,1 @@
+"""Training with a loss of another library and with ours: one line changes, the curve stays."""
