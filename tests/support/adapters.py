@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import libraries
 from contrastive_kernels.compat import ADAPTERS
@@ -19,7 +20,11 @@ from contrastive_kernels.compat.check.command import Library
 # Those that no package index has, or not in the form that people use; tests compare with formulas of ours.
 NOT_INSTALLABLE = ("supcontrast",)
 # What is not installed with the peers and is not used by their losses.
-STAND_INS: dict[str, tuple[str, ...]] = {"lightly": ("torchvision",)}
+STAND_INS = {
+    "lightly": ("torchvision",),
+    "open_clip": ("torchvision",),
+    "solo": ("einops", "pl_bolts", "timm", "torchvision"),
+}
 # Packages whose own imports take what is not installed, and the module whose names they lend to the losses.
 UNINITIALISED = {
     "stable_pretraining": {
@@ -29,8 +34,8 @@ UNINITIALISED = {
         "stable_pretraining.utils": "stable_pretraining.utils.distributed",
     }
 }
-# Signatures of releases before the one that is installed, which those who used them rely on.
-OLDER_SIGNATURES = {("lightly", "MemoryBankModule")}
+# Signatures of other releases than the one that is installed.
+OTHER_SIGNATURES = {("lightly", "MemoryBankModule"), ("solo", "simclr_loss_func")}
 
 
 def require_peers() -> None:
@@ -48,7 +53,7 @@ def modules(name: str) -> tuple[Any, Any]:
             sys.modules[package] = importlib.util.module_from_spec(spec)
             if lender:
                 vars(sys.modules[package]).update(vars(importlib.import_module(lender)))
-    with libraries.stand_ins(*STAND_INS.get(name, ())):
+    with libraries.stand_ins(*STAND_INS[name]) if name in STAND_INS else nullcontext():
         return Library(name).modules()
 
 
