@@ -29,7 +29,7 @@ from contrastive_kernels.losses._softmax import (
     sweep_negatives,
     union,
 )
-from contrastive_kernels.primitives import ALONE, Pairs, cast_for_autocast, row_dot, unit_rows
+from contrastive_kernels.primitives import ALONE, Pairs, cast_for_autocast, compute_dtype, row_dot, unit_rows
 
 __all__ = [
     "CachedMultipleNegativesRankingLoss",
@@ -97,7 +97,7 @@ class CachedMultipleNegativesRankingLoss(_losses.CachedMultipleNegativesRankingL
         return loss
 
 
-_MERGED = "was merged into {}; pass it directions=('query_to_doc', 'doc_to_query'), partition_mode='per_direction'"
+_MERGED = "is deprecated: use {} with directions=('query_to_doc', 'doc_to_query'), partition_mode='per_direction'"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # to derive from a deprecated class warns, too
@@ -215,6 +215,9 @@ def _ranking_loss(loss: Any, embeddings: list[Tensor], peer: Any) -> Tensor:
     settings = _Settings.of(loss, len(documents) > 1)
     normalize = loss.similarity_fct is _util.cos_sim
     rows = torch.cat(documents) if len(documents) > 1 else documents[0]
+    # reduced embeddings are widened as the peer's similarities do it
+    dtype = compute_dtype(queries)
+    queries, rows = queries.to(dtype), rows.to(dtype)
     batch = _Batch(unit_rows(queries, normalize), unit_rows(rows, normalize), first, n)
     columns = batch.documents.shape[0] * (1 + len(settings.further))
     if is_small(queries, n * columns):
