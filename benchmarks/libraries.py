@@ -60,6 +60,11 @@ def stand_ins(*packages: str) -> Iterator[None]:
     """
     wanted = packages or ("torchvision",)
     finder = _StandIns([name for name in wanted if importlib.util.find_spec(name) is None])
+    if finder.packages and importlib.util.find_spec("transformers") is not None:
+        # asks once what is installed, and would take stand-ins for it
+        utils = importlib.import_module("transformers.utils")
+        for package in finder.packages:
+            getattr(utils, f"is_{package}_available", bool)()
     sys.meta_path.append(finder)
     try:
         yield
