@@ -220,7 +220,9 @@ def _ranking_loss(loss: Any, embeddings: list[Tensor], peer: Any) -> Tensor:
     queries, rows = queries.to(dtype), rows.to(dtype)
     batch = _Batch(unit_rows(queries, normalize), unit_rows(rows, normalize), first, n)
     columns = batch.documents.shape[0] * (1 + len(settings.further))
-    if is_small(queries, n * columns):
+    # two parts of the documents, each with its own factor, take a sweep and the rows of each query besides
+    two_parts = settings.hardness in ("in_batch_negatives", "hard_negatives")
+    if is_small(queries, n * columns, crossover=4.0 if two_parts else 1.0):
         return _plain_loss(batch, settings)
     value = _swept_loss(batch, settings)
     # what the peer returns under autocast: its log-sum-exp is of a reduced dtype on some devices, not on others

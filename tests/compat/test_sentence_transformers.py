@@ -296,6 +296,17 @@ def test_gathering_is_that_of_the_peers_module(name, options, monkeypatch):
     assert difference(found[2], found[0]) <= TOLERANCE
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gathering_stores_no_matrix(options, monkeypatch):
+    """Of the own rows with those of all ranks; there are three here."""
+    n = 1100
+    monkeypatch.setattr(both()[0]._plain, "all_gather_with_grad", lambda x: torch.cat([x.flip(0), x, 1 - x]))
+    monkeypatch.setattr(both()[0]._plain, "get_rank", lambda: 1)
+    columns = random_columns(n=n, dtype=torch.float32)
+    with adapters.NoMatrix(n):
+        value_and_gradients(getattr(both()[0], PLAIN)(Rows(), gather_across_devices=True, **options), columns)
+
+
 def on_a_rank(group, largest):
     """Return how far adapter and peer are apart over real ranks, for every option of both classes."""
     ours, theirs = both()

@@ -111,17 +111,30 @@ def _temperature(name: str) -> Any:
     return run
 
 
-def _memory(name: str, steps: int = 3, one_row: bool = False, **options: Any) -> Any:
+def _memory(name: str) -> Any:
     """Return the losses of batches that a memory of one and a half of them sees, and its state."""
 
     def run(module: Any, draw: Draw) -> dict[str, Tensor]:
-        n = 1 if one_row else draw.n
-        memory = module.CrossBatchMemory(getattr(module, name)(), 5, (3 * n + 1) // 2, **options)
-        losses = [memory(draw.rows(n, 5), _labels(draw, n, n)) for _ in range(steps)]
-        state = {name: x.to(draw.dtype) for name, x in memory.state_dict().items()}
-        return {**{f"loss {i}": loss for i, loss in enumerate(losses)}, **state}
+        n = draw.n
+        return _of_memory(module, name, draw, (3 * n + 1) // 2, [(n, n)] * 3)
 
     return run
+
+
+def _memory_of_single_rows(name: str) -> Any:
+    """Return the same for batches of one row, of a few classes."""
+
+    def run(module: Any, draw: Draw) -> dict[str, Tensor]:
+        return _of_memory(module, name, draw, 6, [(1, 2)] * 9)
+
+    return run
+
+
+def _of_memory(module: Any, name: str, draw: Draw, size: int, batches: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """Return the losses of batches of so many rows and classes, and the state that they leave."""
+    memory = module.CrossBatchMemory(getattr(module, name)(), 5, size)
+    losses = {f"loss {i}": memory(draw.rows(n, 5), _labels(draw, n, classes)) for i, (n, classes) in enumerate(batches)}
+    return {**losses, **{name: x.to(draw.dtype) for name, x in memory.state_dict().items()}}
 
 
 def _masked_memory(module: Any, draw: Draw) -> list[Tensor]:
@@ -173,8 +186,8 @@ CASES: tuple[Case, ...] = (
     *_cases("SupConLoss"),
     Case("CrossBatchMemory", "NTXentLoss", _memory("NTXentLoss")),
     Case("CrossBatchMemory", "SupConLoss", _memory("SupConLoss")),
-    Case("CrossBatchMemory", "batches of one row", _memory("NTXentLoss", one_row=True)),
-    Case("CrossBatchMemory", "batches of one row, SupConLoss", _memory("SupConLoss", one_row=True)),
+    Case("CrossBatchMemory", "batches of one row", _memory_of_single_rows("NTXentLoss")),
+    Case("CrossBatchMemory", "batches of one row, SupConLoss", _memory_of_single_rows("SupConLoss")),
     Case("CrossBatchMemory", "a loss that is the library's (dense)", _memory("ContrastiveLoss")),
     Case("CrossBatchMemory", "enqueue_mask (dense)", _masked_memory),
 )
