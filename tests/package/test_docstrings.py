@@ -20,7 +20,11 @@ def modules():
             and ".backends.triton." not in found.name
             and not found.name.endswith("._C")
         ):
-            yield importlib.import_module(found.name)
+            try:
+                yield importlib.import_module(found.name)
+            except ImportError:
+                # an adapter whose classes derive from those of a library that is not installed
+                assert found.name.startswith("contrastive_kernels.compat."), found.name
     yield ck
 
 
@@ -32,6 +36,9 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_docstring(name):
+    if all(example.options.get(doctest.SKIP) for example in EXAMPLES[name].examples):
+        assert name.startswith("contrastive_kernels.compat."), "an example that does not run"
+        pytest.skip("needs a library that is not installed")
     report = []
     results = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(EXAMPLES[name], out=report.append)
     assert results.attempted
