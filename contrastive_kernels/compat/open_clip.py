@@ -6,22 +6,12 @@ import sys
 from types import ModuleType
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_kernels.compat import _towers
+from contrastive_kernels.compat._distill import distilled_clip
 from contrastive_kernels.compat._patch import Patch
 from contrastive_kernels.compat._peer import forwarding, import_peer, warn_dense
-from contrastive_kernels.compat._small import is_small, scalar
-from contrastive_kernels.primitives import (
-    Pairs,
-    cast_for_autocast,
-    compute_dtype,
-    row_dot,
-    similarity_softmax_mean,
-    sweep,
-)
 
 __all__ = ["ClipLoss", "CoCaLoss", "DistillClipLoss", "SigLipLoss", "create_loss", "patch_open_clip"]
 
@@ -160,7 +150,7 @@ class DistillClipLoss(_peer.DistillClipLoss, ClipLoss):
                 warn_dense("DistillClipLoss", "world_size > 1")
             peer: Any = super()
             return peer.forward(*student, logit_scale, *teacher, dist_logit_scale, output_dict)
-        contrastive, distill = _distill(*student, logit_scale, *teacher, dist_logit_scale)
+        contrastive, distill = distilled_clip(*student, logit_scale, *teacher, dist_logit_scale)
         if output_dict:
             return {"contrastive_loss": contrastive, "distill_loss": distill}
         return contrastive, distill
@@ -246,31 +236,6 @@ def patch_open_clip() -> Patch:
         if id(value) in new
     ]
     return Patch(*replacements)
-
-
-def _distill(
-    x: Tensor, y: Tensor, scale: float | Tensor, teacher_x: Tensor, teacher_y: Tensor, teacher_scale: float | Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the contrastive and the distillation loss: both of the student's log-sum-exps, from one sweep."""
-    n, scale, teacher_scale = x.shape[0], scalar(scale), scalar(teacher_scale)
-    contrastive = distill = x.new_zeros((), dtype=compute_dtype(x))
-    if is_small(x, n**2, _towers.CROSSOVER):
-        logits, teacher = (scale * x) @ y.T, (teacher_scale * teacher_x) @ teacher_y.T
-        for dim in (1, 0):
-            log_shares = logits.log_softmax(dim)
-            contrastive = contrastive - 0.5 * log_shares.diagonal().mean()
-            distill = distill - 0.5 * (teacher.softmax(dim, dtype=logits.dtype) * log_shares).sum() / n
-        return contrastive, distill
-    x, y = cast_for_autocast(x), cast_for_autocast(y)
-    positive = scale * row_dot(x, y)
-    out = sweep(x, y, Pairs(diagonals=1), scale=scale, column_lse=True)
-    for negatives, rows, mean in (
-        (out.row_lse.squeeze(0), x, similarity_softmax_mean(teacher_x, teacher_y, y, scale=teacher_scale)),
-        (out.col_lse, y, similarity_softmax_mean(teacher_y, teacher_x, x, scale=teacher_scale)),
-    ):
-        contrastive = contrastive - 0.5 * F.logsigmoid(positive - negatives).mean()
-        distill = distill + 0.5 * (torch.logaddexp(negatives, positive) - scale * row_dot(rows, mean)).mean()
-    return contrastive, distill
 
 
 def _changed(loss: Any, ours: type) -> bool:

@@ -170,6 +170,30 @@ def test_siglip_value_may_be_added_to_in_place(negative_only, largest):
     assert difference(found[ours], found[theirs]) <= TOLERANCE
 
 
+@PATHS
+@pytest.mark.parametrize("name", CLASSES)
+def test_second_derivatives(name, largest):
+    """The gradient of the squared gradient: the sum over the rows is no constant in any order."""
+    found = {}
+    for module in (ours, theirs):
+        given = inputs(name)
+        leaves = [x for x in given.values() if x.requires_grad]
+        with _small.largest(largest):
+            values = made(module, name)(**given, output_dict=True).values()
+            first = torch.autograd.grad(sum(values), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(x.square().sum() for x in first), leaves)
+        found[module] = dict(enumerate(second))
+    assert difference(found[ours], found[theirs]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("learning", ["image_features", "text_features", "logit_scale"])
+def test_distillation_of_a_single_input(learning):
+    given = {key: x.detach().requires_grad_(key == learning) for key, x in inputs("DistillClipLoss").items()}
+    with _small.largest(0):
+        found = result(made(ours, "DistillClipLoss"), given)
+    assert difference(found, result(made(theirs, "DistillClipLoss"), given)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", CLASSES)
 def test_half_precision(name, dtype):
