@@ -44,7 +44,8 @@ def model_of(transformers: Any, family: str, dtype: torch.dtype = torch.float64)
     model = getattr(transformers, f"{family}Model")(config(text_config=TEXT, vision_config=VISION, **options))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.3)
+            parameter.normal_(std=0.5)
+        model.logit_scale.fill_(2.0)
     return model.to(dtype)
 
 
