@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_kernels.compat._peer import forwarding
+from contrastive_kernels.compat._peer import forwarding, warn_dense
 from contrastive_kernels.compat._small import is_small, scalar
 from contrastive_kernels.losses import info_nce_loss
 from contrastive_kernels.primitives import row_dot, unit_rows
@@ -69,7 +69,8 @@ def info_nce(
         positive_key: ``(N, D)``; row i is the positive of query i.
         negative_keys: ``(M, D)``, or ``(N, M, D)`` with ``negative_mode="paired"``; they replace the other rows'
             positives. None: those are the negatives.
-        temperature: T, a float or a tensor (differentiable).
+        temperature: T, a float or a tensor (differentiable); one of several numbers, broadcast over the logits, stores
+            them.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         negative_mode: ``"unpaired"`` or ``"paired"``; means nothing without negative_keys.
 
@@ -90,7 +91,10 @@ def info_nce(
     _check(query, positive_key, negative_keys, negative_mode)
     paired = negative_keys is not None and negative_mode == "paired"
     keys = positive_key if negative_keys is None else negative_keys
-    if not is_small(query, query.shape[0] * keys.shape[-2]):
+    several = isinstance(temperature, Tensor) and temperature.numel() != 1
+    if several:
+        warn_dense("info_nce", "a temperature of several numbers")
+    if not several and not is_small(query, query.shape[0] * keys.shape[-2]):
         return info_nce_loss(
             query,
             positive_key,
@@ -101,12 +105,12 @@ def info_nce(
         )
     query, positive_key = unit_rows(query), unit_rows(positive_key)
     if negative_keys is None:
-        logits, targets = query @ positive_key.T, torch.arange(query.shape[0])
+        logits, targets = query @ positive_key.T, torch.arange(query.shape[0], device=query.device)
     else:
         rows = query[:, None] if paired else query
         negatives = (rows @ unit_rows(negative_keys).transpose(-2, -1)).flatten(1)
         logits = torch.cat([row_dot(query, positive_key)[:, None], negatives], dim=1)
-        targets = torch.zeros(query.shape[0], dtype=torch.int64)
+        targets = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
     return F.cross_entropy(logits / temperature, targets, reduction=reduction)
 
 

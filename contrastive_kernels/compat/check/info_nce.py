@@ -41,9 +41,16 @@ def _temperature(module: Any, draw: Draw) -> Tensor:
     return loss
 
 
+def _temperatures(module: Any, draw: Draw) -> Tensor:
+    temperature = draw.leaf(0.2 + draw.rows(draw.n, 1, grad=False).square())
+    loss: Tensor = module.InfoNCE(temperature)(draw.rows(draw.n, 5), draw.rows(draw.n, 5), draw.rows(3, 5))
+    return loss
+
+
 CASES = (
     Case("InfoNCE", "in-batch negatives", _in_batch),
     Case("InfoNCE", "negative_keys, reduction='none'", _unpaired),
     Case("InfoNCE", "negative_mode='paired'", _paired),
+    Case("InfoNCE", "a dense temperature for every query", _temperatures),
     Case("info_nce", "temperature with gradient", _temperature),
 )
