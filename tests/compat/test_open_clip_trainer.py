@@ -8,14 +8,11 @@ import torch
 
 from benchmarks import libraries
 from contrastive_kernels.compat import _small, patch_open_clip
-from tests.support import adapters
+from tests.support.open_clip import open_clip, ours
 
-adapters.require_peers()
 pytestmark = pytest.mark.peers
 
-ours, theirs = adapters.modules("open_clip")
 with libraries.stand_ins():
-    open_clip = importlib.import_module("open_clip")
     training = importlib.import_module("open_clip_train.train")
 
 STEPS, BATCH = 20, 24
