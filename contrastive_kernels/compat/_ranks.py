@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -11,7 +11,17 @@ from torch import Tensor
 from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.groups import exchange
 
-__all__ = ["gather", "gather_constant", "gather_own", "is_gathered", "rank", "sum_over_ranks", "world_size"]
+__all__ = [
+    "gather",
+    "gather_constant",
+    "gather_own",
+    "is_gathered",
+    "is_initialised",
+    "rank",
+    "sum_over_ranks",
+    "world",
+    "world_size",
+]
 
 # Asked once: lightly asks in its constructors alone.
 _AVAILABLE = dist.is_available()
@@ -22,9 +32,19 @@ def is_gathered() -> bool:
     return world_size() > 1
 
 
+def is_initialised() -> bool:
+    """Return whether there is a default process group, of one rank or more: then rows that are gathered are copies."""
+    return _AVAILABLE and dist.is_initialized()
+
+
 def world_size() -> int:
     """Return the number of ranks; 1 without a process group."""
-    return dist.get_world_size() if _AVAILABLE and dist.is_initialized() else 1
+    return dist.get_world_size() if is_initialised() else 1
+
+
+def world() -> Literal["world"] | None:
+    """Return what our losses take as their group: all ranks, None in one process."""
+    return "world" if is_gathered() else None
 
 
 def rank() -> int:
