@@ -13,7 +13,7 @@ def class_ids(labels: Tensor) -> Tensor:
 
     An id is the first place of its label among the sorted ones: static shapes, nothing read back.
     """
-    labels = labels.detach().reshape(-1)
+    labels = labels.detach().reshape(-1).contiguous()
     if not labels.dtype.is_floating_point:
         labels = labels.to(torch.int64)
     elif labels.dtype != torch.float64:

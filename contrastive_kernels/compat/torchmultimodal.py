@@ -40,6 +40,8 @@ __getattr__ = forwarding(
 )
 
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
+# The arguments of cross_entropy that need no logits.
+FUSED = ("label_smoothing", "reduction")
 
 
 class BackpropType(Enum):
@@ -229,10 +231,11 @@ class _Batch(NamedTuple):
 
 def _losses(batch: _Batch, options: dict[str, Any]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Return the losses of both directions, and the logits where they were needed for them."""
-    given = {name: value for name, value in options.items() if value is not None}
-    reduction, label_smoothing = given.pop("reduction", "mean"), given.pop("label_smoothing", 0.0)
+    reduction, label_smoothing = options.get("reduction", "mean"), options.get("label_smoothing", 0.0)
     alone = not is_initialised()
-    unusual = next(iter(given), "logit_scale of several elements" if batch.scale.numel() > 1 else None)
+    unusual = next((name for name, value in options.items() if value is not None and name not in FUSED), None)
+    if unusual is None and batch.scale.numel() != 1:
+        unusual = "a logit_scale of several elements"
     if unusual is not None:
         warn_dense("contrastive_loss_with_temperature", unusual)
     elif not (alone and is_small(batch.a, batch.a.shape[0] * batch.b.shape[0], crossover=2)):
