@@ -134,7 +134,7 @@ def test_shapes_that_do_not_fit():
         solo.simclr_loss_func(torch.randn(6, 4), torch.arange(5))
     with pytest.raises(ValueError, match="z2"):
         solo.simclr_loss_func(torch.randn(6, 4), torch.randn(5, 4))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="z1"):
         solo.vicreg_loss_func(torch.randn(6, 4), torch.randn(5, 4))
 
 

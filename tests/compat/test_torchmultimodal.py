@@ -145,7 +145,7 @@ def test_attributes(module):
     loss.logit_scale_min = None
     loss(*torch.randn(2, 5, 4))
     for low, high in ((None, None), (0, None), (None, 0.0), (0, 0)):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="logit_scale_min"):
             module.ContrastiveLossWithTemperature(logit_scale_min=low, logit_scale_max=high)
 
 
