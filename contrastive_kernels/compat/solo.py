@@ -9,21 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_kernels.compat._labels import class_ids
 from contrastive_kernels.compat._peer import forwarding
 from contrastive_kernels.compat._ranks import gather_constant, is_gathered, is_initialised, rank, world, world_size
 from contrastive_kernels.compat._small import is_small, scalar
-from contrastive_kernels.losses import barlow_twins_loss, info_nce_loss, vicreg_loss
-from contrastive_kernels.losses._options import detached, softplus
+from contrastive_kernels.losses import barlow_twins_loss, info_nce_loss, sup_con_loss, vicreg_loss
+from contrastive_kernels.losses._options import detached
 from contrastive_kernels.primitives import (
-    Pairs,
     checks,
     compute_dtype,
     row_dot,
     shards_for,
     similarity_logsumexp,
     similarity_softmax_mean,
-    sweep,
     unit_rows,
     wide_products,
 )
@@ -79,20 +76,14 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     checks.not_empty("z", z)
     if tuple(indexes.shape) != (z.shape[0],):
         raise ValueError(f"indexes {checks.shape(indexes)} must have shape ({z.shape[0]},), one index per row of z")
-    z, scale = unit_rows(z), 1 / scalar(temperature)
+    scale = 1 / scalar(temperature)
     small = is_small(z, z.shape[0] ** 2) and not is_gathered()
     if small and isinstance(scale, float) and 0 < scale <= LARGEST_SCALE:
+        z = unit_rows(z)
         exponentials = torch.addmm(z.new_tensor(-scale), z, z.T, alpha=scale).fill_diagonal_(-torch.inf).exp()
         positives = exponentials.masked_fill(indexes[:, None] != indexes, 0)
         return (exponentials.sum(1) / positives.sum(1)).log().mean()
-    shards = shards_for(world(), "simclr_loss_func", z)
-    if indexes.dtype.is_floating_point:
-        indexes = shards.own(class_ids(shards.gather(indexes)), indexes)
-    ids = indexes.to(torch.int64)
-    negatives = sweep(z, None, Pairs(ids), scale=scale, shards=shards).row_lse.squeeze(0)
-    same = Pairs(ids, keep_equal_ids=True, diagonals=1)
-    positives = sweep(z, None, same, scale=scale, shards=shards).row_lse.squeeze(0)
-    return softplus(negatives - positives).mean()
+    return sup_con_loss(z, indexes, temperature=scalar(temperature), positives="sum", unlabelled=None, group=world())
 
 
 def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_kernels.compat._labels import class_ids
 from contrastive_kernels.compat._small import is_small, scalar
 from contrastive_kernels.losses import sup_con_loss
 from contrastive_kernels.primitives import Pairs, checks, compute_dtype, row_dot, sweep, wide_products
@@ -75,7 +74,8 @@ class SupConLoss(nn.Module):
         else:
             return sup_con_loss(
                 features,
-                None if labels is None else class_ids(labels).to(features.device),
+                None if labels is None else labels.reshape(-1).to(features.device),
+                unlabelled=None,
                 temperature=temperature,
                 base_temperature=base_temperature,
                 contrast_mode="one" if self.contrast_mode == "one" else "all",

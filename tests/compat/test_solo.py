@@ -34,7 +34,7 @@ def test_two_views(largest, positional):
 
 def test_errors():
     for module in (solo, peer):
-        with pytest.raises(ValueError, match="more than 1 value|2 rows"):
+        with pytest.raises(ValueError, match=r"more than 1 value|2 rows"):
             module.barlow_loss_func(torch.randn(1, 5), torch.randn(1, 5))
 
 
