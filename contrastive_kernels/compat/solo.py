@@ -77,7 +77,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     if tuple(indexes.shape) != (z.shape[0],):
         raise ValueError(f"indexes {checks.shape(indexes)} must have shape ({z.shape[0]},), one index per row of z")
     scale = 1 / scalar(temperature)
-    small = is_small(z, z.shape[0] ** 2) and not is_gathered()
+    small = is_small(z, z.shape[0] ** 2, crossover=4) and not is_gathered()  # against two sweeps
     if small and isinstance(scale, float) and 0 < scale <= LARGEST_SCALE:
         z = unit_rows(z)
         exponentials = torch.addmm(z.new_tensor(-scale), z, z.T, alpha=scale).fill_diagonal_(-torch.inf).exp()

@@ -42,6 +42,8 @@ __getattr__ = forwarding(
 DEFAULT_LOGIT_SCALE = math.log(1 / 0.07)
 # The arguments of cross_entropy that need no logits.
 FUSED = ("label_smoothing", "reduction")
+# The label of a row that does not count.
+IGNORED = -100
 
 
 class BackpropType(Enum):
@@ -84,12 +86,17 @@ class ContrastiveLossOutput(OrderedDict[str, Tensor]):
 
     @classmethod
     def deferred(
-        cls, loss: Tensor, loss_a: Tensor, loss_b: Tensor, logits: dict[str, Callable[[], Tensor]]
+        cls,
+        loss: Tensor,
+        loss_a: Tensor,
+        loss_b: Tensor,
+        logits_a: Callable[[], Tensor],
+        logits_b: Callable[[], Tensor],
     ) -> ContrastiveLossOutput:
         """Return losses whose logits are computed by functions, when they are first read."""
         output = cls.__new__(cls)
         output.loss, output.loss_a, output.loss_b = loss, loss_a, loss_b
-        vars(output)["_logits"] = logits
+        vars(output)["_logits"] = {"logits_a": logits_a, "logits_b": logits_b}
         return output
 
     def __getattr__(self, name: str) -> Tensor:
@@ -197,15 +204,18 @@ def contrastive_loss_with_temperature(
     batch = _Batch(embeddings_a, embeddings_b, logit_scale.exp(), mask, backprop_type.name)
     loss_a, loss_b, logits = _losses(batch, cross_entropy_kwargs or {})
     loss = (loss_a + loss_b) / 2
-    if logits is not None:
-        return ContrastiveLossOutput(loss, *logits, loss_a, loss_b)
-    # gathered now: only some of the ranks may read them
-    columns = batch.columns()
-    later = {
-        "logits_a": lambda: _logits(embeddings_a, columns[1], batch),
-        "logits_b": lambda: _logits(embeddings_b, columns[0], batch),
-    }
-    return ContrastiveLossOutput.deferred(loss, loss_a, loss_b, later)
+    if logits is None:
+        # gathered now: only some of the ranks may read them
+        of_a, of_b = batch.columns()
+        logits = (
+            lambda: batch.masked(batch.logits(embeddings_a, of_b)),
+            lambda: batch.masked(batch.logits(embeddings_b, of_a)),
+        )
+    return ContrastiveLossOutput.deferred(loss, loss_a, loss_b, *logits)
+
+
+# What returns the logits of both directions.
+_Logits = tuple[Callable[[], Tensor], Callable[[], Tensor]]
 
 
 class _Batch(NamedTuple):
@@ -224,37 +234,62 @@ class _Batch(NamedTuple):
         gathering = {"GLOBAL": gather, "LOCAL": gather_own}.get(self.backprop, gather_constant)
         return gathering(self.a), gathering(self.b)
 
+    def logits(self, x: Tensor, columns: Tensor) -> Tensor:
+        """Return the logits of rows with the candidates."""
+        return (x @ columns.T) * self.scale
+
+    def masked(self, x: Tensor) -> Tensor:
+        """Return the rows that the mask keeps."""
+        return x if self.mask is None else x[self.mask]
+
     def places(self) -> Tensor:
         """Return the places of this rank's rows among those of all."""
         return torch.arange(self.a.shape[0], device=self.a.device) + rank() * self.a.shape[0]
 
 
-def _losses(batch: _Batch, options: dict[str, Any]) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Return the losses of both directions, and the logits where they were needed for them."""
-    reduction, label_smoothing = options.get("reduction", "mean"), options.get("label_smoothing", 0.0)
-    alone = not is_initialised()
+def _losses(batch: _Batch, options: dict[str, Any]) -> tuple[Tensor, Tensor, _Logits | None]:
+    """Return the losses of both directions, and where the logits were needed for them what returns these."""
     unusual = next((name for name, value in options.items() if value is not None and name not in FUSED), None)
     if unusual is None and batch.scale.numel() != 1:
         unusual = "a logit_scale of several elements"
     if unusual is not None:
         warn_dense("contrastive_loss_with_temperature", unusual)
-    elif not (alone and is_small(batch.a, batch.a.shape[0] * batch.b.shape[0], crossover=2)):
-        losses = _fused(batch, label_smoothing)
-        loss_a, loss_b = _reduced(losses, batch.mask, reduction)
-        return loss_a, loss_b, None
+        return _dense(batch, options)
+    reduction, label_smoothing = options.get("reduction", "mean"), options.get("label_smoothing", 0.0)
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    pairs = batch.a.shape[0] * batch.b.shape[0]
+    if not is_initialised() and is_small(batch.a, pairs, crossover=4 if label_smoothing else 2):
+        return _small(batch, label_smoothing, reduction)
+    loss_a, loss_b = _reduced(_fused(batch, label_smoothing), batch.mask, reduction)
+    return loss_a, loss_b, None
+
+
+def _dense(batch: _Batch, options: dict[str, Any]) -> tuple[Tensor, Tensor, _Logits]:
+    """Return the losses from the logits of the rows that the mask keeps."""
     a, b = batch.columns()
-    logits_a = _logits(batch.a, b, batch)
-    logits_b = logits_a.T if alone and batch.mask is None else _logits(batch.b, a, batch)
-    labels = batch.places() if batch.mask is None else batch.places()[batch.mask]
-    dtype = compute_dtype(batch.a)
+    logits_a, logits_b = batch.masked(batch.logits(batch.a, b)), batch.masked(batch.logits(batch.b, a))
+    labels, dtype = batch.masked(batch.places()), compute_dtype(batch.a)
     loss_a, loss_b = (F.cross_entropy(logits.to(dtype), labels, **options) for logits in (logits_a, logits_b))
-    return loss_a, loss_b, (logits_a, logits_b)
+    return loss_a, loss_b, (lambda: logits_a, lambda: logits_b)
 
 
-def _logits(x: Tensor, columns: Tensor, batch: _Batch) -> Tensor:
-    """Return the logits of rows with the rows of all ranks."""
-    logits = (x @ columns.T) * batch.scale
-    return logits if batch.mask is None else logits[batch.mask]
+def _small(batch: _Batch, label_smoothing: float, reduction: str) -> tuple[Tensor, Tensor, _Logits]:
+    """Return the losses of a small batch from one matrix of logits."""
+    logits, labels = batch.logits(batch.a, batch.b), batch.places()
+    mask = batch.mask
+    if mask is not None and (mask.dtype != torch.bool or reduction == "none"):
+        losses = [
+            F.cross_entropy(x, labels, reduction="none", label_smoothing=label_smoothing) for x in (logits, logits.T)
+        ]
+        loss_a, loss_b = _reduced(torch.stack(losses), mask, reduction)
+    else:
+        if mask is not None:
+            labels = labels.masked_fill(~_checked(mask, batch.a), IGNORED)
+        loss_a, loss_b = (
+            F.cross_entropy(x, labels, ignore_index=IGNORED, reduction=reduction, label_smoothing=label_smoothing)
+            for x in (logits, logits.T)
+        )
+    return loss_a, loss_b, (lambda: batch.masked(logits), lambda: batch.masked(logits.T))
 
 
 def _fused(batch: _Batch, label_smoothing: float) -> Tensor:
@@ -283,15 +318,18 @@ def _fused(batch: _Batch, label_smoothing: float) -> Tensor:
 
 def _reduced(losses: Tensor, mask: Tensor | None, reduction: str) -> Tensor:
     """Return the losses (2, N) of the rows that the mask keeps, as cross_entropy reduces them."""
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
     if mask is not None and (mask.dtype != torch.bool or reduction == "none"):
         losses, mask = losses[:, mask], None
     if mask is not None:
-        if mask.shape != losses.shape[1:]:
-            raise IndexError(f"mask {checks.shape(mask)} must have shape {tuple(losses.shape[1:])}, one entry per row")
         # a fixed shape: nothing is read back
-        total = losses.masked_fill(~mask, 0).sum(1)
+        total = losses.masked_fill(~_checked(mask, losses[0]), 0).sum(1)
         return total if reduction == "sum" else total / mask.sum()
     if reduction == "none":
         return losses
     return losses.sum(1) if reduction == "sum" else losses.mean(1)
+
+
+def _checked(mask: Tensor, rows: Tensor) -> Tensor:
+    if tuple(mask.shape) != (rows.shape[0],):
+        raise IndexError(f"mask {checks.shape(mask)} must have shape ({rows.shape[0]},), one entry per row")
+    return mask
