@@ -111,7 +111,9 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
         >>> mocov2plus_loss_func(torch.randn(16, 8), torch.randn(16, 8), torch.randn(8, 64)).shape
         torch.Size([])
     """
-    if is_small(query, query.shape[0] * queue.shape[-1]):
+    # For a sweep the queue has to be turned; the logits of few queries take less time and less memory than it.
+    few = 8 * query.shape[0] <= 3 * query.shape[-1]
+    if is_small(query, query.shape[0] * queue.shape[-1], crossover=1024 if few else 1):
         logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue], dim=1)
         return F.cross_entropy(logits / temperature, torch.zeros(query.shape[0], dtype=torch.int64))
     return info_nce_loss(query, key, queue.T, temperature=scalar(temperature), normalize=False)
@@ -214,7 +216,9 @@ def ressl_loss_func(
         >>> ressl_loss_func(torch.randn(16, 8), torch.randn(16, 8), torch.randn(64, 8)).shape
         torch.Size([])
     """
-    if is_small(q, q.shape[0] * queue.shape[0], crossover=16):  # against two sweeps and a mean
+    # against a sweep and a mean; the logits of few queries take less memory than the queue
+    few = 2 * q.shape[0] <= q.shape[-1]
+    if is_small(q, q.shape[0] * queue.shape[0], crossover=1024 if few else 16):
         target = ((k.detach() @ queue.detach().T) / detached(temperature_k)).softmax(1)
         return F.cross_entropy(q @ queue.T / temperature_q, target)
     scale_q, scale_k = 1 / scalar(temperature_q), 1 / scalar(detached(temperature_k))
