@@ -28,6 +28,7 @@ class MemoryBankModule(nn.Module):
         ValueError: a negative size, or neither one nor two numbers.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.lightly import MemoryBankModule
         >>> rows, bank = MemoryBankModule((64, 4))(torch.randn(8, 4), update=True)
         >>> bank.shape

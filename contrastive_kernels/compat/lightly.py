@@ -64,6 +64,7 @@ class NTXentLoss(nn.Module):
         ValueError: a temperature of 0, a size that is none, or no torch.distributed to gather with.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.lightly import NTXentLoss
         >>> NTXentLoss(memory_bank_size=(64, 4))(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
@@ -161,6 +162,7 @@ class DirectCLRLoss(NTXentLoss):
         gather_distributed: see `NTXentLoss`.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.lightly import DirectCLRLoss
         >>> DirectCLRLoss(loss_dim=4)(torch.randn(8, 16, 2, 2), torch.randn(8, 16, 2, 2)).shape
         torch.Size([])
@@ -195,6 +197,7 @@ def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5
     Source: Yeh, Hong, Hsu, Liu, Chen, LeCun, ECCV 2022, arXiv:2110.06848.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.lightly import negative_mises_fisher_weights
         >>> negative_mises_fisher_weights(torch.randn(8, 4), torch.randn(8, 4)).mean().round(decimals=4)
         tensor(1.)
@@ -217,6 +220,7 @@ class DCLLoss(nn.Module):
         ValueError: no torch.distributed to gather with.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.lightly import DCLLoss
         >>> DCLLoss(weight_fn=lambda x, y: (x * y).sum(1))(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
@@ -285,6 +289,7 @@ class DCLWLoss(DCLLoss):
         gather_distributed: the negatives are those of all ranks.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.lightly import DCLWLoss
         >>> DCLWLoss(sigma=0.4)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
@@ -305,6 +310,7 @@ class BarlowTwinsLoss(nn.Module):
         ValueError: no torch.distributed to gather with.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.lightly import BarlowTwinsLoss
         >>> BarlowTwinsLoss()(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
@@ -344,6 +350,7 @@ class VICRegLoss(nn.Module):
         ValueError: no torch.distributed to gather with.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.lightly import VICRegLoss
         >>> VICRegLoss()(torch.randn(8, 7, 4), torch.randn(8, 7, 4)).shape
         torch.Size([])
@@ -411,6 +418,7 @@ class HypersphereLoss(nn.Module):
         alpha: power of the distances of the pairs.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.lightly import HypersphereLoss
         >>> HypersphereLoss()(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])

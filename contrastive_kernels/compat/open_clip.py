@@ -43,6 +43,8 @@ class ClipLoss(_peer.ClipLoss):
     Source: Radford et al., ICML 2021, arXiv:2103.00020, figure 3; `open_clip.loss.ClipLoss`.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.open_clip import ClipLoss
         >>> image, text = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=-1).unbind(0)
         >>> ClipLoss()(image, text, logit_scale=torch.tensor(14.3), output_dict=True).keys()
         dict_keys(['contrastive_loss'])
@@ -99,6 +101,8 @@ class CoCaLoss(_peer.CoCaLoss, ClipLoss):
     Source: Yu et al., TMLR 2022, arXiv:2205.01917; `open_clip.loss.CoCaLoss`.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.open_clip import CoCaLoss
         >>> image, text = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=-1).unbind(0)
         >>> logits, labels = torch.randn(16, 5, 30), torch.randint(30, (16, 5))
         >>> contrastive, caption = CoCaLoss(2.0, 1.0)(image, text, logits, labels, logit_scale=torch.tensor(14.3))
@@ -120,6 +124,8 @@ class DistillClipLoss(_peer.DistillClipLoss, ClipLoss):
     Source: Wu et al., ICCV 2023, arXiv:2309.12314; `open_clip.loss.DistillClipLoss`.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.open_clip import DistillClipLoss
         >>> image, text, *teacher = torch.nn.functional.normalize(torch.randn(4, 16, 8), dim=-1).unbind(0)
         >>> contrastive, distill = DistillClipLoss()(image, text, torch.tensor(14.3), *teacher, torch.tensor(100.0))
     """
@@ -171,6 +177,8 @@ class SigLipLoss(_peer.SigLipLoss):
     Source: Zhai, Mustafa, Kolesnikov, Beyer, ICCV 2023, arXiv:2303.15343; `open_clip.loss.SigLipLoss`.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.open_clip import SigLipLoss
         >>> image, text = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=-1).unbind(0)
         >>> SigLipLoss()(image, text, torch.tensor(10.0), torch.tensor(-10.0)).shape
         torch.Size([])
@@ -204,6 +212,7 @@ def create_loss(args: Any) -> Any:
         AssertionError: options that exclude each other.
 
     Example:
+        >>> from contrastive_kernels.compat.open_clip import create_loss
         >>> options = dict(local_loss=False, gather_with_grad=False, rank=0, world_size=1, horovod=False)
         >>> args = argparse.Namespace(model="ViT-B-32", distill=False, siglip=False, **options)  # doctest: +SKIP
         >>> loss = create_loss(args)  # doctest: +SKIP
@@ -222,6 +231,7 @@ def patch_open_clip() -> Patch:
         What puts the original back: `Patch.undo`, or the end of a ``with`` block.
 
     Example:
+        >>> from contrastive_kernels.compat.open_clip import patch_open_clip
         >>> with patch_open_clip():
         ...     open_clip.loss.ClipLoss is ClipLoss  # doctest: +SKIP
         True

@@ -41,6 +41,8 @@ class NTXentLoss(_losses.NTXentLoss):
     Source: Chen et al. 2020, arXiv:2002.05709, with several positives as in pytorch-metric-learning.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.pytorch_metric_learning import NTXentLoss
         >>> NTXentLoss(temperature=0.1)(torch.randn(16, 8), torch.randint(4, (16,))).shape  # doctest: +SKIP
         torch.Size([])
     """
@@ -70,6 +72,8 @@ class SupConLoss(_losses.SupConLoss):
     Source: Khosla et al. 2020, arXiv:2004.11362, eq. 2.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.pytorch_metric_learning import SupConLoss
         >>> SupConLoss(temperature=0.1)(torch.randn(16, 8), torch.randint(4, (16,))).shape  # doctest: +SKIP
         torch.Size([])
     """
@@ -98,6 +102,8 @@ class CrossBatchMemory(_losses.CrossBatchMemory):
     Source: Wang et al. 2020, arXiv:1912.06798.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.pytorch_metric_learning import CrossBatchMemory, NTXentLoss
         >>> memory = CrossBatchMemory(NTXentLoss(), embedding_size=8)  # doctest: +SKIP
         >>> memory(torch.randn(16, 8), torch.randint(4, (16,))).shape  # doctest: +SKIP
         torch.Size([])

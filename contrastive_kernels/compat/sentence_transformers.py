@@ -61,6 +61,7 @@ class MultipleNegativesRankingLoss(_losses.MultipleNegativesRankingLoss):
     Lan et al. 2025, arXiv:2503.04812.
 
     Example:
+        >>> from contrastive_kernels.compat.sentence_transformers import MultipleNegativesRankingLoss
         >>> loss = MultipleNegativesRankingLoss(model)  # doctest: +SKIP
         >>> SentenceTransformerTrainer(model=model, train_dataset=pairs, loss=loss).train()  # doctest: +SKIP
     """
@@ -79,6 +80,7 @@ class CachedMultipleNegativesRankingLoss(_losses.CachedMultipleNegativesRankingL
     The mini-batches are those of the encoder alone: the loss is taken from the whole batch at once, in no more memory.
 
     Example:
+        >>> from contrastive_kernels.compat.sentence_transformers import CachedMultipleNegativesRankingLoss
         >>> loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=64)  # doctest: +SKIP
     """
 
@@ -109,6 +111,7 @@ with warnings.catch_warnings():
         """The mean of the losses of both directions: deprecated by sentence-transformers.
 
         Example:
+            >>> from contrastive_kernels.compat.sentence_transformers import MultipleNegativesSymmetricRankingLoss
             >>> loss = MultipleNegativesSymmetricRankingLoss(model)  # doctest: +SKIP
         """
 
@@ -119,6 +122,7 @@ with warnings.catch_warnings():
         """The mean of the losses of both directions, cached: deprecated by sentence-transformers.
 
         Example:
+            >>> from contrastive_kernels.compat.sentence_transformers import CachedMultipleNegativesSymmetricRankingLoss
             >>> loss = CachedMultipleNegativesSymmetricRankingLoss(model)  # doctest: +SKIP
         """
 

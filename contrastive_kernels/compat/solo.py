@@ -66,6 +66,8 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     Source: Chen, Kornblith, Norouzi, Hinton, ICML 2020, arXiv:2002.05709; `simclr_loss_func` of solo-learn.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.solo import simclr_loss_func
         >>> simclr_loss_func(torch.randn(16, 8), torch.arange(8).repeat(2)).shape
         torch.Size([])
     """
@@ -108,6 +110,8 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
     Source: He, Fan, Wu, Xie, Girshick, CVPR 2020, arXiv:1911.05722; `mocov2plus_loss_func` of solo-learn.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.solo import mocov2plus_loss_func
         >>> mocov2plus_loss_func(torch.randn(16, 8), torch.randn(16, 8), torch.randn(8, 64)).shape
         torch.Size([])
     """
@@ -141,6 +145,8 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Te
     Source: Chen, Xie, He, ICCV 2021, arXiv:2104.02057; `mocov3_loss_func` of solo-learn.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.solo import mocov3_loss_func
         >>> mocov3_loss_func(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """
@@ -182,6 +188,8 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
     Source: Dwibedi, Aytar, Tompson, Sermanet, Zisserman, ICCV 2021, arXiv:2104.14548; `nnclr_loss_func` of solo-learn.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.solo import nnclr_loss_func
         >>> nnclr_loss_func(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """
@@ -213,6 +221,8 @@ def ressl_loss_func(
     Source: Zheng, You, Wang, Qian, Zhang, Wang, Xu, NeurIPS 2021, arXiv:2107.09282; `ressl_loss_func` of solo-learn.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.solo import ressl_loss_func
         >>> ressl_loss_func(torch.randn(16, 8), torch.randn(16, 8), torch.randn(64, 8)).shape
         torch.Size([])
     """
@@ -252,6 +262,8 @@ def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: flo
     Source: Zbontar, Jing, Misra, LeCun, Deny, ICML 2021, arXiv:2103.03230; `barlow_loss_func` of solo-learn.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.solo import barlow_loss_func
         >>> barlow_loss_func(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """
@@ -300,6 +312,8 @@ def vicreg_loss_func(
     Source: Bardes, Ponce, LeCun, ICLR 2022, arXiv:2105.04906; `vicreg_loss_func` of solo-learn.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.solo import vicreg_loss_func
         >>> vicreg_loss_func(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """

@@ -43,6 +43,7 @@ class InfoNCELoss(nn.Module):
         temperature: of the softmax, unless `forward` gets a logit_scale.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.stable_pretraining import InfoNCELoss
         >>> InfoNCELoss(0.1)(torch.randn(8, 4), torch.randn(16, 4), torch.arange(8)).shape
         torch.Size([])
@@ -107,6 +108,7 @@ class NTXEntLoss(InfoNCELoss):
         temperature: of the softmax.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.stable_pretraining import NTXEntLoss
         >>> NTXEntLoss(0.1)(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
@@ -131,6 +133,7 @@ class CLIPLoss(InfoNCELoss):
         temperature: of the softmax, unless `forward` gets a logit_scale.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.stable_pretraining import CLIPLoss
         >>> CLIPLoss()(torch.randn(8, 4), torch.randn(8, 4), logit_scale=0.1).shape
         torch.Size([])
@@ -176,6 +179,7 @@ class BarlowTwinsLoss(nn.Module):
         lambd: weight of the redundancy term.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.stable_pretraining import BarlowTwinsLoss
         >>> BarlowTwinsLoss()(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])
@@ -207,6 +211,7 @@ class VCRegLoss(nn.Module):
         epsilon: added to the variance under the root.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.stable_pretraining import VCRegLoss
         >>> VCRegLoss()(torch.randn(8, 4)).shape
         torch.Size([])
@@ -240,6 +245,7 @@ class VICRegLoss(nn.Module):
         epsilon: see `VCRegLoss`.
 
     Example:
+        >>> import torch
         >>> from contrastive_kernels.compat.stable_pretraining import VICRegLoss
         >>> VICRegLoss()(torch.randn(8, 4), torch.randn(8, 4)).shape
         torch.Size([])

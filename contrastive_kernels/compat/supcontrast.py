@@ -31,6 +31,8 @@ class SupConLoss(nn.Module):
     Source: Khosla et al., NeurIPS 2020, arXiv:2004.11362, eq. 2, as `losses.SupConLoss` of HobbitLong/SupContrast.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.supcontrast import SupConLoss
         >>> features = torch.nn.functional.normalize(torch.randn(8, 2, 4), dim=-1)
         >>> SupConLoss()(features, torch.randint(3, (8,))).shape
         torch.Size([])

@@ -125,6 +125,8 @@ class ContrastiveLossWithTemperature(nn.Module):
         ValueError: both bounds are None or 0.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.torchmultimodal import ContrastiveLossWithTemperature
         >>> a, b = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=-1)
         >>> ContrastiveLossWithTemperature()(a, b).shape
         torch.Size([])
@@ -196,6 +198,8 @@ def contrastive_loss_with_temperature(
     Source: Radford et al., ICML 2021, arXiv:2103.00020; `contrastive_loss_with_temperature` of TorchMultimodal.
 
     Example:
+        >>> import torch
+        >>> from contrastive_kernels.compat.torchmultimodal import contrastive_loss_with_temperature
         >>> a, b = torch.nn.functional.normalize(torch.randn(2, 16, 8), dim=-1)
         >>> output = contrastive_loss_with_temperature(a, b, torch.tensor(2.0))
         >>> output.loss.shape, output.logits_a.shape

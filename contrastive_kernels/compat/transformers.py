@@ -47,6 +47,7 @@ def patch_transformers(model: nn.Module | None = None) -> Patch:
         TypeError: a model of another class, or whose ``forward`` is replaced already, as `accelerate` does.
 
     Example:
+        >>> from contrastive_kernels.compat.transformers import patch_transformers
         >>> from transformers import CLIPConfig, CLIPModel
         >>> patch = patch_transformers(CLIPModel(CLIPConfig()))  # doctest: +SKIP
     """
