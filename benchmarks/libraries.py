@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -20,6 +20,8 @@ from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor, nn
+
+from contrastive_kernels.compat.check.command import Library
 
 from .eager import MARGIN, TEMPERATURE
 
@@ -72,6 +74,37 @@ def stand_ins(*packages: str) -> Iterator[None]:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.partition(".")[0] in finder.packages]:
             del sys.modules[name]
+
+
+# What the losses of a library do not use of what it imports.
+STAND_INS = {
+    "lightly": ("torchvision",),
+    "open_clip": ("torchvision",),
+    "solo": ("einops", "pl_bolts", "timm", "torchvision"),
+}
+# Packages whose own imports take what is not installed, and the module whose names they lend to the losses.
+UNINITIALISED = {
+    "stable_pretraining": {
+        "stable_pretraining": "",
+        "stable_pretraining.backbone": "",
+        "stable_pretraining.data": "",
+        "stable_pretraining.utils": "stable_pretraining.utils.distributed",
+    }
+}
+
+
+def adapter_and_original(name: str) -> tuple[Any, Any]:
+    """Return the adapter and the library that it stands in for, imported without what its losses do not use."""
+    for package, lender in UNINITIALISED.get(name, {}).items():
+        if package not in sys.modules:
+            spec = importlib.util.find_spec(package)
+            if spec is None:
+                break
+            sys.modules[package] = importlib.util.module_from_spec(spec)
+            if lender:
+                vars(sys.modules[package]).update(vars(importlib.import_module(lender)))
+    with stand_ins(*STAND_INS[name]) if name in STAND_INS else nullcontext():
+        return Library(name).modules()
 
 
 @cache

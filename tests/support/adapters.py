@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
-import sys
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,27 +10,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks import libraries
+from benchmarks.libraries import adapter_and_original as modules
 from contrastive_kernels.compat import ADAPTERS
 from contrastive_kernels.compat.check.command import Library
 
+__all__ = [
+    "NOT_INSTALLABLE",
+    "OTHER_SIGNATURES",
+    "NoMatrix",
+    "cases",
+    "modules",
+    "parameters",
+    "require_peers",
+]
+
 # Those that no package index has, or not in the form that people use; tests compare with formulas of ours.
 NOT_INSTALLABLE = ("supcontrast",)
-# What is not installed with the peers and is not used by their losses.
-STAND_INS = {
-    "lightly": ("torchvision",),
-    "open_clip": ("torchvision",),
-    "solo": ("einops", "pl_bolts", "timm", "torchvision"),
-}
-# Packages whose own imports take what is not installed, and the module whose names they lend to the losses.
-UNINITIALISED = {
-    "stable_pretraining": {
-        "stable_pretraining": "",
-        "stable_pretraining.backbone": "",
-        "stable_pretraining.data": "",
-        "stable_pretraining.utils": "stable_pretraining.utils.distributed",
-    }
-}
 # Signatures of other releases than the one that is installed.
 OTHER_SIGNATURES = {("lightly", "MemoryBankModule"), ("solo", "simclr_loss_func")}
 
@@ -41,20 +33,6 @@ OTHER_SIGNATURES = {("lightly", "MemoryBankModule"), ("solo", "simclr_loss_func"
 def require_peers() -> None:
     """Skip a module where the peers are not installed; where one alone is missing the tests of it fail."""
     pytest.importorskip("info_nce")
-
-
-def modules(name: str) -> tuple[Any, Any]:
-    """Return the adapter and its peer, imported without what its losses do not use."""
-    for package, lender in UNINITIALISED.get(name, {}).items():
-        if package not in sys.modules:
-            spec = importlib.util.find_spec(package)
-            if spec is None:
-                break
-            sys.modules[package] = importlib.util.module_from_spec(spec)
-            if lender:
-                vars(sys.modules[package]).update(vars(importlib.import_module(lender)))
-    with libraries.stand_ins(*STAND_INS[name]) if name in STAND_INS else nullcontext():
-        return Library(name).modules()
 
 
 def cases(*names: str) -> list[Any]:
