@@ -102,7 +102,7 @@ def check(names: Sequence[str]) -> int:
         for name, cases in by_name.items():
             wrong = [f"{case.what}: {text}" for case in cases if (text := compare(case, adapter, peer)) != "ok"]
             differs |= bool(wrong)
-            print(f"{library.name} {name:<44}{library.version:<10}{'; '.join(wrong) or 'ok'}", flush=True)
+            print(f"{library.name:<24}{name:<44}{library.version:<10}{'; '.join(wrong) or 'ok'}", flush=True)
     return int(differs)
 
 
