@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from contrastive_kernels.diagnostics.common import as_positive, check_alike, wide_rows, without_autocast
+from contrastive_kernels.diagnostics.common import check_alike, wide_rows, without_autocast
 from contrastive_kernels.losses import uniformity_loss
 from contrastive_kernels.losses._options import softplus
 from contrastive_kernels.primitives import checks, row_dot
@@ -54,7 +54,7 @@ def alignment(x: Tensor, y: Tensor, *, exponent: float = 2.0, normalize: bool = 
     checks.features("y", y)
     check_alike("x", x, "y", y)
     checks.not_empty("x", x)
-    exponent = as_positive("exponent", exponent)
+    exponent = checks.positive("exponent", exponent)
     squares = (wide_rows(x, normalize) - wide_rows(y, normalize)).square().sum(1)
     if exponent == 2:
         return squares.mean()
@@ -90,7 +90,7 @@ def uniformity(z: Tensor, *, t: float = 2.0, normalize: bool = False, backend: s
         >>> round(diagnostics.uniformity(torch.eye(4)).item(), 4)
         -4.0
     """
-    t = as_positive("t", t)
+    t = checks.positive("t", t)
     checks.features("z", z)
     return uniformity_loss(wide_rows(z, False), t=t, normalize=normalize, backend=backend)
 

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.common import (
-    as_count,
-    as_positive,
     centre,
     check_alike,
     check_labels,
@@ -86,7 +84,7 @@ def _as_views(features: Tensor) -> Tensor:
     if features.dim() == 2:
         checks.features("features", features)
         return features[:, None]
-    checks.views("features", features, minimum=1)
+    checks.lists("features", features, 1, "N, V, D")
     return features
 
 
@@ -118,7 +116,7 @@ def class_means(features: Tensor, labels: Tensor, num_classes: int, *, normalize
     """
     features = _as_views(features)
     labels = check_labels(labels, features)
-    num_classes = as_count("num_classes", num_classes)
+    num_classes = checks.count("num_classes", num_classes)
     features = wide_rows(features, normalize).mean(1)
     index, known = class_index(labels, num_classes)
     counts = torch.zeros(num_classes, dtype=torch.int64, device=features.device).index_add(0, index, known.long())
@@ -304,14 +302,14 @@ def centre_bound(
         >>> bool(bound.holds)
         True
     """
-    checks.views("views", views)
+    checks.lists("views", views, 2, "N, V, D")
     labels = check_labels(labels, views)
-    num_classes = as_count("num_classes", num_classes)
-    sigma, radius = as_positive("sigma", sigma), as_positive("radius", radius)
+    num_classes = checks.count("num_classes", num_classes)
+    sigma, radius = checks.positive("sigma", sigma), checks.positive("radius", radius)
     if sigma > 1:
         raise ValueError(f"sigma {sigma} is a probability: it must be at most 1")
-    delta, lipschitz = as_positive("delta", delta, zero=True), as_positive("lipschitz", lipschitz, zero=True)
-    epsilon = as_positive("epsilon", epsilon, zero=True)
+    delta, lipschitz = checks.positive("delta", delta, zero=True), checks.positive("lipschitz", lipschitz, zero=True)
+    epsilon = checks.positive("epsilon", epsilon, zero=True)
     views = wide_rows(views, normalize) * (radius if normalize else 1)
     means, counts = class_means(views, labels, num_classes, normalize=False)
     index, known = class_index(labels, num_classes)
@@ -376,8 +374,8 @@ def augmented_distance(first: Tensor, second: Tensor) -> Tensor:
         >>> diagnostics.augmented_distance(torch.zeros(3, 2, 4), torch.ones(3, 5, 4)).tolist()
         [2.0, 2.0, 2.0]
     """
-    checks.views("first", first, minimum=1)
-    checks.views("second", second, minimum=1)
+    checks.lists("first", first, 1, "N, V, D")
+    checks.lists("second", second, 1, "N, V, D")
     check_alike("first", first, "second", second)
     nearest = torch.empty(len(first), dtype=compute_dtype(first), device=first.device)
     for rows in chunks(len(first), first.shape[1] * second.shape[1]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import TypeVar
@@ -75,22 +74,6 @@ def check_range(name: str, value: Tensor, least: int, end: int, what: str) -> No
     found = torch.stack(value.aminmax()).tolist()
     if found[0] < least or found[1] >= end:
         raise ValueError(f"{name} has values from {found[0]} to {found[1]}; {what} are {least} to {end - 1}")
-
-
-def as_count(name: str, value: object) -> int:
-    """Return an integer of at least 1 as an int, one of NumPy's too."""
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        value = int(value)
-    checks.count(name, value)
-    return value  # type: ignore[return-value]  # checked above
-
-
-def as_positive(name: str, value: object, *, zero: bool = False) -> float:
-    """Return a number above 0, or with `zero` not below it, as a Python number, one of NumPy's too."""
-    if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
-        value = float(value)
-    checks.positive(name, value, zero=zero)  # type: ignore[arg-type]  # raises for what is no number
-    return value  # type: ignore[return-value]
 
 
 # Rows

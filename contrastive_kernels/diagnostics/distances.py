@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.common import (
-    as_count,
-    as_positive,
     check_alike,
     chunks,
     equal_rows,
@@ -143,7 +141,7 @@ def band_count(
         >>> diagnostics.band_count(torch.eye(3), lower=0.2, upper=0.6).count.item()
         6
     """
-    lower, upper = as_positive("lower", lower, zero=True), as_positive("upper", upper)
+    lower, upper = checks.positive("lower", lower, zero=True), checks.positive("upper", upper)
     Band(lower, upper)
     ids, y_ids = _checked(z, y, ids, y_ids, same)
     found = torch.zeros(3, dtype=torch.int64, device=z.device)
@@ -194,7 +192,7 @@ def distance_histogram(
         >>> diagnostics.distance_histogram(torch.eye(3), bins=4).counts.tolist()
         [0, 0, 6, 0]
     """
-    bins = as_count("bins", bins)
+    bins = checks.count("bins", bins)
     ids, y_ids = _checked(z, y, ids, y_ids, same)
     # One place more for the pairs that do not count, and one for those without a finite distance.
     counts = torch.zeros(bins + 2, dtype=torch.int64, device=z.device)

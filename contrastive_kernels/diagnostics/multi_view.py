@@ -51,7 +51,7 @@ def classify_views(
         >>> diagnostics.classify_views(views, means, combine="vote").confidence.tolist()
         [0.5, 0.5, 0.5]
     """
-    checks.views("views", views, minimum=1)
+    checks.lists("views", views, 1, "N, V, D")
     check_means(means, views)
     checks.choice("combine", combine, COMBINATIONS)
     views, means = wide_rows(views, normalize), wide_rows(means, normalize_means)

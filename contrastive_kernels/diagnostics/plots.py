@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.classes import class_similarity
-from contrastive_kernels.diagnostics.common import as_count, as_positive, check_range
+from contrastive_kernels.diagnostics.common import check_range
 from contrastive_kernels.diagnostics.distances import DistanceHistogram, distance_histogram
 from contrastive_kernels.primitives import Band, checks
 
@@ -87,10 +87,10 @@ def plot_distance_histogram(
     """
     if (lower is None) != (upper is None):
         raise ValueError("lower and upper go together: they are the ends of the band")
-    bins = as_count("bins", bins)
+    bins = checks.count("bins", bins)
     band = None
     if lower is not None and upper is not None:
-        band = Band(as_positive("lower", lower, zero=True), as_positive("upper", upper))
+        band = Band(checks.positive("lower", lower, zero=True), checks.positive("upper", upper))
     several = z if isinstance(z, dict) else {"": z}
     axes = _axes(axes)
     if band is not None:
@@ -201,7 +201,7 @@ def plot_rank_distribution(ranks: Tensor, keys: int, *, axes: Axes | None = None
     if ranks.dim() != 1 or not len(ranks):
         raise ValueError(f"ranks {checks.shape(ranks)} must have shape (N,), N >= 1")
     checks.ids("ranks", ranks, len(ranks), ranks)
-    keys = as_count("keys", keys)
+    keys = checks.count("keys", keys)
     check_range("ranks", ranks, 1, keys + 1, f"the ranks among {keys} keys")
     axes = _axes(axes)
     ordered = ranks.sort().values.cpu()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.common import (
-    as_count,
     centre,
     check_alike,
     check_range,
@@ -126,7 +125,7 @@ def retrieval_accuracy(
         >>> diagnostics.retrieval_accuracy(torch.eye(3), torch.eye(3).roll(1, 0), k=(1, 3)).tolist()
         [0.0, 1.0]
     """
-    several = [as_count("k", value) for value in (k if isinstance(k, Iterable) else [k])]
+    several = [checks.count("k", value) for value in (k if isinstance(k, Iterable) else [k])]
     ranks = positive_rank(query, keys, target, query_ids=query_ids, key_ids=key_ids, normalize=normalize)
     limits = torch.tensor(several, dtype=torch.int64, device=ranks.device)
     accuracy = (ranks[:, None] <= limits).to(query.dtype if query.dtype == torch.float64 else torch.float32).mean(0)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from contrastive_kernels.diagnostics.common import (
-    as_positive,
     check_labels,
     check_means,
     chunks,
@@ -74,7 +73,7 @@ def adversarial_radius(
     labels = check_labels(labels, features)
     check_means(means, features)
     checks.choice("bound", bound, ("certified", "notes"))
-    lipschitz = as_positive("lipschitz", lipschitz)
+    lipschitz = checks.positive("lipschitz", lipschitz)
     features, means = wide_rows(features, normalize), wide_rows(means, normalize_means)
     index, known = class_index(labels, len(means))
     radius = features.new_empty(len(features))

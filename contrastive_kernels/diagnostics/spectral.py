@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_kernels.diagnostics.common import as_count, check_alike, without_autocast
+from contrastive_kernels.diagnostics.common import check_alike, without_autocast
 from contrastive_kernels.primitives import checks, compute_dtype
 
 __all__ = ["SpectralOptimum", "normalized_adjacency", "spectral_optimum", "spectral_population_loss"]
@@ -146,7 +146,7 @@ def spectral_optimum(joint: Tensor, k: int, *, two_towers: bool = False) -> Spec
         -2.0
     """
     joint = _joint(joint, symmetric=not two_towers)
-    k = as_count("k", k)
+    k = checks.count("k", k)
     if k > min(joint.shape):
         raise ValueError(f"k {k} is more than joint {checks.shape(joint)} has rows or columns")
     adjacency = _adjacency(joint)

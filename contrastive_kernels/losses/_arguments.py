@@ -54,7 +54,11 @@ class ContrastiveStats(NamedTuple):
     lse: Tensor
     """Per anchor: log-sum-exp over the loss's whole denominator."""
     logit_max: Tensor
-    """Per anchor: the largest logit among the positive and the kept negatives."""
+    """Per anchor: the largest logit among the positive and the kept negatives.
+
+    Of unit rows it is at most the scale, plus the bias if there is one: a larger one tells of rows that are not, a
+    largest one far below the scale that was meant of the logarithm of the scale.
+    """
 
 
 class GroupArguments(TypedDict, total=False):

@@ -57,15 +57,14 @@ class Views(NamedTuple):
     ids: Tensor  # (N,) in [0, N): rows with equal ids are no negatives of each other
     shards: Shards
 
-    @property
-    def all_are_anchors(self) -> bool:
-        """Whether every row is an anchor."""
+    def all_are_anchors(self) -> bool:  # no property: Dynamo before torch 2.10 reads none of a named tuple
+        """Return whether every row is an anchor."""
         return len(self.heads) == len(self.views)
 
     def operands(self) -> tuple[Tensor, Tensor | None]:
         """Return the anchors (A, D) and the rows of all views, None for the same."""
         columns = self.views.flatten(0, 1)
-        return (columns, None) if self.all_are_anchors else (self.heads[0], columns)
+        return (columns, None) if self.all_are_anchors() else (self.heads[0], columns)
 
     def all_pairs(self) -> Pairs:
         """Return all pairs but an anchor with itself, which is the column of its own number."""
@@ -80,7 +79,7 @@ class Views(NamedTuple):
         return Pairs(*self._ids(), keep_equal_ids=True, diagonals=1)
 
     def _ids(self) -> tuple[Tensor, Tensor | None]:
-        return self.ids.repeat(len(self.heads)), None if self.all_are_anchors else self.ids.repeat(len(self.views))
+        return self.ids.repeat(len(self.heads)), None if self.all_are_anchors() else self.ids.repeat(len(self.views))
 
     def positive_counts(self) -> Tensor:
         """Return (A,), the number of other rows with the anchor's id."""

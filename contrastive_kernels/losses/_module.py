@@ -42,22 +42,39 @@ class LossModule(nn.Module):
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
-                setattr(self, name, value)
-        self._options = tuple(options)
+                # Dynamo takes a number of NumPy for an array.
+                setattr(self, name, checks.plain(value))
+        self._options = {name: parameters[name].default for name in options}
 
-    def options(self) -> dict[str, Any]:
-        """Return the held keyword arguments as they are now."""
-        return {name: getattr(self, name) for name in self._options}
+    def options(self, **of_the_call: Any) -> dict[str, Any]:
+        """Return the held keyword arguments as they are now, and those of a call.
+
+        Raises:
+            TypeError: the call has one that the module holds.
+        """
+        held = {name: getattr(self, name) for name in self._options}
+        for name in of_the_call:
+            value = held.get(name)
+            if isinstance(value, Tensor) or value != self._options.get(name):
+                shown = "" if isinstance(value, Tensor) else f"={value!r}"
+                raise TypeError(
+                    f"{type(self).__name__} holds {name}{shown}, and the call gives {name} again; "
+                    "give it to the constructor or to the call"
+                )
+        return held | of_the_call
 
     def extra_repr(self) -> str:
         """Return the options that are not the function's defaults, for the module's repr."""
-        defaults = {p.name: p.default for p in inspect.signature(self.function).parameters.values()}
-        held = {name: value for name, value in self.options().items() if value is not defaults[name]}
-        return ", ".join(f"{name}={value}" for name, value in held.items())
+        held = {name: getattr(self, name) for name in self._options}
+        return ", ".join(f"{name}={value}" for name, value in held.items() if value is not self._options[name])
 
 
 class KeyQueue(LossModule):
     """A loss against a first-in-first-out queue of past keys, which are stored as they enter the similarities.
+
+    The queue begins with random unit rows. On several ranks each has its own, of its own keys, and they differ; with
+    ``group=`` all ranks store the keys of all, and the queues are one if they began as one: the same seed before the
+    module is made, a checkpoint, or the module inside `DistributedDataParallel`, which copies the buffers of rank 0.
 
     Args:
         dim: D, the dimension of the keys.
@@ -75,9 +92,11 @@ class KeyQueue(LossModule):
         self.register_buffer("queue", torch.nn.functional.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
-    def options(self) -> dict[str, Any]:
-        """Return the held keyword arguments; rows are normalised before they are stored, not again for every batch."""
-        return super().options() | {"normalize": False}
+    def options(self, **of_the_call: Any) -> dict[str, Any]:
+        """Return the keyword arguments; rows are normalised before they are stored, not again for every batch."""
+        if "normalize" in of_the_call:
+            raise TypeError(f"{type(self).__name__} stores its keys as they are; give normalize to the constructor")
+        return super().options(**of_the_call) | {"normalize": False}
 
     def unit_rows(self, name: str, x: Tensor) -> Tensor:
         """Return x as it enters the similarities."""

@@ -164,7 +164,7 @@ class SoftmaxOptions:
     ) -> SoftmaxOptions:
         """Check the options of a loss of features x, whose rows are the samples."""
         check_reduction(x, reduction, weight, reductions)
-        checks.label_smoothing(label_smoothing)
+        label_smoothing = checks.label_smoothing(label_smoothing)
         checks.backend(x, backend)
         scale = scale_from(temperature, logit_scale, x, default_temperature)
         return cls(scale, reduction, weight, label_smoothing, polarization, return_stats, backend, shards_of(group))

@@ -50,7 +50,7 @@ def sweep_both_directions(x: Tensor, y: Tensor, pairs: Pairs, options: SoftmaxOp
     Polarization belongs to the first.
     """
     back, alone = pairs.turned(), replace(options, polarization=None)
-    if pairs.by_similarity:
+    if pairs.by_similarity():
         return [sweep_negatives(x, y, pairs, options), sweep_negatives(y, x, back, alone)]
     out = _sweep(x, y, pairs, options, column_lse=True)
     turned = out._replace(row_lse=out.col_lse[None], row_max=out.col_max)

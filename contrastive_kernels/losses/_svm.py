@@ -56,8 +56,6 @@ class Solver:
         checks.choice("solver", self.solver, SOLVERS)
         checks.choice("kxx", self.kxx, ("one", "exact"))
         checks.choice("stop", self.stop, ("kkt", "change"))
-        for name in ("C", "reg", "eta", "a0", "tolerance", "max_iterations"):
-            checks.number(name, getattr(self, name))
         if not isinstance(self.sigma, Tensor) and not self.sigma > 0:
             raise ValueError(f"sigma {self.sigma} must be positive")
         if self.C != -1 and not self.C > 0:
@@ -70,8 +68,6 @@ class Solver:
             raise ValueError(f"a0 {self.a0} must be above 0 and at most 1")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance {self.tolerance} must not be negative")
-        if isinstance(self.max_iterations, float) or self.max_iterations < 1:
-            raise ValueError(f"max_iterations {self.max_iterations} must be a positive integer")
         if self.kernel not in WITH_SIGMA:
             self._check_unused("kernel", "sigma")
         if self.solver == "inverse":

@@ -37,7 +37,7 @@ def alignment_loss(
         = \frac1N \sum_i \frac{2}{V - 1} \sum_j \lVert z_{ij} - \bar z_i \rVert^2
 
     Args:
-        views: ``(N, V, D)``, V >= 2.
+        views: ``(N, V, D)``, V >= 2, samples first: ``torch.stack([z0, z1], 1)``, not ``(V, N, D)``.
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per sample; the mean is then sum(w l) / sum(w).
@@ -98,4 +98,4 @@ class AlignmentLoss(LossModule):
         **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
-        return self.function(views, **self.options(), **inputs)
+        return self.function(views, **self.options(**inputs))

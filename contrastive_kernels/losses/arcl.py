@@ -87,7 +87,7 @@ def arcl_loss(
     default makes L the first half of NT-Xent.
 
     Args:
-        views: ``(N, V, D)``, V >= 2.
+        views: ``(N, V, D)``, V >= 2, samples first: ``torch.stack([z0, z1], 1)``, not ``(V, N, D)``.
         temperature: T, float or 0-dim tensor (differentiable); 0.5 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
         positive: ``"min"`` or ``"mean"`` over the pairs of views (the average alignment loss AAL).
@@ -190,4 +190,4 @@ class ArCLLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff."""
-        return self.function(views, **self.options(), **inputs)
+        return self.function(views, **self.options(**inputs))

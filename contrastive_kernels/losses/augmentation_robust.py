@@ -37,7 +37,7 @@ def augmentation_robust_loss(
     .. math:: L = \frac1N \sum_i \max_{j < k} \lVert z_{ij} - z_{ik} \rVert^2
 
     Args:
-        views: ``(N, V, D)``, V >= 2.
+        views: ``(N, V, D)``, V >= 2, samples first: ``torch.stack([z0, z1], 1)``, not ``(V, N, D)``.
         normalize: rows to unit norm first.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         weight: ``(N,)`` per sample; the mean is then sum(w l) / sum(w).
@@ -101,4 +101,4 @@ class AugmentationRobustLoss(LossModule):
         **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
-        return self.function(views, **self.options(), **inputs)
+        return self.function(views, **self.options(**inputs))

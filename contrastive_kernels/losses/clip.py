@@ -79,9 +79,11 @@ def clip_loss(
         \qquad u_{ij} = a \langle x_i, y_j \rangle + b
 
     Args:
-        image_features: x, ``(N, D)``, of unit norm (as the model gives them).
+        image_features: x, ``(N, D)``, of unit norm (as the model gives them; else ``normalize=True``).
         text_features: y, ``(N, D)``, likewise.
-        logit_scale: a, already exponentiated; float or tensor with one element (differentiable).
+        logit_scale: a, already exponentiated; float or tensor with one element (differentiable). Neither raw rows nor
+            the logarithm of a scale are an error: no value is read. ``return_stats`` shows them. Of unit rows no
+            ``logit_max`` exceeds a + b; a largest one of 2 to 5 where a scale of 10 to 100 was meant is its logarithm.
         logit_bias: b; cancels in the loss and gets a zero gradient, accepted for models that have one.
         temperature: 1 / a instead of logit_scale.
         normalize: rows to unit norm first.
@@ -172,7 +174,7 @@ class ClipLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff."""
-        return self.function(image_features, text_features, logit_scale, logit_bias, **self.options(), **inputs)
+        return self.function(image_features, text_features, logit_scale, logit_bias, **self.options(**inputs))
 
 
 def _with_bias(

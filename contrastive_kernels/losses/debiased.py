@@ -177,4 +177,4 @@ class DebiasedLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff."""
-        return self.function(z0, z1, **self.options(), **inputs)
+        return self.function(z0, z1, **self.options(**inputs))

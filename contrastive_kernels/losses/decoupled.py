@@ -198,4 +198,4 @@ class DecoupledLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff, positive_weight."""
-        return self.function(z0, z1, **self.options(), **inputs)
+        return self.function(z0, z1, **self.options(**inputs))

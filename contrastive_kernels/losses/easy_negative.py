@@ -157,7 +157,7 @@ def easy_negative_loss(
     if k is None:
         limit = checks.per_row("threshold", threshold, query)
         return info_nce(query, positive_key, negative_keys, cutoff=limit, normalize=normalize)
-    checks.count("k", k)
+    k = checks.count("k", k)
     if negative_keys is not None:
         checks.features("negative_keys", negative_keys)
         checks.alike("query", query, "negative_keys", negative_keys, rows=False)
@@ -228,7 +228,7 @@ class EasyNegativeLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, query_ids, key_ids, threshold."""
-        return self.function(query, positive_key, negative_keys, **self.options(), **inputs)
+        return self.function(query, positive_key, negative_keys, **self.options(**inputs))
 
 
 def _candidate_ids(

@@ -107,7 +107,7 @@ def false_negative_loss(
     by the most similar of the anchor's views. Here every anchor scores for itself.
 
     Args:
-        z0: ``(N, D)``, the first view; or all views as ``(N, V, D)``, with ``z1=None``.
+        z0: ``(N, D)``, the first view; or all views as ``(N, V, D)``, samples first, with ``z1=None``.
         z1: ``(N, D)``, the second view.
         mode: ``"eliminate"`` or ``"attract"``.
         threshold: similarity above which a row may be flagged; float, ``(VN,)`` per anchor, view-major, or None.
@@ -147,11 +147,11 @@ def false_negative_loss(
     """
     v, n = check_views(z0, z1), z0.shape[0]
     checks.choice("mode", mode, ("eliminate", "attract"))
-    checks.number("factor", factor)
+    factor = checks.number("factor", factor)
     if threshold is None and top_k is None:
         raise ValueError("threshold and top_k are both None; nothing says which negatives are false")
     if top_k is not None:
-        checks.count("top_k", top_k)
+        top_k = checks.count("top_k", top_k)
     limit = checks.per_row("threshold", threshold, z0.new_empty(1).expand(v * n))
     ids = checks.optional_ids("ids", ids, n, z0)
     options = SoftmaxOptions.of(
@@ -221,7 +221,7 @@ class FalseNegativeLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, threshold."""
-        return self.function(z0, z1, **self.options(), **inputs)
+        return self.function(z0, z1, **self.options(**inputs))
 
 
 def _flagged(

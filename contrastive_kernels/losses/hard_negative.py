@@ -143,7 +143,7 @@ def hard_negative_loss(
     """
     checks.paired("z0", z0, "z1", z1)
     checks.choice("estimator", estimator, ("hard", "easy"))
-    _check_correction(tau_plus, beta)
+    tau_plus, beta = _correction(tau_plus, beta)
     if estimator == "easy":
         checks.no_effect(
             "estimator='easy'", tau_plus=(tau_plus, 0.1), beta=(beta, 1.0), detach_weights=(detach_weights, False)
@@ -174,7 +174,7 @@ def hard_negative_loss(
     if estimator == "easy":
         negatives = sweep_negatives(anchors.z, None, anchors.pairs, options)
     else:
-        negatives = _weighted(anchors.z, anchors.pairs, options, float(beta), detach_weights)
+        negatives = _weighted(anchors.z, anchors.pairs, options, beta, detach_weights)
         negatives = negatives._replace(lse=_corrected(negatives, positives.target, options.scale, tau_plus))
     return softmax_loss([negatives], positives, options)
 
@@ -215,16 +215,17 @@ class HardNegativeLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff."""
-        return self.function(z0, z1, **self.options(), **inputs)
+        return self.function(z0, z1, **self.options(**inputs))
 
 
-def _check_correction(tau_plus: float, beta: float) -> None:
-    checks.number("tau_plus", tau_plus)
-    checks.number("beta", beta)
+def _correction(tau_plus: float, beta: float) -> tuple[float, float]:
+    """Return both as Python's numbers; raise unless they are a probability and not negative."""
+    tau_plus, beta = checks.number("tau_plus", tau_plus), checks.number("beta", beta)
     if not 0 <= tau_plus < 1:
         raise ValueError(f"tau_plus {tau_plus} must be at least 0 and below 1: it is a probability")
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta {beta} must be at least 0 and finite")
+    return tau_plus, beta
 
 
 def _weighted(z: Tensor, pairs: Pairs, options: SoftmaxOptions, beta: float, detach_weights: bool) -> Negatives:

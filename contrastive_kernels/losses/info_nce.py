@@ -250,16 +250,26 @@ class InfoNCELoss(LossModule):
         self, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None, **inputs: Any
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, query_ids, key_ids, cutoff, guide."""
-        return self.function(query, positive_key, negative_keys, **self.options(), **inputs)
+        return self.function(query, positive_key, negative_keys, **self.options(**inputs))
 
 
 def _check_negatives(query: Tensor, negative_keys: Tensor, paired: bool) -> None:
-    if not paired:
+    checks.tensor("negative_keys", negative_keys)
+    if not paired and negative_keys.dim() == 3:
+        raise ValueError(
+            f"negative_keys {checks.shape(negative_keys)} are each query's own, (N, M, D), which "
+            "negative_mode='paired' takes; 'unpaired' takes keys (M, D) that all queries share"
+        )
+    if paired and negative_keys.dim() == 2:
+        raise ValueError(
+            f"negative_keys {checks.shape(negative_keys)} are shared, (M, D), which negative_mode='unpaired' takes; "
+            "'paired' takes each query's own, (N, M, D)"
+        )
+    if paired:
+        checks.lists("negative_keys", negative_keys, 1)
+    else:
         checks.features("negative_keys", negative_keys)
-        checks.alike("query", query, "negative_keys", negative_keys, rows=False)
-        return
-    checks.views("negative_keys", negative_keys, minimum=1)
-    checks.alike("query", query, "negative_keys", negative_keys)
+    checks.alike("query", query, "negative_keys", negative_keys, rows=paired)
 
 
 def _check_guide(

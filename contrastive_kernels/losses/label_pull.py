@@ -169,4 +169,4 @@ class LabelPullLoss(LossModule):
         **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
-        return self.function(z, labels, label_embeddings, **self.options(), **inputs)
+        return self.function(z, labels, label_embeddings, **self.options(**inputs))

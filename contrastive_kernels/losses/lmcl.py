@@ -61,5 +61,5 @@ class LMCLLoss(LossModule):
 
     def forward(self, first: Tensor, second: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments of the base loss."""
-        loss: Tensor | tuple[Tensor, ContrastiveStats] = self.function(first, second, **self.options(), **inputs)
+        loss: Tensor | tuple[Tensor, ContrastiveStats] = self.function(first, second, **self.options(**inputs))
         return loss

@@ -208,17 +208,17 @@ def mmcl_loss(
     options = Solver(
         kernel=kernel,
         sigma=checks.scalar("sigma", sigma, z0),
-        C=C,
-        reg=reg,
+        C=checks.number("C", C),
+        reg=checks.number("reg", reg),
         kxx=kxx,
         solver=solver,
         use_norm=use_norm,
-        eta=eta,
+        eta=checks.number("eta", eta),
         nesterov=nesterov,
-        a0=a0,
+        a0=checks.number("a0", a0),
         stop=stop,
-        tolerance=tolerance,
-        max_iterations=max_iterations,
+        tolerance=checks.number("tolerance", tolerance),
+        max_iterations=checks.count("max_iterations", max_iterations),
     )
     block = check_blocks(z0, options, alpha0, block_size)
     x, z = (unit_rows(view, normalize) for view in (z0, z1))
@@ -281,12 +281,13 @@ class MMCLLoss(LossModule):
 
     def forward(self, z0: Tensor, z1: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, MMCLStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, alpha0."""
-        return self.function(z0, z1, **self.options(), **inputs)
+        return self.function(z0, z1, **self.options(**inputs))
 
 
 def check_blocks(x: Tensor, options: Solver, alpha0: Tensor | None, block_size: int | None) -> int:
     """Return the size of a block; raise for a start of another shape and for what does not fit into memory."""
     n = x.shape[0]
+    block_size = checks.plain(block_size)
     if block_size is not None and (isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1):
         raise ValueError(f"block_size {block_size!r} must be a positive integer or None")
     if alpha0 is not None:

@@ -83,7 +83,8 @@ def moco_loss(
     Args:
         query: ``(N, D)``.
         key: ``(N, D)``, the positives, from the momentum encoder; detached.
-        queue: ``(K, D)``, past keys; detached. Pass ``queue.T`` of a ``(D, K)`` queue.
+        queue: ``(K, D)``, past keys; detached. Pass ``queue.T`` of a ``(D, K)`` queue; K = D is
+            taken for ``(K, D)``.
         temperature: T, float or 0-dim tensor (differentiable); 0.07 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
         normalize: rows to unit norm first.
@@ -147,6 +148,8 @@ def moco_loss(
 class MoCoLoss(KeyQueue):
     """`moco_loss` with its queue, which is a persistent buffer.
 
+    On several ranks the queues differ unless ``group=`` is given and they began equal, from one seed or checkpoint.
+
     Args:
         dim: D, the dimension of queries and keys.
         queue_size: K.
@@ -176,7 +179,7 @@ class MoCoLoss(KeyQueue):
     def forward(self, query: Tensor, key: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss against the queue as it was; in training mode the keys then enter it."""
         query, key = self.unit_rows("query", query), self.unit_rows("key", key.detach())
-        loss = self.function(query, key, self.queue.to(query.dtype, copy=True), **self.options(), **inputs)
+        loss = self.function(query, key, self.queue.to(query.dtype, copy=True), **self.options(**inputs))
         if self.training:
             self.enqueue(key)
         return loss

@@ -94,8 +94,9 @@ def moco_arcl_loss(
 
     Args:
         query: ``(N, D)``; ``(N, V, D)`` with ``pairs="all"``, where view 1 meets the queue.
-        keys: ``(N, V, D)``, the views of the momentum encoder; detached.
-        queue: ``(K, D)``, past keys h; detached. Pass ``queue.T`` of a ``(D, K)`` queue.
+        keys: ``(N, V, D)``, the views of the momentum encoder, samples first; detached.
+        queue: ``(K, D)``, past keys h; detached. Pass ``queue.T`` of a ``(D, K)`` queue; K = D
+            is taken for ``(K, D)``.
         temperature: T, float or 0-dim tensor (differentiable); 0.07 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
         positive: ``"min"`` or ``"mean"`` similarity, or ``"mean_loss"``, the mean of the losses, over key views.
@@ -183,6 +184,8 @@ def moco_arcl_loss(
 class MoCoArCLLoss(KeyQueue):
     """`moco_arcl_loss` with its queue, which is a persistent buffer and takes the first key view.
 
+    On several ranks the queues differ unless ``group=`` is given and they began equal, from one seed or checkpoint.
+
     Args:
         dim: D, the dimension of queries and keys.
         queue_size: K.
@@ -212,7 +215,7 @@ class MoCoArCLLoss(KeyQueue):
     def forward(self, query: Tensor, keys: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss against the queue as it was; in training mode the first key views then enter it."""
         query, keys = self.unit_rows("query", query), self.unit_rows("keys", keys.detach())
-        loss = self.function(query, keys, self.queue.to(query.dtype, copy=True), **self.options(), **inputs)
+        loss = self.function(query, keys, self.queue.to(query.dtype, copy=True), **self.options(**inputs))
         if self.training:
             self.enqueue(keys[:, 0])
         return loss

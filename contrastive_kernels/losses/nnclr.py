@@ -94,7 +94,8 @@ def nnclr_loss(
             ``(N, 2, D)``: L is then the mean over both directions, as in the paper.
         predictions: ``(N, D)``, the predictor's outputs of the other view; or of both views in the order of z,
             ``(N, 2, D)``: the neighbours of view 1 meet the predictions of view 2, and the other way round.
-        support: ``(K, D)``, K >= 1, past projections; detached. A tie for the nearest goes to the first.
+        support: ``(K, D)``, K >= 1, past projections; detached. A tie for the nearest goes to the first. Of shape
+            ``(D, K)``, pass its transpose; K = D is taken for ``(K, D)``.
         temperature: T, float or 0-dim tensor (differentiable); 0.1 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
         normalize: rows to unit norm first.
@@ -171,6 +172,8 @@ def nnclr_loss(
 class NNCLRLoss(KeyQueue):
     """`nnclr_loss` with its support set, a first-in-first-out queue of past projections in a persistent buffer.
 
+    On several ranks the queues differ unless ``group=`` is given and they began equal, from one seed or checkpoint.
+
     Args:
         dim: D, the dimension of projections and predictions.
         queue_size: K, the size of the support set.
@@ -200,7 +203,7 @@ class NNCLRLoss(KeyQueue):
     def forward(self, z: Tensor, predictions: Tensor, **inputs: Any) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss against the queue as it was; in training mode z, or its first view, then enters it."""
         z, predictions = self.unit_rows("z", z.detach()), self.unit_rows("predictions", predictions)
-        loss = self.function(z, predictions, self.queue.to(z.dtype, copy=True), **self.options(), **inputs)
+        loss = self.function(z, predictions, self.queue.to(z.dtype, copy=True), **self.options(**inputs))
         if self.training:
             self.enqueue(z[:, 0] if z.dim() == 3 else z)
         return loss

@@ -85,7 +85,7 @@ def nt_xent_loss(
     over the rows z of both views, p(i) the other view of i.
 
     Args:
-        z0: ``(N, D)``, the first view; or all views as ``(N, V, D)``, with ``z1=None``.
+        z0: ``(N, D)``, the first view; or all views as ``(N, V, D)``, samples first, with ``z1=None``.
         z1: ``(N, D)``, the second view.
         temperature: T, float or 0-dim tensor (differentiable); 0.5 unless ``logit_scale`` is given.
         logit_scale: 1 / T instead.
@@ -191,7 +191,7 @@ class NTXentLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff."""
-        return self.function(z0, z1, **self.options(), **inputs)
+        return self.function(z0, z1, **self.options(**inputs))
 
 
 def _terms(anchors: Anchors, options: SoftmaxOptions) -> tuple[list[Negatives], Positives]:

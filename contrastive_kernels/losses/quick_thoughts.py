@@ -115,7 +115,7 @@ def quick_thoughts_loss(
     shards = shards_of(group)
     checks.paired("first", first, "second", second)
     checks.two_rows("first", first, "a sentence needs a neighbour", shards.total(first.shape[0]))
-    checks.count("context_size", context_size)
+    context_size = checks.count("context_size", context_size)
     checks.choice("diagonal", diagonal, ("zero", "exclude"))
     n = first.shape[0]
     ids = checks.optional_ids("ids", ids, n, first)
@@ -188,7 +188,7 @@ class QuickThoughtsLoss(LossModule):
         **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids."""
-        return self.function(first, second, **self.options(), **inputs)
+        return self.function(first, second, **self.options(**inputs))
 
 
 class _Context(NamedTuple):

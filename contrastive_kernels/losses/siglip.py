@@ -110,7 +110,8 @@ def siglip_loss(
     Args:
         image_features: x, ``(N, D)``, of unit norm (as the model gives them).
         text_features: y, ``(N, D)``, likewise.
-        logit_scale: a, already exponentiated; float or tensor with one element (differentiable).
+        logit_scale: a, already exponentiated; float or tensor with one element (differentiable). Raw rows and the
+            logarithm of a scale are no error; the ``logit_max`` of ``return_stats`` shows them, as for `clip_loss`.
         logit_bias: b, likewise; None for 0. Training starts from about -10.
         temperature: 1 / a instead of logit_scale.
         negative_only: every pair is a negative, those with i = j too: the texts are another device's.
@@ -207,7 +208,7 @@ class SigLipLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids, cutoff, negative_only."""
-        return self.function(image_features, text_features, logit_scale, logit_bias, **{**self.options(), **inputs})
+        return self.function(image_features, text_features, logit_scale, logit_bias, **self.options(**inputs))
 
 
 def _check_no_positives(**given: object) -> None:

@@ -106,4 +106,4 @@ class SimSiamLoss(LossModule):
         **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
-        return self.function(p0, z0, p1, z1, **self.options(), **inputs)
+        return self.function(p0, z0, p1, z1, **self.options(**inputs))

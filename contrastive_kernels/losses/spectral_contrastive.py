@@ -100,7 +100,7 @@ def spectral_contrastive_loss(
     check_reduction(z0, reduction, weight)
     checks.choice("method", method, ("auto", "gram", "tile"))
     checks.backend(z0, backend)
-    checks.number("mu", mu)
+    mu = checks.number("mu", mu)
     if not mu > 0:
         raise ValueError(f"mu {mu} must be positive: the loss is divided by it")
     x, y = unit_rows(z0, normalize, backend), unit_rows(z1, normalize, backend)
@@ -155,7 +155,7 @@ class SpectralContrastiveLoss(LossModule):
         **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight."""
-        return self.function(z0, z1, **self.options(), **inputs)
+        return self.function(z0, z1, **self.options(**inputs))
 
 
 def _in_ball(x: Tensor, radius: float) -> Tensor:

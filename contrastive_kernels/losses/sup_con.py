@@ -113,7 +113,7 @@ def sup_con_loss(
     those rows, and the anchors not among each other's.
 
     Args:
-        features: ``(N, V, D)``, V views of each sample, or ``(N, D)``.
+        features: ``(N, V, D)``, V views of each sample, samples first, or ``(N, D)``.
         labels: ``(N,)`` integers, bools or floats, which are compared by value. A sample whose label is ``unlabelled``
             or NaN has none and matches only its own views. None: no labels. With labels and ``"out"`` the loss of an
             anchor with one positive is rounded to 1e-7 or so in float32.
@@ -262,7 +262,7 @@ class SupConLoss(LossModule):
         **inputs: Any,
     ) -> Tensor | tuple[Tensor, ContrastiveStats]:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, contrast_features, exclude, ..."""
-        return self.function(features, labels, **self.options(), **inputs)
+        return self.function(features, labels, **self.options(**inputs))
 
 
 class _Anchors(NamedTuple):

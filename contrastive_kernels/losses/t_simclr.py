@@ -78,7 +78,7 @@ def t_simclr_loss(
     checks.two_rows("z0", z0, "a distance takes two", shards.total(z0.shape[0]))
     checks.backend(z0, backend)
     temperature = checks.temperature(temperature, z0)
-    checks.positive("df", df)
+    df = checks.positive("df", df)
     if not isinstance(temperature, Tensor):
         checks.positive("temperature", temperature)
     kappa, exponent, n = temperature * df, (df + 1) / 2, z0.shape[0]

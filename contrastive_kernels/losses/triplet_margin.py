@@ -160,7 +160,7 @@ class TripletMarginLoss(LossModule):
         **inputs: Any,
     ) -> Tensor:
         """Return the loss; `inputs` are per-batch keyword arguments: weight, ids."""
-        return self.function(anchor, positive, **self.options(), **inputs)
+        return self.function(anchor, positive, **self.options(**inputs))
 
 
 def _all_hinges(

@@ -89,7 +89,7 @@ def vicreg_loss(
     shards = shards_of(group)
     checks.paired_positions("z0", z0, "z1", z1)
     checks.two_rows("z0", z0, "the loss is one of variances", shards.total(z0.shape[0]))
-    checks.number("eps", eps)
+    eps = checks.number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps {eps} must not be negative: it is added to a variance under a root")
     weights = {"sim_weight": sim_weight, "var_weight": var_weight, "cov_weight": cov_weight}

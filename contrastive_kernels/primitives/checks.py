@@ -5,7 +5,10 @@ A check returns nothing, or the argument in the form that the primitives take, a
 
 from __future__ import annotations
 
+import numbers
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,8 @@ from contrastive_kernels.engine.terms import Term
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LEAST_TEMPERATURE = 1e-8
+# More views than this and than samples are taken for samples.
+MANY_VIEWS = 16
 
 # Tensors
 
@@ -53,11 +58,24 @@ def features(name: str, x: Tensor) -> None:
     _features(name, x, "N, D")
 
 
-def views(name: str, x: Tensor, minimum: int = 2) -> None:
-    """Raise unless x is a floating (N, V, D) tensor with at least `minimum` views."""
-    _features(name, x, "N, V, D")
+def lists(name: str, x: Tensor, minimum: int, dimensions: str = "N, M, D") -> None:
+    """Raise unless x is a floating (N, M, D) tensor, at least `minimum` rows for each of N."""
+    _features(name, x, dimensions)
     if x.shape[1] < minimum:
-        raise ValueError(f"{name} {shape(x)} must have at least {minimum} views in its second dimension")
+        what = "views" if dimensions == "N, V, D" else "rows"
+        raise ValueError(f"{name} {shape(x)} must have at least {minimum} {what} in its second dimension")
+
+
+def views(name: str, x: Tensor, minimum: int = 2) -> None:
+    """Raise unless x is floating (N, V, D) with at least `minimum` views; warn where it looks like (V, N, D)."""
+    lists(name, x, minimum, "N, V, D")
+    if not torch.compiler.is_compiling() and x.shape[1] > max(x.shape[0], MANY_VIEWS):
+        warnings.warn(
+            f"{name} {shape(x)} is {x.shape[1]} views of {x.shape[0]} samples, since views are (N, V, D); "
+            f"if it is (V, N, D), pass {name}.transpose(0, 1)",
+            UserWarning,
+            stacklevel=4,  # whoever called the loss
+        )
 
 
 def not_empty(name: str, x: Tensor) -> None:
@@ -75,7 +93,9 @@ def alike(name_x: str, x: Tensor, name_y: str, y: Tensor, *, rows: bool = True) 
     if rows and x.shape[0] != y.shape[0]:
         raise ValueError(f"{name_x} {shape(x)} and {name_y} {shape(y)} must have the same first dimension")
     if x.shape[-1] != y.shape[-1]:
-        raise ValueError(f"{name_x} {shape(x)} and {name_y} {shape(y)} must have the same last dimension")
+        turned = not rows and y.dim() == 2 and y.shape[0] == x.shape[-1]
+        hint = f"; {name_y} holds its rows as columns, pass {name_y}.T" if turned else ""
+        raise ValueError(f"{name_x} {shape(x)} and {name_y} {shape(y)} must have the same last dimension{hint}")
 
 
 def two_rows(name: str, x: Tensor, why: str, rows: int | None = None) -> None:
@@ -160,8 +180,7 @@ def per_row(name: str, value: float | Tensor | None, x: Tensor) -> Tensor | None
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        number(name, value)
-        return torch.full((x.shape[0],), value, dtype=dtype, device=x.device)
+        return torch.full((x.shape[0],), number(name, value), dtype=dtype, device=x.device)
     if value.dim() == 0:
         same_device(name, value, x)
         return value.to(dtype).expand(x.shape[0])
@@ -210,17 +229,27 @@ def choice(name: str, value: object, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(map(repr, allowed))}")
 
 
-def number(name: str, value: object) -> None:
-    """Raise unless value is a Python number; a bool is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def plain(value: Any) -> Any:
+    """Return a real number of another library, as NumPy's, as Python's; anything else as it is."""
+    if isinstance(value, (int, float)) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def number(name: str, value: object) -> float:
+    """Return a real number as Python's; a bool is none."""
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise TypeError(f"{name} must be a number or a tensor, not {type(value).__name__}")
+    return found
 
 
-def positive(name: str, value: float, *, zero: bool = False) -> None:
-    """Raise unless value is a number above 0, or with `zero` not below it."""
-    number(name, value)
+def positive(name: str, value: object, *, zero: bool = False) -> float:
+    """Return a number above 0, or with `zero` not below it, as Python's."""
+    value = number(name, value)
     if not (value >= 0 if zero else value > 0):
         raise ValueError(f"{name} {value} must {'not be negative' if zero else 'be positive'}")
+    return value
 
 
 def no_effect(condition: str, **given: tuple[object, object]) -> None:
@@ -234,19 +263,20 @@ def no_effect(condition: str, **given: tuple[object, object]) -> None:
             raise ValueError(f"{shown} has no effect with {condition}; leave it out")
 
 
-def count(name: str, value: object) -> None:
-    """Raise unless value is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def count(name: str, value: object) -> int:
+    """Return an integer of at least 1, one of NumPy's too, as Python's."""
+    found = plain(value)
+    if isinstance(found, bool) or not isinstance(found, int):
         raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
-    if value < 1:
+    if found < 1:
         raise ValueError(f"{name} {value} must be at least 1")
+    return found
 
 
 def scalar(name: str, value: float | Tensor, x: Tensor) -> float | Tensor:
     """Return a number, or a tensor with one element as 0-dim on the device of x."""
     if not isinstance(value, Tensor):
-        number(name, value)
-        return float(value)
+        return float(number(name, value))
     if value.numel() != 1:
         raise ValueError(f"{name} {shape(value)} must be a float or a tensor with one element")
     if not value.dtype.is_floating_point:
@@ -262,11 +292,12 @@ def temperature(value: float | Tensor, x: Tensor, name: str = "temperature") -> 
     return value
 
 
-def label_smoothing(value: float) -> None:
-    """Raise unless value is a number in [0, 1], as in `F.cross_entropy`."""
-    number("label_smoothing", value)
+def label_smoothing(value: float) -> float:
+    """Return a number in [0, 1], as in `F.cross_entropy`, as Python's."""
+    value = number("label_smoothing", value)
     if not 0 <= value <= 1:
         raise ValueError(f"label_smoothing {value} must be between 0 and 1")
+    return value
 
 
 def backend(x: Tensor, requested: str | None) -> None:

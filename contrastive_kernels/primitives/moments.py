@@ -170,7 +170,10 @@ def _longest(x: Tensor, y: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
     them.
     """
     sizes = torch.linalg.vector_norm(x.detach(), dim=1) * torch.linalg.vector_norm(y.detach(), dim=1)
-    longest = sizes.topk(torch.sym_min(x.shape[0], -(-dimensions // 4))).indices
+    rows, most = x.shape[0], -(-dimensions // 4)
+    # Dynamo takes a symbol for an int, and before torch 2.10 no torch.sym_min of numbers.
+    count = min(rows, most) if isinstance(rows, int) else torch.sym_min(rows, most)
+    longest = sizes.topk(count).indices
     return longest, torch.zeros(x.shape[0], dtype=torch.bool, device=x.device).index_fill(0, longest, True)
 
 

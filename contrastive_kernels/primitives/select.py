@@ -67,7 +67,7 @@ def row_select(
         torch.Size([8, 3])
     """
     x_ids, y_ids = checks.primitive(x, y, x_ids, y_ids, None)
-    checks.count("k", k)
+    k = checks.count("k", k)
     return select_over(shards_of_columns(group, y), x, y, k, largest, x_ids, y_ids, exclude_diagonal)
 
 

@@ -74,7 +74,7 @@ def kept_counts(
     x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = None, shards: Shards = ALONE
 ) -> Tensor:
     """Return the number of kept columns of each row of x: O(N log N) from the ids; by similarity one more sweep."""
-    if pairs.by_similarity:
+    if pairs.by_similarity():
         y = None if y is None else y.detach()
         return sweep(x.detach(), y, pairs, term=Count(), exponents=(), backend=backend, shards=shards).row_sum
     y, x_ids, y_ids = (x, pairs.x_ids, pairs.x_ids) if y is None else (y, pairs.x_ids, pairs.y_ids)
@@ -94,7 +94,7 @@ def kept_counts(
 
 def kept_sums(x: Tensor, y: Tensor | None, pairs: Pairs, backend: str | None = None, shards: Shards = ALONE) -> Tensor:
     """Return the sum of the similarities of each row of x to its kept columns: O(N D), or one more sweep."""
-    if pairs.by_similarity:
+    if pairs.by_similarity():
         return sweep(x, y, pairs, term=Identity(), exponents=(), backend=backend, shards=shards).row_sum
     y, x_ids, y_ids = (x, pairs.x_ids, pairs.x_ids) if y is None else (y, pairs.x_ids, pairs.y_ids)
     # Sums of all rows minus those of some: what is left has its digits if they are wide.

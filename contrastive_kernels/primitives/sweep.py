@@ -39,9 +39,8 @@ class Pairs(NamedTuple):
     diagonals: int = 0  # 1: drop i == j; V: drop the pairs of a sample's V views; PLACES: drop equal places
     guide: Guide | None = None  # of one process
 
-    @property
-    def by_similarity(self) -> bool:
-        """Whether similarities decide, so that the kept pairs are not known before a sweep."""
+    def by_similarity(self) -> bool:  # no property: Dynamo before torch 2.10 reads none of a named tuple
+        """Return whether similarities decide, so that the kept pairs are not known before a sweep."""
         return self.cutoff is not None or self.guide is not None
 
     def turned(self) -> Pairs:

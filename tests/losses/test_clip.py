@@ -1,5 +1,7 @@
 """CLIP: what is its own; tests/losses/test_every_loss.py has what it shares with the other losses."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,3 +49,16 @@ def test_reference_is_two_cross_entropies(smoothing):
     ):
         assert_exact(loss, expected)
     assert python_ref.clip_loss(x, y, 9.0, reduction="none").shape == (2, 7)
+
+
+@pytest.mark.parametrize("loss", [ck.clip_loss, ck.siglip_loss])
+def test_statistics_show_raw_rows_and_the_logarithm_of_a_scale(loss):
+    """Of unit rows, logits end at the scale, plus the bias."""
+    x, y = torch.randn(2, 40, 6).unbind()
+    x, y = (F.normalize(z, dim=1) for z in (x, x + 0.01 * y))
+    largest = [
+        loss(*rows, scale, 0.5, return_stats=True)[1].logit_max.max().item()
+        for rows, scale in (((x, y), 50.0), ((3 * x, 3 * y), 50.0), ((x, y), math.log(50.0)))
+    ]
+    assert 49 < largest[0] <= 50.5 < largest[1]
+    assert largest[2] < 5

@@ -5,6 +5,7 @@ import re
 import typing
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -371,6 +372,29 @@ def test_every_argument_changes_the_loss_or_is_refused(case):
                 assert argument in changed or "must have shape" in changed
             elif (case.loss, argument) not in NEUTRAL and not (argument == "positive" and of_two_views(features)):
                 assert not same(changed, run(fixed)), f"{given} is ignored"
+
+
+@pytest.mark.parametrize("case", case_params(EVERY))
+def test_numbers_of_numpy_are_numbers(case):
+    """Of any width, they give the bits that Python's number gives."""
+    features = case.features((12, 9, 5), torch.float32)
+
+    def run(argument, value):
+        fixed = {k: v for k, v in case.options.items() if not (argument == "temperature" and k == "logit_scale")}
+        try:
+            return getattr(ck, case.loss)(**{**fixed, **features, argument: value})
+        except ValueError as error:  # without effect here
+            return str(error)
+
+    for argument in set(arguments(case)) & {*OTHER}:
+        if isinstance(OTHER[argument], (int, float)):
+            kinds = (np.int64, np.int32) if isinstance(OTHER[argument], int) else (np.float64, np.float32, np.float16)
+            for kind in kinds:
+                number = kind(OTHER[argument])
+                found, expected = run(argument, number), run(argument, number.item())
+                assert type(found) is type(expected)
+                if isinstance(found, torch.Tensor):
+                    assert found.dtype == expected.dtype and torch.equal(found, expected), number
 
 
 def same(x: Outcome, y: Outcome) -> bool:

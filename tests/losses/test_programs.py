@@ -85,7 +85,7 @@ class Model(torch.nn.Module):
         self.options = {**case.options, **({"backend": PREFERRED} if case.takes("backend") else {})}
         self.layer = torch.nn.Linear(8, 8).to(device_of(PREFERRED))
 
-    def forward(self, *tensors):
+    def forward(self, tensors):
         features = [self.layer(x) if x.is_floating_point() else x for x in tensors]
         value = self.function(**self.options, **dict(zip(self.names, features, strict=True)))
         return value.mean()
@@ -98,12 +98,13 @@ def exported_matches(case, strict, dynamic):
     model = Model(case, list(small))
     sizes = {24: dynamic("rows"), 18: dynamic("columns")}
     shapes = tuple({0: sizes[len(x)]} if len(x) in sizes else {} for x in small.values())
-    program = torch.export.export(model, tuple(small.values()), dynamic_shapes=(shapes,), strict=strict).module()
+    inputs = (tuple(small.values()),)
+    program = torch.export.export(model, inputs, dynamic_shapes=(shapes,), strict=strict).module()
     for features in (small, large):
         found = []
         for module in (program, model):
             module.zero_grad()
-            value = module(*features.values())
+            value = module(tuple(features.values()))
             value.backward()
             found.append((value.detach(), *(p.grad.clone() for p in module.parameters())))
         for ours, eager in zip(*found, strict=True):
@@ -149,5 +150,5 @@ def test_exports_strictly(name):
 def test_exported_sizes_are_not_bounded_by_the_saved_scores():
     """A small batch saves its similarities; a program that guards on it would refuse a large one."""
     program, model = exported_matches(ALL["clip"], False, lambda name: Dim.AUTO)
-    features = ALL["clip"].features((2000, 1, 8), torch.float32, device_of(PREFERRED)).values()
-    torch.testing.assert_close(program(*features), model(*features))
+    features = tuple(ALL["clip"].features((2000, 1, 8), torch.float32, device_of(PREFERRED)).values())
+    torch.testing.assert_close(program(features), model(features))

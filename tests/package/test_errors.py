@@ -2,7 +2,9 @@
 
 import math
 import os
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +46,16 @@ BAD = {
         ValueError,
         "image_features (8, 16) and text_features (4, 16) must have the same first dimension",
     ),
+    "queue of columns": (
+        lambda: ck.moco_loss(f(8, 16), f(8, 16), f(16, 32)),
+        ValueError,
+        "queue (16, 32) must have the same last dimension; queue holds its rows as columns, pass queue.T",
+    ),
+    "support set of columns": (
+        lambda: ck.nnclr_loss(f(8, 16), f(8, 16), f(16, 32)),
+        ValueError,
+        "support holds its rows as columns, pass support.T",
+    ),
     "queue of another dimension": (
         lambda: ck.moco_loss(f(8, 16), f(8, 16), f(32, 15)),
         ValueError,
@@ -66,11 +78,20 @@ BAD = {
         ValueError,
         "query (8, 16) and keys (7, 3, 16) must have the same first dimension",
     ),
-    "paired negatives for shared": (lambda: info_nce(f(8, 16), f(8, 16), f(8, 3, 16)), ValueError, "negative_keys"),
+    "paired negatives for shared": (
+        lambda: info_nce(f(8, 16), f(8, 16), f(8, 3, 16)),
+        ValueError,
+        "negative_keys (8, 3, 16) are each query's own, (N, M, D), which negative_mode='paired' takes",
+    ),
     "shared negatives for paired": (
         lambda: info_nce(f(8, 16), f(8, 16), f(5, 16), negative_mode="paired"),
         ValueError,
-        "negative_keys",
+        "negative_keys (5, 16) are shared, (M, D), which negative_mode='unpaired' takes",
+    ),
+    "no own negatives": (
+        lambda: info_nce(f(8, 16), f(8, 16), f(8, 0, 16), negative_mode="paired"),
+        ValueError,
+        "negative_keys (8, 0, 16) must have at least 1 rows",
     ),
     "no negatives at all": (lambda: info_nce(in_batch_negatives=False), ValueError, "negative_keys"),
     "symmetric without the batch": (
@@ -113,6 +134,31 @@ BAD = {
         "x_ids has dtype torch.float32",
     ),
     "integer weight": (lambda: info_nce(weight=ids(8)), TypeError, "weight has dtype torch.int64"),
+    "temperature of an array": (
+        lambda: info_nce(temperature=np.ones(1)),
+        TypeError,
+        "temperature must be a number or a tensor, not ndarray",
+    ),
+    "temperature of a NumPy flag": (
+        lambda: info_nce(temperature=np.bool_(True)),
+        TypeError,
+        "temperature must be a number or a tensor, not bool",
+    ),
+    "held and called temperature": (
+        lambda: ck.NTXentLoss(0.1)(f(8, 16), f(8, 16), temperature=0.2),
+        TypeError,
+        "NTXentLoss holds temperature=0.1, and the call gives temperature again",
+    ),
+    "held and called weight": (
+        lambda: ck.InfoNCELoss(weight=f(8))(f(8, 16), f(8, 16), weight=f(8)),
+        TypeError,
+        "InfoNCELoss holds weight, and the call gives weight again",
+    ),
+    "normalize of a queue's call": (
+        lambda: ck.MoCoLoss(16, 8)(f(8, 16), f(8, 16), normalize=True),
+        TypeError,
+        "give normalize to the constructor",
+    ),
     "temperature of a string": (lambda: info_nce(temperature="warm"), TypeError, "temperature must be a number"),
     "term of a string": (lambda: ck.similarity_sum(f(8, 16), term="square"), TypeError, "term must be a Term"),
     # devices
@@ -252,3 +298,51 @@ def test_a_temperature_tensor_is_not_read(case):
     """A zero temperature in a tensor gives inf or NaN, no error: a check would have to wait for a GPU."""
     features = case.features((4, 4, 4), torch.float32)
     assert not math.isfinite(case(ck, features, temperature=torch.zeros(())))
+
+
+def test_an_option_at_its_default_may_come_with_the_call():
+    z = f(2, N, D)
+    loss, stats = ck.ClipLoss(normalize=True)(*z, 5.0, return_stats=True)
+    assert torch.equal(loss, ck.clip_loss(*z, 5.0, normalize=True)) and stats.lse.shape == (2, N)
+    queue = ck.MoCoLoss(D, 4).eval()
+    assert torch.equal(queue(*z, temperature=0.3), ck.moco_loss(*z, queue.queue, temperature=0.3))
+
+
+VIEWS_FIRST = {
+    "nt_xent": lambda views: ck.nt_xent_loss(views),
+    "false_negative": lambda views: ck.false_negative_loss(views, threshold=0.5),
+    "sup_con": lambda views: ck.sup_con_loss(views),
+    "arcl": lambda views: ck.arcl_loss(views),
+    "moco_arcl": lambda views: ck.moco_arcl_loss(views[:, 0], views, f(9, views.shape[2])),
+    "alignment": lambda views: ck.alignment_loss(views),
+    "augmentation_robust": lambda views: ck.augmentation_robust_loss(views),
+    "min_view_similarity": lambda views: ck.min_view_similarity(views),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS_FIRST)
+def test_views_before_samples_are_warned_of(name):
+    loss = VIEWS_FIRST[name]
+    views = f(2, 24, 3)
+    with pytest.warns(UserWarning, match=r"is 24 views of 2 samples.*transpose\(0, 1\)"):
+        loss(views)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(views.transpose(0, 1))
+        loss(f(2, 9, 3))  # nine views of a small last batch
+        info_nce(f(2, 3), f(2, 3), f(2, 24, 3), negative_mode="paired")
+
+
+def test_a_queue_shows_what_it_was_made_with():
+    assert repr(ck.MoCoLoss(4, 8, 0.2)) == "MoCoLoss(temperature=0.2)"
+    assert repr(ck.NNCLRLoss(4, 8, 0.2, normalize=False)) == "NNCLRLoss(temperature=0.2, normalize=False)"
+    assert "normalize" not in repr(ck.MoCoArCLLoss(4, 8))
+
+
+def test_a_module_holds_python_numbers():
+    """Dynamo would take a number of NumPy for an array."""
+    module = ck.FalseNegativeLoss(np.float32(0.5), top_k=np.int64(2))
+    assert (type(module.temperature), type(module.top_k)) == (float, int)
+    x = f(N, D)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x, x + 1), module(x, x + 1))
