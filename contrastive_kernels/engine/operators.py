@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_kernels.engine import groups
+from contrastive_kernels.engine import flops, groups
 from contrastive_kernels.engine.backends import BACKENDS, Backend
 from contrastive_kernels.engine.spec import (
     GROUP_SCHEMAS,
@@ -284,3 +284,6 @@ for _name, (_function, _fake) in _GROUP_OPERATORS.items():
     _library.define(f"group_{_name}{GROUP_SCHEMAS[_name]}")
     _library.impl(f"group_{_name}", _kernel(f"group_{_name}", _function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{_NAMESPACE}::group_{_name}", _fake, lib=_library)
+
+_operators = {name: tuple(backend.operators) for name, backend in BACKENDS.items()}
+flops.register(_NAMESPACE, {**_operators, "group": tuple(_GROUP_OPERATORS)})

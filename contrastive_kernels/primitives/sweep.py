@@ -87,7 +87,7 @@ def sweep(
         of_group = _of_group(inputs, chosen, shards)
         statistics = Statistics(*call("group", "sweep", *inputs, *what, maximum, *of_group))
     dtype = inputs.scale.dtype
-    asked_for = (bool(exponents), column_lse, term is not None, maximum, maximum and column_lse, False)
+    asked_for = (len(exponents) > 0, column_lse, term is not None, maximum, maximum and column_lse, False)
     return Statistics(*(s.to(dtype) if asked else s for s, asked in zip(statistics, asked_for, strict=True)))
 
 
