@@ -10,7 +10,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 CXX_FILES := $(shell find contrastive_kernels/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
-.PHONY: demo test test-fast test-peers bench bench-peers bench-distributed lint format interpret aot aot-newest gpu sanitize
+.PHONY: demo test test-fast test-install test-peers test-versions bench bench-peers bench-distributed lint format interpret aot aot-newest gpu sanitize
 .PHONY: clean
 .PRECIOUS: .venv-triton-%/installed
 
@@ -25,6 +25,12 @@ test-fast: .venv/built ## what finds most mistakes, in two minutes
 
 test-peers: .venv/built .venv-peers/installed  ## losses and adapters against the published ones of other packages, in .venv-peers
 	$(PEERS) -m pytest -m peers tests/package tests/compat
+
+test-install: .venv/installed  ## every ordinary way of installing, each in a new environment: about half an hour
+	$(VENV) -m tests.install.paths
+
+test-versions: .venv/installed ## the fast tests with four pairs of Python and torch, and docs/versions.md: about half an hour
+	$(VENV) -m tests.install.versions
 
 bench: .venv/built     ## every loss, more sizes and dtypes: about half an hour
 	$(VENV) -m benchmarks --losses all --dims 128 512 --dtypes float32 bfloat16
@@ -68,14 +74,15 @@ sanitize: .venv/installed
 	bash contrastive_kernels/csrc/sanitize.sh
 
 clean:
-	rm -rf .venv .venv-peers .venv-triton-* build dist results *.egg-info contrastive_kernels/*.so
+	rm -rf .venv .venv-install .venv-peers .venv-triton-* .venv-versions build dist results *.egg-info contrastive_kernels/*.so
 	rm -rf .venv-docs docs/_build docs/losses docs/reference.md
 
 .venv/installed: requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(VENV) -m pip install -r requirements-dev.txt
-# a CUDA build of torch brings its own Triton; the tables were made with this one
-	$(VENV) -c "import triton" 2>/dev/null || $(VENV) -m pip install triton==3.6.0
+# a CUDA build of torch brings its own Triton; the tables were made with this one; not every machine has a wheel
+	$(VENV) -c "import triton" 2>/dev/null || $(VENV) -m pip install triton==3.6.0 \
+		|| echo "There is no Triton for this machine: its tests skip themselves, all else works without."
 	touch $@
 
 .venv/built: .venv/installed setup.py pyproject.toml $(CXX_FILES)

@@ -1,5 +1,6 @@
 """Every backend fulfils the protocol, and the choice between the backends."""
 
+import importlib.metadata
 import inspect
 import typing
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from contrastive_kernels.engine import backends, spec
-from contrastive_kernels.engine.backends import BACKENDS, base, choose
+from contrastive_kernels.engine.backends import BACKENDS, base, choose, triton
 from contrastive_kernels.engine.backends.triton import tiles
 from contrastive_kernels.primitives.sweep import ALL_PAIRS, _prepare
 from tests.support.testing import dtype_id
@@ -128,3 +129,31 @@ def test_pytorch_stands_in_for_a_missing_operator(backend, operator, monkeypatch
     monkeypatch.setattr(backend, "not_supported_reasons", lambda x: ["not in this test"])
     with pytest.raises(NotImplementedError, match="not in this test"):
         choose(x, backend.name, operator)
+
+
+@pytest.mark.parametrize(
+    ("versions", "problem"),
+    [
+        ({"triton": "3.6.0", "numpy": "2.4.1"}, "interpreter of Triton 3.6 does not work with numpy 2.4"),
+        ({"triton": "3.5.1", "numpy": "2.10.0"}, "interpreter of Triton 3.5 does not work with numpy 2.10"),
+        ({"triton": "3.6.0"}, "needs numpy, which is not installed"),
+        ({"triton": "3.6.0", "numpy": "2.3.5"}, None),
+        ({"triton": "3.7.1", "numpy": "2.4.1"}, None),
+    ],
+)
+def test_the_interpreter_and_numpy(versions, problem, monkeypatch):
+    def version(package):
+        if package not in versions:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    triton._interpreter_problem.cache_clear()
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(triton, "installed", True)
+    x = torch.zeros(2, 2)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reasons = triton.not_supported_reasons(x)
+    assert (problem in "; ".join(reasons)) if problem else reasons == []
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not any("numpy" in reason for reason in triton.not_supported_reasons(x))
+    triton._interpreter_problem.cache_clear()

@@ -205,9 +205,13 @@ def test_build_goes_into_the_cache(tree, tmp_path):
     assert list(file.parent.iterdir()) == [file]
 
 
-def test_build_in_a_checkout_goes_beside_the_package(tree):
+def test_build_in_a_checkout_goes_beside_the_package_too(tree):
+    """What is installed of the same sources finds the one in the cache."""
     (tree.PACKAGE.parent / "setup.py").touch()
-    assert tree.in_place() == tree.PACKAGE / tree.FILE
+    file = tree.build(lambda line: None)
+    assert file == tree.in_place() == tree.PACKAGE / tree.FILE
+    assert file.read_bytes() == tree.cached().read_bytes()
+    assert [path.name for path in tree.PACKAGE.glob("_C*")] == [tree.FILE]
 
 
 def test_build_belongs_to_its_sources_and_flags(tree, monkeypatch):

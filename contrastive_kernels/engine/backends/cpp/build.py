@@ -5,6 +5,7 @@ setup.py loads this file by its path, so that there is one list of sources and f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -113,7 +114,9 @@ def in_place() -> Path | None:
 
 
 def build(say: Callable[[str], None], *, verbose: bool = False) -> Path:
-    """Compile the extension for the installed torch and return its file.
+    """Compile the extension for the installed torch and return its file: beside the package in a checkout, or cached.
+
+    That of a checkout is cached too if it can be, for a copy of the same sources that is installed elsewhere.
 
     Args:
         say: called with a line for each file that has been compiled.
@@ -142,6 +145,13 @@ def build(say: Callable[[str], None], *, verbose: bool = False) -> Path:
             errors = [line for line in lines if "error" in line.lower()] or lines
             raise BuildError("the extension does not compile:\n" + "\n".join(errors[:20]))
         os.replace(next(Path(folder).rglob(FILE)), target)
+    if target == in_place():
+        with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+            copy = cached()
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            part = copy.with_suffix(f".{os.getpid()}")
+            shutil.copy(target, part)
+            os.replace(part, copy)
     return target
 
 

@@ -10,6 +10,8 @@ See docs/gpu.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -33,6 +35,29 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _version(package: str) -> tuple[int, ...] | None:
+    """Return the first two numbers of a package's version, None where it is not installed."""
+    try:
+        version = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
+@functools.cache
+def _interpreter_problem() -> str | None:
+    """Return why Triton's interpreter does not work with the installed NumPy."""
+    numpy, own = _version("numpy"), _version("triton")
+    if numpy is None:
+        return "Triton's interpreter needs numpy, which is not installed"
+    if own is not None and own < (3, 7) and numpy >= (2, 4):
+        return (
+            f"the interpreter of Triton {own[0]}.{own[1]} does not work with numpy {numpy[0]}.{numpy[1]}; "
+            '`pip install "numpy<2.4"`, or Triton 3.7'
+        )
+    return None
+
+
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device_of(x)
 
@@ -48,6 +73,8 @@ def not_supported_reasons(x: Tensor) -> list[str]:
         reasons.append(f"dtype is {x.dtype}, not float32, float16 or bfloat16; the torch backend takes it")
     if x.dtype == torch.bfloat16 and _interpreting():
         reasons.append("the bfloat16 products of Triton's interpreter are wrong")
+    if installed and _interpreting() and (problem := _interpreter_problem()):
+        reasons.append(problem)
     return reasons
 
 
