@@ -137,13 +137,13 @@ class SoftmaxOptions:
     """The options of a candidate softmax, checked."""
 
     scale: float | Tensor
+    shards: Shards  # without a default, which Dynamo of torch 2.11 cannot make
     reduction: str = "mean"
     weight: Tensor | None = None
     label_smoothing: float = 0.0
     polarization: Polarization | None = None
     return_stats: bool = False
     backend: str | None = None
-    shards: Shards = ALONE
 
     @classmethod
     def of(
@@ -167,4 +167,5 @@ class SoftmaxOptions:
         label_smoothing = checks.label_smoothing(label_smoothing)
         checks.backend(x, backend)
         scale = scale_from(temperature, logit_scale, x, default_temperature)
-        return cls(scale, reduction, weight, label_smoothing, polarization, return_stats, backend, shards_of(group))
+        shards = shards_of(group)
+        return cls(scale, shards, reduction, weight, label_smoothing, polarization, return_stats, backend)

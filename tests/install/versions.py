@@ -139,6 +139,8 @@ def run_tests(own: Path, checkout: Path, workers: int, more: Sequence[str]) -> t
 def try_pair(pair: Pair, python: Path, folder: Path, workers: int, more: Sequence[str], console: Console) -> Result:
     """Return the result of a pair; raise `Failed` where the environment or the extension cannot be made."""
     own = install(pair, python, folder / "venv")
+    git = ["git", "-c", "safe.directory=*", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     checkout = copy_checkout(folder / "checkout")
     env = environments.variables(CONTRASTIVE_KERNELS_CACHE=str(folder / "cache"))
     call(own, "-m", "contrastive_kernels", "build", cwd=checkout, env=env)
@@ -153,7 +155,6 @@ def try_pair(pair: Pair, python: Path, folder: Path, workers: int, more: Sequenc
     passed, failed, skipped, names = run_tests(own, checkout, workers, more)
     for name in names:
         console.print(f"  failed: {name}", markup=False, highlight=False)
-    git = ["git", "-c", "safe.directory=*", "rev-parse", "--short", "HEAD"]
     return Result(
         python=version,
         torch=torch.partition("+")[0],
@@ -164,7 +165,7 @@ def try_pair(pair: Pair, python: Path, folder: Path, workers: int, more: Sequenc
         failed=failed,
         skipped=skipped,
         seconds=round(time.monotonic() - start),
-        commit=subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
+        commit=commit,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         system=f"{platform.system()} {platform.machine()}",
     )
