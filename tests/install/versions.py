@@ -80,12 +80,16 @@ def stored() -> list[Result]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Return the table of the page."""
+    """Return the table of the page, a row for every pair."""
     lines = [
         "| Python | torch | Triton | numpy | C++ backend | fast tests | when, where |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in results:
+    for pair in PAIRS:
+        r = result_of(pair, results)
+        if r is None:
+            lines.append(f"| {pair.python} | {pair.torch} | {pair.triton} | | | not run yet | |")
+            continue
         tests = f"{r.passed:,} passed, {r.skipped} skipped" + (f", **{r.failed} failed**" if r.failed else "")
         where = f"{r.date}, {r.commit}, {r.system}"
         lines.append(f"| {r.python} | {r.torch} | {r.triton} | {r.numpy} | {r.extension} | {tests} | {where} |")
