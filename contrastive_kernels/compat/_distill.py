@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from contrastive_kernels import workspace_limit
 from contrastive_kernels.compat._small import is_small, scalar
 from contrastive_kernels.compat._towers import CROSSOVER
 from contrastive_kernels.primitives import (
@@ -53,6 +54,11 @@ def distilled_clip(
     return contrastive, distilled - scale * expected / (2 * n)
 
 
+def _chunk(x: Tensor) -> int:
+    """Return how many of the teacher's similarities are stored at a time."""
+    return 2**19 if x.is_cpu else workspace_limit() // (4 * x.element_size())
+
+
 def _expectation(x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor) -> Tensor:
     """Return the student's similarities, weighted by the teacher's softmax of rows plus that of columns, and summed."""
     texts = similarity_softmax_mean(teacher_x, teacher_y, y)
@@ -61,24 +67,24 @@ def _expectation(x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor) -> 
 
 
 class _Expectation(torch.autograd.Function):
-    """The same of a constant teacher, from one sweep forward and one backward over the teacher.
-
-    The weights are the derivatives of the sum of the teacher's log-sum-exps. Columns of zeros appended to its images,
-    with the student's texts opposite, change no logit, and their gradients are the weighted sums of those texts.
-    """
+    """The same of a constant teacher: log-sum-exps by a sweep, then value and gradients in one pass over its rows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, teacher_x: Tensor, teacher_y: Tensor) -> Tensor:
         """Return the sum."""
-        d, dtype = x.shape[1], compute_dtype(x)
-        with torch.enable_grad(), wide_products(x):
-            wide_x, wide_y = x.detach().to(dtype), y.detach().to(dtype)
-            zeros = torch.zeros_like(wide_x)
-            rows = torch.cat([teacher_x.detach(), zeros, wide_x], 1).requires_grad_()
-            columns = torch.cat([teacher_y.detach(), wide_y, zeros], 1).requires_grad_()
-            row_lse, column_lse = similarity_logsumexp(rows, columns, columns=True)
-            of_rows, of_columns = torch.autograd.grad(row_lse.sum() + column_lse.sum(), (rows, columns))
-        texts, images = of_rows[:, -2 * d : -d], of_columns[:, -d:]
+        n, dtype = x.shape[0], compute_dtype(x)
+        with wide_products(x):
+            wide_x, wide_y = x.to(dtype), y.to(dtype)
+            row_lse, column_lse = similarity_logsumexp(teacher_x, teacher_y, columns=True)
+            # to each image the weighted sum of the texts, to each text that of the images
+            texts, images = torch.empty_like(wide_x), torch.zeros_like(wide_y)
+            step = max(1, _chunk(x) // n)
+            for part in (slice(start, start + step) for start in range(0, n, step)):
+                logits = teacher_x[part] @ teacher_y.T
+                weights = (logits - row_lse[part, None]).exp_()
+                weights += logits.sub_(column_lse).exp_()
+                torch.mm(weights, wide_y, out=texts[part])
+                images.addmm_(weights.T, wide_x[part])
         ctx.save_for_backward(x, y, teacher_x, teacher_y, texts, images)
         return row_dot(wide_x, texts).sum()
 

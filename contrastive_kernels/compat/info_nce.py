@@ -13,6 +13,9 @@ from contrastive_kernels.primitives import row_dot, unit_rows
 
 __all__ = ["InfoNCE", "info_nce"]
 
+# Up to 512 queries with the keys of their batch, measured with D from 128 to 512.
+CROSSOVER = 4.0
+
 __getattr__ = forwarding(__name__, "info-nce-pytorch", "info_nce")
 
 
@@ -94,7 +97,7 @@ def info_nce(
     several = isinstance(temperature, Tensor) and temperature.numel() != 1
     if several:
         warn_dense("info_nce", "a temperature of several numbers")
-    if not several and not is_small(query, query.shape[0] * keys.shape[-2]):
+    if not several and not is_small(query, query.shape[0] * keys.shape[-2], CROSSOVER):
         return info_nce_loss(
             query,
             positive_key,

@@ -84,7 +84,9 @@ def test_own_rows_of_all_are_the_whole(towers, largest):
 
 
 @pytest.mark.parametrize("learns", [False, True], ids=["constant teacher", "teacher with gradient"])
-def test_distillation_is_the_dense_formula(towers, learns, largest):
+@pytest.mark.parametrize("chunk", [1, 36, 1000], ids=lambda numbers: f"chunks of {numbers}")
+def test_distillation_is_the_dense_formula(towers, learns, chunk, largest, monkeypatch):
+    monkeypatch.setattr(_distill, "_chunk", lambda x: chunk)
     x, y, scale = towers
     teacher = [torch.randn(9, 4, dtype=torch.float64, requires_grad=learns) for _ in range(2)]
     teacher_scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=learns)
