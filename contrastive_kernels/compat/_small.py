@@ -34,8 +34,11 @@ def is_small(x: Tensor, similarities: int, crossover: float = 1.0) -> bool:
 
 
 def scalar(value: float | Tensor) -> float | Tensor:
-    """Return a temperature or scale as our losses take it: a tensor of one element without its dimensions."""
-    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value
+    """Return a temperature or scale as our losses take it: a tensor of one element without its dimensions, floating."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        return value
+    value = value.reshape(())
+    return value if value.is_floating_point() else value.double()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from contrastive_kernels.compat._small import is_small, scalar
 from contrastive_kernels.losses import clip_loss, info_nce_loss, siglip_loss
 from contrastive_kernels.primitives import compute_dtype
 
-__all__ = ["clip", "clip_own_rows", "fit", "siglip"]
+__all__ = ["clip", "clip_own_rows", "fit", "siglip", "single"]
 
 # Up to 384 rows, measured with D from 128 to 512.
 CROSSOVER = 2.25
@@ -28,10 +28,15 @@ def fit(x: Tensor, y: Tensor) -> bool:
     )
 
 
+def single(*numbers: float | Tensor | None) -> bool:
+    """Return whether these are single numbers; several would be broadcast over the logits."""
+    return all(not isinstance(number, Tensor) or number.numel() == 1 for number in numbers)
+
+
 def clip(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor | None = None) -> Tensor:
     """Return `clip_loss`."""
     if not is_small(x, x.shape[0] ** 2, CROSSOVER):
-        return clip_loss(x, y, scale, bias)
+        return clip_loss(x, y, scalar(scale), _scalar(bias))
     logits = (scalar(scale) * x) @ y.T
     directions = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
     return _with(bias, -0.5 * directions.mean())
@@ -52,7 +57,7 @@ def clip_own_rows(
                 rows,
                 candidates[first : first + n],
                 candidates,
-                logit_scale=scale,
+                logit_scale=scalar(scale),
                 normalize=False,
                 query_ids=own,
                 key_ids=torch.arange(columns, device=x.device),
@@ -65,7 +70,7 @@ def siglip(
 ) -> Tensor:
     """Return `siglip_loss`."""
     if not is_small(x, x.shape[0] ** 2, CROSSOVER):
-        return siglip_loss(x, y, scale, bias, negative_only=negative_only)
+        return siglip_loss(x, y, scalar(scale), _scalar(bias), negative_only=negative_only)
     logits = (scalar(scale) * x) @ y.T
     if bias is not None:
         logits = logits + scalar(bias)
@@ -73,6 +78,10 @@ def siglip(
     if not negative_only:
         signs.fill_diagonal_(1.0)
     return -F.logsigmoid(signs * logits).sum() / x.shape[0]
+
+
+def _scalar(bias: float | Tensor | None) -> float | Tensor | None:
+    return None if bias is None else scalar(bias)
 
 
 def _with(bias: float | Tensor | None, loss: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class ClipLoss(_peer.ClipLoss):
             logit_bias: cancels; its gradient is 0.
             output_dict: return ``{"contrastive_loss": loss}``.
         """
-        if not _towers.fit(image_features, text_features) or _changed(self, ClipLoss):
+        if _dense(self, ClipLoss, logit_scale, logit_bias) or not _towers.fit(image_features, text_features):
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
         loss = self._fused(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
@@ -151,9 +151,7 @@ class DistillClipLoss(_peer.DistillClipLoss, ClipLoss):
         """
         student, teacher = (image_features, text_features), (dist_image_features, dist_text_features)
         fits = _towers.fit(*student) and _towers.fit(*teacher) and len(image_features) == len(dist_image_features)
-        if self.world_size > 1 or not fits or _changed(self, DistillClipLoss):
-            if self.world_size > 1:
-                warn_dense("DistillClipLoss", "world_size > 1")
+        if _dense(self, DistillClipLoss, logit_scale, dist_logit_scale) or not fits:
             peer: Any = super()
             return peer.forward(*student, logit_scale, *teacher, dist_logit_scale, output_dict)
         contrastive, distill = distilled_clip(*student, logit_scale, *teacher, dist_logit_scale)
@@ -193,7 +191,7 @@ class SigLipLoss(_peer.SigLipLoss):
         negative_only: bool = False,
     ) -> Any:
         """Return the loss of these images and texts; with `negative_only` no text belongs to an image."""
-        if not _towers.fit(image_features, text_features) or _changed(self, SigLipLoss):
+        if _dense(self, SigLipLoss, logit_scale, logit_bias) or not _towers.fit(image_features, text_features):
             return super()._loss(image_features, text_features, logit_scale, logit_bias, negative_only)
         return _towers.siglip(image_features, text_features, logit_scale, logit_bias, negative_only)
 
@@ -248,7 +246,16 @@ def patch_open_clip() -> Patch:
     return Patch(*replacements)
 
 
-def _changed(loss: Any, ours: type) -> bool:
-    """Return whether a subclass has logits or targets of its own, which a fused loss would not see."""
-    names = "get_logits", "get_ground_truth", "dist_loss"
-    return any(getattr(type(loss), name, None) is not getattr(ours, name, None) for name in names)
+def _dense(loss: Any, ours: type, *numbers: float | Tensor | None) -> bool:
+    """Return whether the peer's own code has to compute a loss, and warn that this stores the logits."""
+    option = None
+    for name in ("get_logits", "get_ground_truth", "dist_loss"):
+        if getattr(type(loss), name, None) is not getattr(ours, name, None):
+            option = f"a {name} of a subclass"
+    if ours is DistillClipLoss and loss.world_size > 1:
+        option = "world_size > 1"
+    if not _towers.single(*numbers):
+        option = "a scale or bias of several numbers"
+    if option is not None:
+        warn_dense(type(loss).__name__, option)
+    return option is not None

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import python_ref
-from contrastive_kernels.compat import _small
+from contrastive_kernels.compat import _peer, _small
 from contrastive_kernels.compat.check.case import TOLERANCE, difference
 from tests.support import adapters
 from tests.support.open_clip import CLASSES, inputs, made, open_clip, ours, result, theirs
@@ -75,10 +75,30 @@ def test_examples_run():
 
 @PATHS
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("kind", [float, lambda x: torch.tensor([x], dtype=torch.float64), lambda x: torch.tensor(x)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        float,
+        int,
+        lambda x: torch.tensor([x], dtype=torch.float64),
+        lambda x: torch.tensor(x),
+        lambda x: torch.tensor(5),
+    ],
+    ids=["float", "int", "one element", "0-dim float32", "0-dim int64"],
+)
 def test_scale_of_any_kind(name, kind, largest):
     given = inputs(name) | {"logit_scale": kind(5.0)}
     with _small.largest(largest):
+        found = result(made(ours, name), given)
+    assert difference(found, result(made(theirs, name), given)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss", "DistillClipLoss"])
+def test_several_scales(name):
+    """Broadcast over the rows as open_clip's code does, by that code, which warns once."""
+    _peer._warned.clear()
+    given = inputs(name) | {"logit_scale": torch.linspace(1, 5, 9, dtype=torch.float64)[:, None].requires_grad_()}
+    with _small.largest(0), pytest.warns(UserWarning, match=f"{name} with a scale or bias of several numbers stores"):
         found = result(made(ours, name), given)
     assert difference(found, result(made(theirs, name), given)) <= TOLERANCE
 
@@ -279,10 +299,15 @@ class Shuffled(ours.SigLipLoss):
 
 @PATHS
 def test_what_a_subclass_changes_counts(largest):
+    _peer._warned.clear()
+    with _small.largest(largest), pytest.warns(UserWarning, match=r"Smoothed with a get_logits.* stores"):
+        Smoothed()(**inputs("ClipLoss"))
     with _small.largest(largest):
         given = inputs("ClipLoss")
         doubled = given | {"logit_scale": 2 * given["logit_scale"]}
         torch.testing.assert_close(Smoothed()(**given), theirs.ClipLoss()(**doubled))
         given = inputs("SigLipLoss")
+        with pytest.warns(UserWarning, match="Shuffled with a get_ground_truth"):
+            Shuffled()(**given)
         turned = given | {"image_features": given["image_features"].flip(0)}
         torch.testing.assert_close(Shuffled()(**given), theirs.SigLipLoss()(**turned))

@@ -359,6 +359,7 @@ def test_patched_model_is_freed():
 def test_mixed_precision_of_accelerate(family, alone):
     """accelerate wraps the forward and takes the wrapper off again; the patch stays through both."""
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a Trainer may have set it
     model = model_of(transformers, family, torch.float32)
     expected = model(**batch(dtype=torch.float32)).loss
     with patch_transformers(model if alone else None):
