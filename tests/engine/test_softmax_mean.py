@@ -252,6 +252,29 @@ def test_autocast(itself):
     assert torch.equal(mean, ck.similarity_softmax_mean(x.bfloat16(), rounded, values))
 
 
+def test_subnormal_exponentials(monkeypatch):
+    """A sharp softmax is as fast as a flat one: no product takes numbers for which a processor needs far longer."""
+    matmul, factors = torch.Tensor.__matmul__, []
+
+    def watched(self, other):
+        factors.extend([self.detach(), other.detach()])
+        return matmul(self, other)
+
+    y = torch.eye(64)
+    y[:, 0] = torch.linspace(0.02, 1, 64)
+    scores = 100 * (y[:, 0] - 1)
+    assert ((scores < -88) & (scores > -103)).any(), "none of the exponentials is subnormal"
+    tensors = {"x": torch.eye(64)[:1], "y": y, "values": torch.randn(64, 3)}
+    expected = differentiate(
+        lambda **t: python_ref.similarity_softmax_mean(**t, scale=100.0), {k: x.double() for k, x in tensors.items()}
+    )
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+    found = differentiate(lambda **t: ck.similarity_softmax_mean(**t, scale=100.0, backend="torch"), tensors)
+    assert len(factors) > 4
+    assert not any(((x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)).any() for x in factors)
+    assert_outcomes_match(found, expected, torch.float32)
+
+
 X = torch.ones(8, 16)
 BAD = {
     "rows": (

@@ -8,6 +8,7 @@ Longer than 500 lines because a backend is one module and this one has every ope
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -75,11 +76,19 @@ def _logsumexp(v: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     return exponentials.sum(dim).to(dtype).log() + peak.squeeze(dim).to(dtype)
 
 
-def _exponentials(v: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _exponentials(v: Tensor, dim: int, exp: Callable[[Tensor], Tensor] = torch.exp) -> tuple[Tensor, Tensor]:
     """Return exp(v - peak) and the peak of v, 0 where that is infinite or there is none."""
     peak = v.amax(dim, keepdim=True) if v.shape[dim] else v.sum(dim, keepdim=True)
     peak = torch.where(peak.abs() == torch.inf, torch.zeros_like(peak), peak)
-    return (v - peak).exp(), peak
+    return exp(v - peak), peak
+
+
+def _normal_exp(v: Tensor) -> Tensor:
+    """Return exp(v) of numbers up to about 0, and 0 for what is subnormal, which is nothing beside the largest.
+
+    A processor takes many times as long for it, and for the products.
+    """
+    return (v.masked_fill(v < math.log(torch.finfo(v.dtype).tiny), -torch.inf) if v.is_cpu else v).exp()
 
 
 class _Scores:
@@ -324,7 +333,7 @@ def softmax_mean(values: Tensor, inputs: Inputs, what: Description) -> SoftmaxMe
     mean = values.new_empty(matrix.n, values.shape[1])
     row_lse = values.new_empty(matrix.n, dtype=wide)
     for rows in matrix.chunks:
-        exponentials, peak = _exponentials(matrix.logits(*matrix.similarities(rows)), 1)
+        exponentials, peak = _exponentials(matrix.logits(*matrix.similarities(rows)), 1, _normal_exp)
         total = exponentials.sum(1)
         row_lse[rows] = total.to(wide).log() + peak.squeeze(1).to(wide)
         mean[rows] = (exponentials @ values) / total.masked_fill(total == 0, 1)[:, None]
@@ -341,7 +350,7 @@ def _chunk_mean_gradients(
     """Return what some rows of x add to `SoftmaxMeanGradients`, None where nothing; all of it is differentiable."""
     high, low = _split(upstream.row_lse[rows], matrix.dtype)
     grad, s_and_dropped = upstream.grad_mean[rows], matrix.similarities(rows)
-    shares = (matrix.logits(*s_and_dropped) - high[:, None] - low[:, None]).exp()
+    shares = _normal_exp(matrix.logits(*s_and_dropped) - high[:, None] - low[:, None])
     d_values = shares.T @ grad if wanted.values else None
     if not any(wanted[:-1]):
         return None, None, None, None, d_values
