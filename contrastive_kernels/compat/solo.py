@@ -267,16 +267,18 @@ def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: flo
         >>> barlow_loss_func(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """
-    if not is_gathered():
+    if not (is_gathered() or is_small(z1, z1.shape[-1] ** 2)):
         return barlow_twins_loss(z1, z2, lambd=lamb) * scale_loss
     checks.paired("z1", z1, "z2", z2)
     checks.two_rows("z1", z1, "the loss is one of variances")
     first, second = (F.batch_norm(z.to(compute_dtype(z)), None, None, training=True) for z in (z1, z2))
     with wide_products(z1):
-        own = first.T @ second / z1.shape[0]
-    # the sum of all ranks, the gradient of this one
-    total = shards_for("world", "barlow_loss_func", z1).sum(own.detach()) + (own - own.detach())
-    squares = (total / world_size() - torch.eye(z1.shape[1], device=z1.device)).square()
+        correlation = first.T @ second / z1.shape[0]
+    if is_gathered():
+        # the sum of all ranks, the gradient of this one
+        total = shards_for("world", "barlow_loss_func", z1).sum(correlation.detach())
+        correlation = (total + (correlation - correlation.detach())) / world_size()
+    squares = (correlation - torch.eye(z1.shape[1], device=z1.device)).square()
     diagonal = squares.diagonal().sum()
     return scale_loss * (diagonal + lamb * squares.fill_diagonal_(0).sum())
 

@@ -83,7 +83,7 @@ class SupConLoss(nn.Module):
                 contrast_mode="one" if self.contrast_mode == "one" else "all",
                 normalize=False,
             )
-        return loss * (temperature / base_temperature)
+        return (loss * (temperature / base_temperature)).to(loss.dtype)
 
 
 def _checked(

@@ -126,6 +126,9 @@ def test_attributes():
     loss.temperature = nn.Parameter(torch.tensor([0.5]))
     loss(features, labels).backward()
     assert loss.temperature.grad.shape == (1,)
+    del loss.temperature
+    loss.temperature = torch.tensor(0.5, dtype=torch.float64)
+    assert loss(features, labels).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
