@@ -1,5 +1,7 @@
 """The functions of solo-learn beside dense formulas, in one process and on three."""
 
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -121,6 +123,12 @@ def test_reference(largest):
     )
     for ours, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, reference, **EXACT)
+
+
+def test_other_names_need_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "solo.losses", None)
+    with pytest.raises(ImportError, match="pip install solo-learn"):
+        _ = solo.byol_loss_func
 
 
 def test_single_row():

@@ -2,13 +2,14 @@
 
 import copy
 import pickle
+import sys
 from collections import OrderedDict
 
 import pytest
 import torch
 
 import python_ref
-from contrastive_kernels.compat import _peer, _small
+from contrastive_kernels.compat import _peer, _small, torchmultimodal
 from contrastive_kernels.compat.torchmultimodal import (
     BackpropType,
     ContrastiveLossOutput,
@@ -99,3 +100,10 @@ def test_copies():
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert other.logit_scale == 1.5 and other.logit_scale_max == 3.0
     assert pickle.loads(pickle.dumps(BackpropType.LOCAL)) is BackpropType.LOCAL
+
+
+def test_other_names_need_the_library(monkeypatch):
+    module = "torchmultimodal.modules.losses.contrastive_loss_with_temperature"
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match="pip install torchmultimodal-nightly"):
+        _ = torchmultimodal.gather_tensor
