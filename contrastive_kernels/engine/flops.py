@@ -20,8 +20,11 @@ from contrastive_kernels.engine.spec import (
     Description,
     ForwardArguments,
     GroupArguments,
+    Guide,
     Inputs,
     SoftmaxArguments,
+    SoftmaxMeanArguments,
+    SoftmaxMeanBackwardArguments,
     Wanted,
 )
 
@@ -79,6 +82,36 @@ def _softmax_total(backend: str, *flat: Any) -> int:
     return 2 * d * n * m * (1 + of_x + of_columns)
 
 
+def _of_guide(inputs: Inputs, guide: Guide) -> int:
+    n, m, _ = _sizes(inputs)
+    width: int = tuple(guide.guide_x)[1]
+    return 2 * width * n * m
+
+
+def _guided_forward(backend: str, *flat: Any) -> int:
+    arguments, guide = Guide.split(flat)
+    return _forward(backend, *arguments) + _of_guide(ForwardArguments.of(arguments).inputs, guide)
+
+
+def _guided_backward(backend: str, *flat: Any) -> int:
+    arguments, guide = Guide.split(flat)
+    return _backward(backend, *arguments) + _of_guide(BackwardArguments.of(arguments).inputs, guide)
+
+
+def _softmax_mean(backend: str, *flat: Any) -> int:
+    values, inputs, _ = SoftmaxMeanArguments.of(flat)
+    n, m, d = _sizes(inputs)
+    return 2 * n * m * (d + tuple(values)[1])
+
+
+def _softmax_mean_backward(backend: str, *flat: Any) -> int:
+    _, values, inputs, _, wanted = SoftmaxMeanBackwardArguments.of(flat)
+    n, m, d = _sizes(inputs)
+    of_columns = wanted.y or (wanted.x and inputs.y is None)
+    of_values = wanted.values + any(wanted[:-1])
+    return 2 * n * m * (d * (1 + wanted.x + of_columns) + tuple(values)[1] * of_values)
+
+
 def _views(backend: str, views: Shape) -> int:
     n, v, d = views
     return 2 * d * n * (v * v if backend == "torch" else v * (v - 1) // 2)
@@ -96,6 +129,10 @@ FORMULAS: dict[str, Callable[..., int]] = {
     "forward": _forward,
     "backward": _backward,
     "softmax_total": _softmax_total,
+    "guided_forward": _guided_forward,
+    "guided_backward": _guided_backward,
+    "softmax_mean": _softmax_mean,
+    "softmax_mean_backward": _softmax_mean_backward,
     "unit_rows": _nothing,
     "unit_rows_backward": _nothing,
     "row_dot": _nothing,

@@ -72,6 +72,8 @@ def test_operators(backend):
             positional, _, keyword = schema.partition(", *, ")
             expected = [(n, kinds[False]) for n in positional.split(", ")]
             expected += [(n, kinds[True]) for n in keyword.split(", ") if n]
+            if f"guided_{name}" in operators:  # the same function
+                expected.append(("guide", kinds[True]))
             assert parameters(function) == expected
         else:
             arguments = torch._C.parse_schema(f"f{spec.SCHEMAS[name]}").arguments

@@ -41,6 +41,8 @@ def inside(name: str, *flat) -> int:
         "forward": lambda: function(*spec.ForwardArguments.of(flat)[:2], maximum=flat[-1], save_scores=False),
         "backward": lambda: function(*spec.BackwardArguments.of(flat)[:-1]),
         "softmax_total": lambda: function(*spec.SoftmaxArguments.of(flat)),
+        "softmax_mean": lambda: function(*spec.SoftmaxMeanArguments.of(flat)),
+        "softmax_mean_backward": lambda: function(*spec.SoftmaxMeanBackwardArguments.of(flat)),
     }
     return counted(grouped.get(name, lambda: function(*flat)))
 
@@ -68,6 +70,38 @@ def test_softmax_totals_count_the_products_inside(kind):
     for wanted in ([True, inputs.y is not None, True], [True, False, False], [False, False, False]):
         arguments = (weight, own, *inputs, *what, wanted)
         assert counted(operator("torch", "softmax_total"), *arguments) == inside("softmax_total", *arguments) > 0
+
+
+@pytest.mark.parametrize("kind", ["plain", "self"])
+def test_softmax_means_count_the_products_inside(kind):
+    inputs, *_ = sweep_arguments(kind, torch.float32, "cpu")
+    columns = inputs.x if inputs.y is None else inputs.y
+    what = spec.Description([1.0], False, "", [], False, 0)
+    values = torch.randn(columns.shape[0], 5)
+    arguments = (values, *inputs, *what)
+    assert counted(operator("torch", "softmax_mean"), *arguments) == inside("softmax_mean", *arguments) > 0
+    mean, row_lse = operator("torch", "softmax_mean")(*arguments)
+    flow = torch.randn_like(mean), torch.randn_like(row_lse).float(), row_lse.float()
+    for wanted in itertools.product([True, False], [True, False], [False], [False], [True, False]):
+        if inputs.y is None and wanted[1]:
+            continue
+        arguments = (*flow, values, *inputs, *what, list(wanted))
+        expected = inside("softmax_mean_backward", *arguments)
+        assert counted(operator("torch", "softmax_mean_backward"), *arguments) == expected
+
+
+@pytest.mark.parametrize("kind", ["plain", "self"])
+def test_a_guide_counts_one_product_more(kind):
+    inputs, what, maximum = sweep_arguments(kind, torch.float32, "cpu")
+    (n, d), m = inputs.x.shape, (inputs.x if inputs.y is None else inputs.y).shape[0]
+    guide = torch.randn(n, 7), None if inputs.y is None else torch.randn(m, 7), torch.zeros(n)
+    plain, guided = (
+        counted(operator("torch", name), *inputs, *what, maximum, *more)
+        for name, more in (("forward", ()), ("guided_forward", guide))
+    )
+    assert guided == plain + 2 * 7 * n * m
+    function = BACKENDS["torch"].operators["forward"]
+    assert guided == counted(lambda: function(inputs, what, maximum=maximum, guide=spec.Guide(*guide)))
 
 
 @pytest.mark.parametrize(
