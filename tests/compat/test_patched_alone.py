@@ -1,6 +1,7 @@
 """The adapters that patch, without open_clip and transformers."""
 
 import importlib
+import subprocess
 import sys
 
 import pytest
@@ -34,6 +35,15 @@ def test_says_what_to_install(name, distribution, absent):
     with pytest.raises(ImportError, match=f"pip install {distribution}"):
         getattr(compat, f"patch_{name}")()
     assert f"contrastive_kernels.compat.{name}" not in sys.modules
+
+
+def test_the_package_imports_no_library():
+    code = (
+        "import sys, contrastive_kernels.compat as compat; "
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {*compat.ADAPTERS, 'torchvision'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.fixture(params=[0, _small._largest], ids=["sweep", "formula"])
