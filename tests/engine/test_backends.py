@@ -52,6 +52,16 @@ def test_dtypes(backend, dtype):
         assert isinstance(backend.score_dtype(x, y), (torch.dtype, type(None)))
 
 
+# What implementations take whose arguments are grouped.
+GROUPED = {
+    "forward": "inputs, what, *, maximum, save_scores",
+    "backward": "upstream, inputs, what, wanted, scores, *, float32_gradients",
+    "softmax_total": "weight, own, inputs, what, wanted",
+    "softmax_mean": "values, inputs, what",
+    "softmax_mean_backward": "upstream, values, inputs, what, wanted",
+}
+
+
 @every_backend
 def test_operators(backend):
     """Each has a schema; the required ones are there; implementations take what the schema passes."""
@@ -62,12 +72,10 @@ def test_operators(backend):
     for name, function in operators.items():
         if function is None:
             assert backend.name == "cpp"
-        elif name in ("forward", "backward", "softmax_total"):
-            schema = {
-                "forward": "inputs, what, *, maximum, save_scores",
-                "backward": "upstream, inputs, what, wanted, scores, *, float32_gradients",
-                "softmax_total": "weight, own, inputs, what, wanted",
-            }[name]
+        elif name.startswith("guided_"):
+            assert function is operators[name.removeprefix("guided_")]
+        elif name in GROUPED:
+            schema = GROUPED[name]
             kinds = {False: inspect.Parameter.POSITIONAL_OR_KEYWORD, True: inspect.Parameter.KEYWORD_ONLY}
             positional, _, keyword = schema.partition(", *, ")
             expected = [(n, kinds[False]) for n in positional.split(", ")]

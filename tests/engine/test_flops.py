@@ -93,7 +93,7 @@ def test_softmax_means_count_the_products_inside(kind):
 @pytest.mark.parametrize("kind", ["plain", "self"])
 def test_a_guide_counts_one_product_more(kind):
     inputs, what, maximum = sweep_arguments(kind, torch.float32, "cpu")
-    (n, d), m = inputs.x.shape, (inputs.x if inputs.y is None else inputs.y).shape[0]
+    n, m = inputs.x.shape[0], (inputs.x if inputs.y is None else inputs.y).shape[0]
     guide = torch.randn(n, 7), None if inputs.y is None else torch.randn(m, 7), torch.zeros(n)
     plain, guided = (
         counted(operator("torch", name), *inputs, *what, maximum, *more)
