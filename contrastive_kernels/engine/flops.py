@@ -101,15 +101,16 @@ def _guided_backward(backend: str, *flat: Any) -> int:
 def _softmax_mean(backend: str, *flat: Any) -> int:
     values, inputs, _ = SoftmaxMeanArguments.of(flat)
     n, m, d = _sizes(inputs)
-    return 2 * n * m * (d + tuple(values)[1])
+    width: int = tuple(values)[1]
+    return 2 * n * m * (d + width)
 
 
 def _softmax_mean_backward(backend: str, *flat: Any) -> int:
     _, values, inputs, _, wanted = SoftmaxMeanBackwardArguments.of(flat)
     n, m, d = _sizes(inputs)
     of_columns = wanted.y or (wanted.x and inputs.y is None)
-    of_values = wanted.values + any(wanted[:-1])
-    return 2 * n * m * (d * (1 + wanted.x + of_columns) + tuple(values)[1] * of_values)
+    of_values, width = wanted.values + any(wanted[:-1]), int(tuple(values)[1])
+    return 2 * n * m * (d * (1 + wanted.x + of_columns) + width * of_values)
 
 
 def _views(backend: str, views: Shape) -> int:
