@@ -12,6 +12,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
 from rich import box
 from rich.console import Console
@@ -77,6 +81,20 @@ def _biased(n: int, d: int) -> Inputs:
     return _pair(n, d) | {"scale": torch.tensor(10.0), "bias": torch.tensor(-10.0)}
 
 
+def _distilled(n: int, d: int) -> Inputs:
+    teacher = {f"teacher_{name}": x for name, x in _pair(n, d).items()}
+    return _scaled(n, d) | teacher
+
+
+def _distillation(module: Any) -> Callable[..., Tensor]:
+    loss = module.DistillClipLoss()
+
+    def function(a: Tensor, b: Tensor, scale: Tensor, teacher_a: Tensor, teacher_b: Tensor) -> Tensor:
+        return sum(loss(a, b, scale, teacher_a, teacher_b, 1 / 0.07))
+
+    return function
+
+
 def _of_both(loss: Callable[..., Tensor], per_class: int = 2) -> Callable[[Tensor, Tensor], Tensor]:
     """Return a loss of the rows of both views with labels: as many rows of a class as said."""
 
@@ -120,6 +138,7 @@ ADAPTERS = (
     Adapter("lightly", "VICRegLoss", _pair, lambda m: m.VICRegLoss()),
     Adapter("open_clip", "ClipLoss", _scaled, lambda m: m.ClipLoss()),
     Adapter("open_clip", "SigLipLoss", _biased, lambda m: m.SigLipLoss()),
+    Adapter("open_clip", "DistillClipLoss", _distilled, _distillation),
     Adapter(
         "pytorch_metric_learning", "NTXentLoss", _pair, lambda m: _of_both(m.NTXentLoss(TEMPERATURE)), (128,), _cubic
     ),
@@ -151,9 +170,10 @@ ADAPTERS = (
 
 
 def inputs_of(adapter: Adapter, n: int, d: int, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Return inputs from a fixed seed."""
+    """Return inputs from a fixed seed; a teacher's have no gradient."""
     torch.manual_seed(0)
-    return {name: x.to(dtype).requires_grad_() for name, x in adapter.inputs(n, d).items()}
+    inputs = {name: x.to(dtype) for name, x in adapter.inputs(n, d).items()}
+    return {name: x.requires_grad_("teacher" not in name) for name, x in inputs.items()}
 
 
 def step_of(adapter: Adapter, module: Any, inputs: Inputs) -> Step:
@@ -291,6 +311,47 @@ def table(rows: Sequence[Row], limit_gib: float) -> Table:
     return found
 
 
+def draw(rows: Sequence[Row], folder: Path) -> Path:
+    """Draw over the batch how many times as long the originals take as ours, and how much more memory."""
+    both = report.timed(rows)
+    pairs: dict[tuple[str, int], dict[int, dict[str, Row]]] = {}
+    for row in both:
+        pairs.setdefault((row.loss, row.d), {}).setdefault(row.n, {})[row.provider] = row
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 5.2), sharex=True)
+    colors, every_n = plt.get_cmap("tab20").colors, sorted({row.n for row in both})
+    for k, ((loss, d), by_n) in enumerate(pairs.items()):
+        sizes = sorted(n for n, at in by_n.items() if len(at) == 2)
+        ratios = [by_n[n][ORIGINAL].ms_50 / by_n[n][OURS].ms_50 for n in sizes]
+        # below a MiB the allocator's rounding is what is compared
+        large = [n for n in sizes if by_n[n][ORIGINAL].peak_mib > 1]
+        peaks = [by_n[n][ORIGINAL].peak_mib / by_n[n][OURS].peak_mib for n in large]
+        style = {"color": colors[k % len(colors)], "marker": "os^v<>d"[k % 7], "markersize": 4, "linewidth": 1.4}
+        label = loss.replace("_", "-") + (f", D = {d}" if d != 128 else "")
+        time.plot(sizes, ratios, label=label, **style)
+        memory.plot(large, peaks, **style)
+    for axes, title in ((time, "Time of the original over ours"), (memory, "Peak memory of the original over ours")):
+        axes.set(xscale="log", yscale="log")
+        axes.axhline(1, color="#222222", linewidth=1)
+        axes.set_xticks(every_n, [f"{n:,}" for n in every_n], fontsize=8)
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+        axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+        axes.set_xlabel("samples of the batch", fontsize=8.5, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e2e2e2", linewidth=0.7)
+    first = rows[0]
+    source = (
+        f"{first.device}, {first.threads} threads, torch {first.torch}, float32, D = 128 unless said, {first.date}."
+    )
+    figure.text(0.01, 0.005, source, fontsize=8, color="#777777")
+    figure.legend(loc="center right", fontsize=7.5, frameon=False)
+    figure.tight_layout(rect=(0, 0.03, 0.76, 1))
+    file = folder / "adapters.png"
+    figure.savefig(file, dpi=150)
+    plt.close(figure)
+    return file
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the files; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__)
@@ -317,7 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(table(rows, options.memory_limit))
     for line in report.not_timed(rows):
         console.print(line, highlight=False)
-    written = [options.output / "results.csv", *report.draw(rows, options.output, console)]
+    written = [options.output / "results.csv", draw(report.merge(earlier, rows), options.output)]
     console.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     return 0 if report.timed(rows) else 1
 

@@ -52,6 +52,11 @@ def test_table():
     assert "1.50" in console.export_text()
 
 
+def test_picture(tmp_path):
+    rows = [row(provider, n, 2.0 + k, 5.0) for k, provider in enumerate(("ours", "original")) for n in (64, 128)]
+    assert adapters.draw(rows, tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.peers
 def test_measures(tmp_path):
     pytest.importorskip("info_nce")
