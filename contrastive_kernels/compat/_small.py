@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-__all__ = ["is_small", "largest", "scalar"]
+from contrastive_kernels.primitives import compute_dtype
+
+__all__ = ["inverse", "is_small", "largest", "scalar"]
 
 # So many similarities are less work than the calls of a sweep; at most 256 KiB of them are stored. Measured by
 # `python -m benchmarks --preset peers` on two cores.
@@ -39,6 +41,12 @@ def scalar(value: float | Tensor) -> float | Tensor:
         return value
     value = value.reshape(())
     return value if value.is_floating_point() else value.double()
+
+
+def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:
+    """Return the scale of a temperature, whatever its dtype, in the dtype that a loss of rows like x is computed in."""
+    value = scalar(temperature)
+    return 1 / (value.to(x.device, compute_dtype(x)) if isinstance(value, Tensor) else float(value))
 
 
 @contextmanager

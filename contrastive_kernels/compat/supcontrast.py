@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_kernels.compat._small import is_small, scalar
+from contrastive_kernels.compat._small import inverse, is_small, scalar
 from contrastive_kernels.losses import sup_con_loss
 from contrastive_kernels.primitives import Pairs, checks, compute_dtype, row_dot, sweep, wide_products
 
@@ -123,8 +123,9 @@ def _small(
         weights = torch.eye(n, dtype=rows.dtype)
     weights = weights.repeat(anchors // n, views).fill_diagonal_(0)
     total = weights.sum(1, keepdim=True)
-    # beside any other logit this one's exponential is exactly 0, and so is its product with the weight 0
-    logits = (rows[:anchors] @ rows.T / temperature).fill_diagonal_(torch.finfo(rows.dtype).min)
+    # beside any other logit this one's exponential is exactly 0, and so is its product with the weight 0; a weight's
+    # gradient is a multiple of it, and has to be finite
+    logits = (rows[:anchors] @ rows.T / temperature).fill_diagonal_(torch.finfo(rows.dtype).min / 2**40)
     return F.cross_entropy(logits, weights / torch.where(total < 1e-6, 1, total))
 
 
@@ -141,5 +142,5 @@ def _weighted(features: Tensor, weights: Tensor, anchors: int, temperature: floa
     if rows.shape[0] == 1:  # no other row, and no weight
         return 0 * logit
     columns = None if anchors == rows.shape[0] else rows
-    lse = sweep(heads, columns, Pairs(diagonals=1), scale=1 / temperature).row_lse.squeeze(0)
+    lse = sweep(heads, columns, Pairs(diagonals=1), scale=inverse(temperature, rows)).row_lse.squeeze(0)
     return (total * lse - logit / temperature) / torch.where(total < 1e-6, 1, total)

@@ -158,7 +158,7 @@ class ContrastiveLossWithTemperature(nn.Module):
     ) -> Tensor:
         """Return the mean of both directions; the arguments are those of `contrastive_loss_with_temperature`."""
         self.logit_scale.data.clamp_(self.logit_scale_min, self.logit_scale_max)
-        batch = _Batch(embeddings_a, embeddings_b, self.logit_scale.exp(), mask, backprop_type.name)
+        batch = _Batch(embeddings_a, embeddings_b, self.logit_scale.exp(), mask, _name(backprop_type))
         loss_a, loss_b, _ = _losses(batch, cross_entropy_kwargs or {})
         return (loss_a + loss_b) / 2
 
@@ -205,7 +205,7 @@ def contrastive_loss_with_temperature(
         >>> output.loss.shape, output.logits_a.shape
         (torch.Size([]), torch.Size([16, 16]))
     """
-    batch = _Batch(embeddings_a, embeddings_b, logit_scale.exp(), mask, backprop_type.name)
+    batch = _Batch(embeddings_a, embeddings_b, torch.exp(logit_scale), mask, _name(backprop_type))
     loss_a, loss_b, logits = _losses(batch, cross_entropy_kwargs or {})
     loss = (loss_a + loss_b) / 2
     if logits is None:
@@ -249,6 +249,11 @@ class _Batch(NamedTuple):
     def places(self) -> Tensor:
         """Return the places of this rank's rows among those of all."""
         return torch.arange(self.a.shape[0], device=self.a.device) + rank() * self.a.shape[0]
+
+
+def _name(backprop_type: BackpropType) -> str:
+    """Return the name of a member; what is none is NONE, as in the peer, which asks whether it is one of the others."""
+    return backprop_type.name if isinstance(backprop_type, Enum) else "NONE"
 
 
 def _losses(batch: _Batch, options: dict[str, Any]) -> tuple[Tensor, Tensor, _Logits | None]:

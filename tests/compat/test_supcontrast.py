@@ -5,6 +5,7 @@ import inspect
 import pickle
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -112,6 +113,30 @@ def test_weights_with_gradient(largest):
         with _small.largest(largest):
             grads += torch.autograd.grad(module(0.5)(features, mask=leaf), leaf)
     torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)  # the weights are float32
+
+
+@each_path
+@pytest.mark.parametrize("n", [1, 2])
+def test_weights_with_gradient_of_few_rows(n, largest):
+    """A large factor T / T_0 leaves it finite."""
+    features, mask = torch.randn(n, 2, 5, dtype=torch.float64), torch.rand(n, n, dtype=torch.float64)
+    grads = []
+    for module in (SupConLoss, Dense):
+        leaf = mask.clone().requires_grad_()
+        with _small.largest(largest):
+            grads += torch.autograd.grad(module(10.0, base_temperature=0.01)(features, mask=leaf), leaf)
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+@each_path
+@pytest.mark.parametrize("temperature", [torch.tensor(0.3), np.float32(0.3)], ids=type)
+def test_temperature_of_float32(temperature, largest):
+    """It is taken as it is beside rows of float64, its inverse too."""
+    features, mask = torch.randn(6, 2, 5, dtype=torch.float64), torch.ones(6, 6)
+    for inputs in ({}, {"mask": mask}):
+        with _small.largest(largest):
+            found = SupConLoss(temperature, base_temperature=1.0)(features, **inputs)
+        torch.testing.assert_close(found, Dense(float(temperature), base_temperature=1.0)(features, **inputs))
 
 
 def test_attributes():

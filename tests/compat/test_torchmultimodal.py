@@ -163,6 +163,16 @@ def test_errors(module, inputs, error):
         module.contrastive_loss_with_temperature(*torch.randn(2, 300, 4), torch.tensor(0.5), **inputs)
 
 
+@pytest.mark.parametrize("module", [ours, theirs])
+def test_arguments_of_other_types(module):
+    """In one process nothing asks for the kind of gathering; a scale that is no tensor is refused."""
+    rows = torch.randn(2, 5, 4)
+    loss = module.ContrastiveLossWithTemperature()
+    assert loss(*rows, backprop_type=None) == loss(*rows)
+    with pytest.raises(TypeError):
+        module.contrastive_loss_with_temperature(*rows, 0.5)
+
+
 @pytest.mark.parametrize("masked", ["nothing", "indices"])
 def test_other_masks(masked):
     """A mask that keeps nothing has no mean; indices choose rows, as often as they name them."""
