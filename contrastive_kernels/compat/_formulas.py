@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_kernels.primitives import unit_rows
+from contrastive_kernels.primitives import compute_dtype, unit_rows
 
-__all__ = ["barlow_twins", "nt_xent", "off_diagonal"]
+__all__ = ["are_empty", "barlow_twins", "mean_of_nothing", "nt_xent", "off_diagonal", "promoted"]
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor, reduction: str = "mean") -> Tensor:
@@ -17,6 +17,23 @@ def nt_xent(z0: Tensor, z1: Tensor, temperature: float | Tensor, reduction: str 
     rows = unit_rows(torch.cat([z0, z1]))
     logits = (rows @ rows.T / temperature).fill_diagonal_(-torch.inf)
     return F.cross_entropy(logits, torch.arange(2 * n, device=rows.device).roll(n), reduction=reduction)
+
+
+def are_empty(x: Tensor, y: Tensor) -> bool:
+    """Return whether these are two views of no rows."""
+    return x.dim() == 2 and x.shape == y.shape and x.shape[0] == 0
+
+
+def mean_of_nothing(*rows: Tensor) -> Tensor:
+    """Return NaN, which the peers have as the loss of an empty batch; its gradients are as empty."""
+    nothing: Tensor = torch.stack([x.sum(dtype=compute_dtype(x)) for x in rows]).sum()
+    return nothing * torch.nan
+
+
+def promoted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two views in the dtype that PyTorch's operators would give both."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
 
 
 def barlow_twins(correlation: Tensor, lambd: float | Tensor) -> Tensor:

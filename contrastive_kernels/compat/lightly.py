@@ -11,7 +11,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_kernels.compat._formulas import barlow_twins, nt_xent, off_diagonal
+from contrastive_kernels.compat._formulas import (
+    are_empty,
+    barlow_twins,
+    mean_of_nothing,
+    nt_xent,
+    off_diagonal,
+    promoted,
+)
 from contrastive_kernels.compat._memory_bank import MemoryBankModule
 from contrastive_kernels.compat._peer import forwarding, warn_dense
 from contrastive_kernels.compat._ranks import gather, is_gathered, rank, sum_over_ranks, world_size
@@ -88,6 +95,8 @@ class NTXentLoss(nn.Module):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """Return the loss of two views, ``(N, D)`` both."""
+        if self.memory_bank.size[0] != 0 and are_empty(out0, out1):
+            return mean_of_nothing(out0, out1)
         checks.paired("out0", out0, "out1", out1)
         if self.memory_bank.size[0] != 0:
             return self._against_bank(out0, out1)
@@ -323,8 +332,17 @@ class BarlowTwinsLoss(nn.Module):
         _check_gathering(gather_distributed)
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """Return the loss of two views, ``(N, D)`` both, N > 1."""
+        """Return the loss of two views, ``(N, D)`` both, N > 1; NaN for none.
+
+        Raises:
+            AssertionError: different D.
+            ValueError: one row.
+        """
+        if z_a.shape[-1:] != z_b.shape[-1:]:
+            raise AssertionError(f"z_a {tuple(z_a.shape)} and z_b {tuple(z_b.shape)} must have the same last dimension")
         gathered = self.gather_distributed and is_gathered()
+        if are_empty(z_a, z_b) and not gathered:
+            return mean_of_nothing(z_a, z_b)
         if not gathered and not is_small(z_a, z_a.shape[-1] ** 2):
             return barlow_twins_loss(z_a, z_b, lambd=self.lambda_param)
         checks.paired("z_a", z_a, "z_b", z_b)
@@ -382,6 +400,7 @@ class VICRegLoss(nn.Module):
             raise AssertionError(f"z_a {tuple(z_a.shape)} and z_b {tuple(z_b.shape)} must have more than one row")
         if z_a.shape != z_b.shape:
             raise AssertionError(f"z_a {tuple(z_a.shape)} and z_b {tuple(z_b.shape)} must have the same shape")
+        z_a, z_b = promoted(z_a, z_b)
         gathered = self.gather_distributed and is_gathered()
         few = z_a.dim() > 1 and z_a.numel() <= _FEW and is_small(z_a, z_a.shape[1:].numel() * z_a.shape[-1])
         if few and not gathered:
@@ -431,7 +450,10 @@ class HypersphereLoss(nn.Module):
         self.alpha = alpha
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """Return the loss of two views, ``(N, D)`` both; NaN for one row, which has no distance."""
+        """Return the loss of two views, ``(N, D)`` both; NaN for one row, which has no distance, and for none."""
+        if are_empty(z_a, z_b):
+            return mean_of_nothing(z_a, z_b)
+        z_a, z_b = promoted(z_a, z_b)
         checks.paired("z_a", z_a, "z_b", z_b)
         n = z_a.shape[0]
         with wide_products(z_a):

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from contrastive_kernels.compat._formulas import are_empty, mean_of_nothing, promoted
 from contrastive_kernels.compat._peer import forwarding
 from contrastive_kernels.compat._ranks import gather_constant, is_gathered, is_initialised, rank, world, world_size
-from contrastive_kernels.compat._small import is_small, scalar
+from contrastive_kernels.compat._small import inverse, is_small, scalar
 from contrastive_kernels.losses import barlow_twins_loss, info_nce_loss, sup_con_loss, vicreg_loss
 from contrastive_kernels.losses._options import detached
 from contrastive_kernels.primitives import (
@@ -47,7 +48,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     .. math:: L = \frac1N \sum_i \Bigl[ \log \sum_{j \ne i} e^{u_{ij}} - \log \sum_{p \in P(i)} e^{u_{ip}} \Bigr],
         \qquad u_{ij} = \cos(z_i, z_j) / T
 
-    with P(i) the other rows of i's index. A row without any makes the loss infinite.
+    with P(i) the other rows of i's index. A row without any makes the loss infinite; of one row or none it is NaN.
 
     Args:
         z: ``(N, D)``, the rows of all views.
@@ -75,10 +76,11 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
         checks.paired("z1", z, "z2", indexes)
         z, indexes = torch.cat([z, indexes]), torch.arange(z.shape[0], device=z.device).repeat(2)
     checks.features("z", z)
-    checks.not_empty("z", z)
     if tuple(indexes.shape) != (z.shape[0],):
         raise ValueError(f"indexes {checks.shape(indexes)} must have shape ({z.shape[0]},), one index per row of z")
-    scale = 1 / scalar(temperature)
+    if z.shape[0] <= 1 and not is_gathered():
+        return mean_of_nothing(z)  # no pair at all
+    scale = inverse(temperature, z)
     small = is_small(z, z.shape[0] ** 2, crossover=4) and not is_gathered()  # against two sweeps
     if small and isinstance(scale, float) and 0 < scale <= LARGEST_SCALE:
         z = unit_rows(z)
@@ -231,7 +233,7 @@ def ressl_loss_func(
     if is_small(q, q.shape[0] * queue.shape[0], crossover=1024 if few else 16):
         target = ((k.detach() @ queue.detach().T) / detached(temperature_k)).softmax(1)
         return F.cross_entropy(q @ queue.T / temperature_q, target)
-    scale_q, scale_k = 1 / scalar(temperature_q), 1 / scalar(detached(temperature_k))
+    scale_q, scale_k = inverse(temperature_q, q), inverse(detached(temperature_k), k)
     lse = similarity_logsumexp(q, queue, scale=scale_q)
     expected = similarity_softmax_mean(k.detach(), queue.detach(), queue, scale=scale_k)
     return (lse - scale_q * row_dot(q, expected)).mean()
@@ -267,6 +269,8 @@ def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: flo
         >>> barlow_loss_func(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """
+    if are_empty(z1, z2) and not is_gathered():
+        return mean_of_nothing(z1, z2)
     if not (is_gathered() or is_small(z1, z1.shape[-1] ** 2)):
         return barlow_twins_loss(z1, z2, lambd=lamb) * scale_loss
     checks.paired("z1", z1, "z2", z2)
@@ -297,7 +301,7 @@ def vicreg_loss_func(
         + \frac{\gamma}{D} \sum_z \sum_{a \ne b} \mathrm{cov}(z)_{ab}^2
 
     Args:
-        z1: ``(N, D)``, the first view. Of a single row the loss is NaN.
+        z1: ``(N, D)``, the first view. Of a single row or none the loss is NaN.
         z2: ``(N, D)``, the second view.
         sim_loss_weight: :math:`\alpha`.
         var_loss_weight: :math:`\beta`.
@@ -319,7 +323,8 @@ def vicreg_loss_func(
         >>> vicreg_loss_func(torch.randn(16, 8), torch.randn(16, 8)).shape
         torch.Size([])
     """
-    if z1.shape[0] == 1 and not is_gathered():
+    z1, z2 = promoted(z1, z2)
+    if (z1.shape[0] == 1 or are_empty(z1, z2)) and not is_gathered():
         return torch.nan * F.mse_loss(z1, z2)  # variances over N - 1 rows
     return vicreg_loss(
         z1,

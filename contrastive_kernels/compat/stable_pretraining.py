@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contrastive_kernels.compat._formulas import barlow_twins, nt_xent
+from contrastive_kernels.compat._formulas import are_empty, barlow_twins, mean_of_nothing, nt_xent, promoted
 from contrastive_kernels.compat._peer import forwarding, warn_dense
 from contrastive_kernels.compat._ranks import gather, is_gathered, rank, sum_over_ranks, world_size
 from contrastive_kernels.compat._small import is_small, scalar
@@ -118,9 +118,12 @@ class NTXEntLoss(InfoNCELoss):
         super().__init__(temperature)
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:  # type: ignore[override]  # as the original
-        """Return the loss of two views, ``(N, D)`` both."""
-        checks.paired("z_i", z_i, "z_j", z_j)
+        """Return the loss of two views, ``(N, D)`` both; NaN for none."""
         gathered = is_gathered()
+        if are_empty(z_i, z_j) and not gathered:
+            return mean_of_nothing(z_i, z_j)
+        z_i, z_j = promoted(z_i, z_j)
+        checks.paired("z_i", z_i, "z_j", z_j)
         if not gathered and is_small(z_i, 4 * z_i.shape[0] ** 2, _NT_XENT):
             return nt_xent(z_i, z_j, self.temperature)
         return nt_xent_loss(z_i, z_j, temperature=scalar(self.temperature), group="world" if gathered else None)
@@ -152,6 +155,8 @@ class CLIPLoss(InfoNCELoss):
             feats_j: ``(N, D)``.
             logit_scale: divides the similarities in place of the temperature.
         """
+        if are_empty(feats_i, feats_j) and not is_gathered():
+            return mean_of_nothing(feats_i, feats_j)
         checks.paired("feats_i", feats_i, "feats_j", feats_j)
         temperature = self.temperature if logit_scale is None else logit_scale
         n, gathered = feats_i.shape[0], is_gathered()
@@ -190,7 +195,15 @@ class BarlowTwinsLoss(nn.Module):
         self.lambd = lambd
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        """Return the loss of two views, ``(N, D)`` both; NaN for one row."""
+        """Return the loss of two views, ``(N, D)`` both; NaN for one row or none.
+
+        Raises:
+            AssertionError: different D.
+        """
+        if z_i.shape[-1:] != z_j.shape[-1:]:
+            raise AssertionError(f"z_i {tuple(z_i.shape)} and z_j {tuple(z_j.shape)} must have the same last dimension")
+        if are_empty(z_i, z_j) and not is_gathered():
+            return mean_of_nothing(z_i, z_j)
         checks.paired("z_i", z_i, "z_j", z_j)
         n = z_i.shape[0]
         if n > 1 and not is_gathered() and not is_small(z_i, z_i.shape[1] ** 2):
@@ -224,7 +237,9 @@ class VCRegLoss(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, z_i: Tensor) -> Tensor:
-        """Return the loss of rows ``(N, D)``; NaN for one row."""
+        """Return the loss of rows ``(N, D)``; NaN for one row or none."""
+        if are_empty(z_i, z_i) and not is_gathered():
+            return mean_of_nothing(z_i)
         checks.features("z_i", z_i)
         shards = shards_for("world" if is_gathered() else None, "VCRegLoss", z_i)
         centred = centred_rows(z_i.to(compute_dtype(z_i)), shards)
@@ -259,7 +274,10 @@ class VICRegLoss(nn.Module):
         self.vcreg_loss = VCRegLoss(std_coeff, cov_coeff, epsilon)
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        """Return the loss of two views, ``(N, D)`` both; NaN for one row."""
+        """Return the loss of two views, ``(N, D)`` both; NaN for one row or none."""
+        if are_empty(z_i, z_j) and not is_gathered():
+            return mean_of_nothing(z_i, z_j)
+        z_i, z_j = promoted(z_i, z_j)
         checks.paired("z_i", z_i, "z_j", z_j)
         similarity = F.mse_loss(z_i.to(compute_dtype(z_i)), z_j.to(compute_dtype(z_j)))
         loss: Tensor = self.sim_coeff * similarity + self.vcreg_loss(z_i) + self.vcreg_loss(z_j)

@@ -140,6 +140,7 @@ MISUSES = {
     "one-row-barlow": lambda m: m.BarlowTwinsLoss()(*views(1)),
     "one-row-vicreg": lambda m: m.VICRegLoss()(*views(1)),
     "one-row-of-positions": lambda m: m.VICRegLoss()(torch.ones(1, 3, 4), torch.ones(1, 3, 4)),
+    "dimensions-barlow": lambda m: m.BarlowTwinsLoss()(torch.ones(3, 4), torch.ones(3, 5)),
     "shapes-vicreg": lambda m: m.VICRegLoss()(torch.ones(3, 4), torch.ones(3, 5)),
     "vector": lambda m: m.NTXentLoss()(torch.ones(4), torch.ones(4)),
     "three-dimensions": lambda m: m.NTXentLoss()(torch.ones(4, 2, 2), torch.ones(4, 2, 2)),
@@ -154,6 +155,27 @@ def test_refuses_the_same(misuse, theirs):
     for largest in (0, _small._largest):
         with _small.largest(largest), pytest.raises(refusal.type):
             misuse(ours)
+
+
+@pytest.mark.parametrize("name", ["BarlowTwinsLoss", "HypersphereLoss", "NTXentLoss"])
+def test_no_rows_have_no_mean(name, theirs):
+    """NTXentLoss with a bank; without one lightly refuses them."""
+    options = {"memory_bank_size": (10, 6)} if name == "NTXentLoss" else {}
+    for module in (ours, theirs):
+        rows = views(0)
+        loss = getattr(module, name)(**options).double()(*rows)
+        assert loss.isnan()
+        if module is ours:  # the backward of an empty batch normalisation ends the process
+            assert [grad.shape for grad in torch.autograd.grad(loss, rows)] == [(0, 6), (0, 6)]
+
+
+@PATHS
+@pytest.mark.parametrize("name", ["VICRegLoss", "HypersphereLoss"])
+def test_views_of_two_dtypes(name, largest, theirs):
+    rows = [views()[0], views(dtype=torch.float32, seed=1)[1]]
+    with _small.largest(largest):
+        found = differentiated(getattr(ours, name)(), rows)
+    assert difference(found, differentiated(getattr(theirs, name)(), rows)) <= 1e-6
 
 
 @pytest.mark.parametrize("name", GATHERING)

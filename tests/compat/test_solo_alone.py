@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,10 +67,10 @@ def test_any_positives(largest, dtype):
 
 @each_path
 def test_without_positives(largest):
-    """A row without a positive makes the mean infinite; of a single row there is none, or NaN as from the peer."""
+    """A row without a positive makes the mean infinite; a single row has no pair, and NaN as from the peer."""
     with _small.largest(largest):
         assert solo.simclr_loss_func(torch.randn(5, 4), torch.tensor([0, 0, 1, 1, 2])) == torch.inf
-        assert not solo.simclr_loss_func(torch.randn(1, 4), torch.tensor([0])).isfinite()
+        assert solo.simclr_loss_func(torch.randn(1, 4), torch.tensor([0])).isnan()
 
 
 @pytest.mark.parametrize("n", [40, 300])
@@ -80,7 +81,9 @@ def test_small_temperature(n):
     torch.testing.assert_close(solo.simclr_loss_func(z, indexes, 0.004).double(), exact, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("temperature", [torch.tensor(0.3), torch.tensor([0.3], dtype=torch.float64), 1])
+@pytest.mark.parametrize(
+    "temperature", [torch.tensor(0.3), torch.tensor([0.3], dtype=torch.float64), np.float32(0.3), torch.tensor(2), 1]
+)
 def test_temperatures(temperature):
     z1, z2, queue = torch.randn(3, 12, 4, dtype=torch.float64)
     indexes = torch.arange(6).repeat(2)
@@ -97,7 +100,7 @@ def test_temperatures(temperature):
                     solo.ressl_loss_func(z1, z2, queue, float(temperature), float(temperature)),
                 ),
             ):
-                torch.testing.assert_close(found.squeeze(), expected)
+                torch.testing.assert_close(found.squeeze(), expected, **EXACT)
 
 
 @each_path
@@ -129,6 +132,30 @@ def test_other_names_need_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "solo.losses", None)
     with pytest.raises(ImportError, match="pip install solo-learn"):
         _ = solo.byol_loss_func
+
+
+@each_path
+def test_no_rows(largest):
+    """They have no mean."""
+    x, queue = torch.randn(0, 4, requires_grad=True), torch.randn(6, 4)
+    with _small.largest(largest):
+        for loss in (
+            solo.simclr_loss_func(x, torch.zeros(0, dtype=torch.int64)),
+            solo.mocov2plus_loss_func(x, x, queue.T),
+            solo.mocov3_loss_func(x, x),
+            solo.nnclr_loss_func(x, x),
+            solo.ressl_loss_func(x, x, queue),
+            solo.barlow_loss_func(x, x),
+            solo.vicreg_loss_func(x, x),
+        ):
+            assert loss.isnan() and gradients(loss, x)[0].shape == (0, 4)
+
+
+def test_views_of_two_dtypes():
+    """VICReg takes them, as the peer does."""
+    z1, z2 = torch.randn(2, 6, 4)
+    expected = solo.vicreg_loss_func(z1.double(), z2.double())
+    torch.testing.assert_close(solo.vicreg_loss_func(z1.double(), z2), expected)
 
 
 def test_single_row():

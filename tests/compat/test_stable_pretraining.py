@@ -99,9 +99,30 @@ def test_refuses_targets(targets, kind, largest, theirs):
             module.InfoNCELoss()(*views(), targets)
 
 
+@pytest.mark.parametrize("name", [*VIEWS, "VCRegLoss"])
+def test_no_rows_have_no_mean(name, theirs):
+    for module in (ours, theirs):
+        rows = views(0)[: 1 if name == "VCRegLoss" else 2]
+        loss = getattr(module, name)()(*rows)
+        assert loss.isnan()
+        if module is ours:
+            assert all(grad.shape == (0, 6) for grad in torch.autograd.grad(loss, rows))
+
+
+@PATHS
+@pytest.mark.parametrize("name", ["NTXEntLoss", "VICRegLoss"])
+def test_views_of_two_dtypes(name, largest, theirs):
+    rows = [views()[0], views(dtype=torch.float32, seed=1)[1]]
+    with _small.largest(largest):
+        found = differentiated(getattr(ours, name)(), rows)
+    assert difference(found, differentiated(getattr(theirs, name)(), rows)) <= 1e-6
+
+
 def test_refuses_views_of_different_sizes(theirs):
     first, second = views()
     for module in (ours, theirs):
+        with pytest.raises(AssertionError):
+            module.BarlowTwinsLoss()(first[:, :5], second)
         with pytest.raises(ValueError):  # noqa: PT011, the text is each library's own
             module.CLIPLoss()(first[:5], second)
 
