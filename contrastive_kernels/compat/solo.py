@@ -121,7 +121,8 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
     few = 8 * query.shape[0] <= 3 * query.shape[-1]
     if is_small(query, query.shape[0] * queue.shape[-1], crossover=1024 if few else 1):
         logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue], dim=1)
-        return F.cross_entropy(logits / temperature, torch.zeros(query.shape[0], dtype=torch.int64))
+        targets = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
+        return F.cross_entropy(logits / temperature, targets)
     return info_nce_loss(query, key, queue.T, temperature=scalar(temperature), normalize=False)
 
 
@@ -340,5 +341,5 @@ def _in_batch(query: Tensor, key: Tensor, temperature: float | Tensor) -> Tensor
     """Return InfoNCE of unit rows; the keys of all ranks are candidates."""
     if not is_gathered() and is_small(query, query.shape[0] * key.shape[0]):
         logits = unit_rows(query) @ unit_rows(key).T / temperature
-        return F.cross_entropy(logits, torch.arange(query.shape[0]))
+        return F.cross_entropy(logits, torch.arange(query.shape[0], device=query.device))
     return info_nce_loss(query, key, temperature=scalar(temperature), group=world())

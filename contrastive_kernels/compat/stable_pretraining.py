@@ -168,7 +168,7 @@ class CLIPLoss(InfoNCELoss):
             return torch.stack([_cross_entropy(x, y, own, temperature) for x, y in directions]).mean()
         if not gathered and is_small(feats_i, n * n):
             logits = unit_rows(feats_i) @ unit_rows(feats_j).T / temperature
-            own = torch.arange(n)
+            own = torch.arange(n, device=feats_i.device)
             return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         return clip_loss(
             feats_i, feats_j, temperature=scalar(temperature), normalize=True, group="world" if gathered else None

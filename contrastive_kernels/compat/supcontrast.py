@@ -120,7 +120,7 @@ def _small(
         ids = labels.reshape(-1)
         weights = (ids[:, None] == ids).to(rows)
     else:
-        weights = torch.eye(n, dtype=rows.dtype)
+        weights = torch.eye(n, dtype=rows.dtype, device=rows.device)
     weights = weights.repeat(anchors // n, views).fill_diagonal_(0)
     total = weights.sum(1, keepdim=True)
     # beside any other logit this one's exponential is exactly 0, and so is its product with the weight 0; a weight's

@@ -151,6 +151,16 @@ def test_no_rows(largest):
             assert loss.isnan() and gradients(loss, x)[0].shape == (0, 4)
 
 
+@each_path
+def test_beside_another_default_device(largest):
+    """What a loss makes is where the rows are."""
+    x, y = torch.randn(2, 6, 4)
+    with _small.largest(largest), torch.device("meta"):
+        found = solo.mocov2plus_loss_func(x, y, y.T), solo.mocov3_loss_func(x, y), solo.nnclr_loss_func(x, y)
+    expected = solo.mocov2plus_loss_func(x, y, y.T), solo.mocov3_loss_func(x, y), solo.nnclr_loss_func(x, y)
+    torch.testing.assert_close(found, expected)
+
+
 def test_views_of_two_dtypes():
     """VICReg takes them, as the peer does."""
     z1, z2 = torch.randn(2, 6, 4)

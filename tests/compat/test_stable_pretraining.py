@@ -110,6 +110,16 @@ def test_no_rows_have_no_mean(name, theirs):
 
 
 @PATHS
+@pytest.mark.parametrize("name", VIEWS)
+def test_beside_another_default_device(name, largest):
+    """What a loss makes is where the rows are."""
+    rows = views()
+    with _small.largest(largest), torch.device("meta"):
+        found = getattr(ours, name)()(*rows)
+    torch.testing.assert_close(found, getattr(ours, name)()(*rows))
+
+
+@PATHS
 @pytest.mark.parametrize("name", ["NTXEntLoss", "VICRegLoss"])
 def test_views_of_two_dtypes(name, largest, theirs):
     rows = [views()[0], views(dtype=torch.float32, seed=1)[1]]

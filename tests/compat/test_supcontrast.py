@@ -129,6 +129,15 @@ def test_weights_with_gradient_of_few_rows(n, largest):
 
 
 @each_path
+def test_beside_another_default_device(largest):
+    """What the loss makes is where the rows are."""
+    features = torch.randn(6, 2, 5)
+    with _small.largest(largest), torch.device("meta"):
+        found = SupConLoss()(features)
+    torch.testing.assert_close(found, SupConLoss()(features))
+
+
+@each_path
 @pytest.mark.parametrize("temperature", [torch.tensor(0.3), np.float32(0.3)], ids=type)
 def test_temperature_of_float32(temperature, largest):
     """It is taken as it is beside rows of float64, its inverse too."""
