@@ -142,7 +142,13 @@ ADAPTERS = (
     Adapter(
         "pytorch_metric_learning", "NTXentLoss", _pair, lambda m: _of_both(m.NTXentLoss(TEMPERATURE)), (128,), _cubic
     ),
-    Adapter("pytorch_metric_learning", "SupConLoss", _pair, lambda m: _of_both(m.SupConLoss(TEMPERATURE), 16)),
+    Adapter(
+        "pytorch_metric_learning",
+        "SupConLoss",
+        _pair,
+        lambda m: _of_both(m.SupConLoss(TEMPERATURE), 16),
+        matrices=lambda n: 52.0,
+    ),
     Adapter(
         "sentence_transformers",
         "MultipleNegativesRankingLoss",
@@ -240,8 +246,7 @@ def _measure_size(
     peaks = {provider: peak_extra_mib(step, torch.device("cpu")) for provider, step in steps.items()}
     for step in steps.values():
         step.run()
-    rounds = 40 if n <= 512 else 3
-    times, errors = time_interleaved(steps, torch.device("cpu"), seconds=seconds, min_rounds=rounds, max_rounds=400)
+    times, errors = time_interleaved(steps, torch.device("cpu"), seconds=seconds, min_rounds=3, max_rounds=400)
     notes = {provider: first_line(error) for provider, error in errors.items()}
     notes |= {provider: f"needs about {needed:.0f} GiB" for provider in modules if provider not in steps}
 
