@@ -322,7 +322,7 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
     pairs: dict[tuple[str, int], dict[int, dict[str, Row]]] = {}
     for row in both:
         pairs.setdefault((row.loss, row.d), {}).setdefault(row.n, {})[row.provider] = row
-    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 5.2), sharex=True)
+    figure, (time, memory) = plt.subplots(1, 2, figsize=(11, 6.6), sharex=True)
     colors, every_n = plt.get_cmap("tab20").colors, sorted({row.n for row in both})
     for k, ((loss, d), by_n) in enumerate(pairs.items()):
         sizes = sorted(n for n, at in by_n.items() if len(at) == 2)
@@ -331,7 +331,8 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
         large = [n for n in sizes if by_n[n][ORIGINAL].peak_mib > 1]
         peaks = [by_n[n][ORIGINAL].peak_mib / by_n[n][OURS].peak_mib for n in large]
         style = {"color": colors[k % len(colors)], "marker": "os^v<>d"[k % 7], "markersize": 4, "linewidth": 1.4}
-        label = loss.replace("_", "-") + (f", D = {d}" if d != 128 else "")
+        library, _, name = loss.partition(" ")
+        label = f"{library.replace('_', '-')} {name}" + (f", D = {d}" if d != 128 else "")
         time.plot(sizes, ratios, label=label, **style)
         memory.plot(large, peaks, **style)
     for axes, title in ((time, "Time of the original over ours"), (memory, "Peak memory of the original over ours")):
@@ -349,8 +350,8 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
         f"{first.device}, {first.threads} threads, torch {first.torch}, float32, D = 128 unless said, {first.date}."
     )
     figure.text(0.01, 0.005, source, fontsize=8, color="#777777")
-    figure.legend(loc="center right", fontsize=7.5, frameon=False)
-    figure.tight_layout(rect=(0, 0.03, 0.76, 1))
+    figure.legend(loc="lower center", bbox_to_anchor=(0.5, 0.03), ncols=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.24, 1, 1))
     file = folder / "adapters.png"
     figure.savefig(file, dpi=150)
     plt.close(figure)
