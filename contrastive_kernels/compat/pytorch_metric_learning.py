@@ -144,7 +144,11 @@ class CrossBatchMemory(_losses.CrossBatchMemory):
                 return name
         if not isinstance(self.loss, (NTXentLoss, SupConLoss)):
             return "a loss that is not of contrastive_kernels.compat.pytorch_metric_learning"
-        return _dense_option(self.loss)
+        return (
+            _overridden(self, _losses.CrossBatchMemory, "create_indices_tuple")
+            or _overridden(self.loss, _ours(self.loss), "forward", "compute_loss")
+            or _dense_option(self.loss)
+        )
 
 
 class _OwnCopies(NamedTuple):
@@ -170,9 +174,25 @@ class _Batch(NamedTuple):
         return len(self.labels) * len(self.reference_labels)
 
 
+def _ours(loss: Any) -> type:
+    """Return the class of this module that a loss is of."""
+    return NTXentLoss if isinstance(loss, NTXentLoss) else SupConLoss
+
+
+def _overridden(module: Any, base: type, *names: str) -> str | None:
+    """Return which of these methods a subclass has of its own, None if it has the base's."""
+    for name in names:
+        if getattr(type(module), name) is not getattr(base, name):
+            return f"a {name} of a subclass"
+    return None
+
+
 def _dense_option(loss: Any) -> str | None:
     """Return the option of a loss that only the library's own code has, None if ours has all."""
     distance, reducer = loss.distance, loss.reducer
+    overridden = _overridden(loss, _ours(loss), "_compute_loss", "pair_based_loss", "mat_based_loss")
+    if overridden is not None:
+        return overridden
     if type(distance) not in (_distances.CosineSimilarity, _distances.DotProductSimilarity):
         return f"distance={type(distance).__name__}()"
     if distance.p != 2 or distance.power != 1 or not distance.is_inverted:
@@ -245,7 +265,8 @@ def _is_zero(positives: int, negatives: int) -> bool:
 def _pairwise_loss(batch: _Batch) -> Tensor | None:
     """Return the mean over the positive pairs; None: zero."""
     if not is_small(batch.anchors, batch.size):
-        return _swept(batch, "pairwise", "mean")
+        classes = _classes(batch)
+        return None if classes is None else _sup_con(batch, classes.ids, "pairwise", "mean")
     logits, positive, negative = _matrices(batch)
     i, j = positive.nonzero(as_tuple=True)
     if _is_zero(len(i), int(negative.sum())):
@@ -257,14 +278,32 @@ def _pairwise_loss(batch: _Batch) -> Tensor | None:
 def _anchor_losses(batch: _Batch) -> Tensor | None:
     """Return the loss of every anchor; None: zero."""
     if not is_small(batch.anchors, batch.size):
-        return _swept(batch, "out", "none")
+        return _swept_anchor_losses(batch)
     logits, positive, negative = _matrices(batch)
     number = positive.sum(1)
     if _is_zero(int(number.sum()), int(negative.sum())):
         return None
+    # rounded as the library's: its default reducer leaves out the losses that are exactly 0
+    logits = logits - logits.detach().amax(1, keepdim=True)
     lse = logits.masked_fill(~(positive | negative), -torch.inf).logsumexp(1)
     mean = (logits * positive).sum(1) / number.clamp(min=1)
     return (lse - mean).masked_fill(number == 0, 0)
+
+
+def _swept_anchor_losses(batch: _Batch) -> Tensor | None:
+    """Return the same from sweeps."""
+    classes = _classes(batch)
+    if classes is None:
+        return None
+    losses = _sup_con(batch, classes.ids, "out", "none")
+    # A single positive far above the negatives leaves a loss below the rounding of its logit, of any sign.
+    eps = torch.finfo(losses.dtype).eps
+    small = (losses.detach() < eps**0.5) & (classes.positives == 1)
+    if bool(small.any()):
+        losses = torch.where(small, _sup_con(batch, classes.ids, "in", "none"), losses)
+        # The library's is then 0, and its default reducer leaves out such losses.
+        losses = losses.masked_fill(losses <= eps / 2, 0)
+    return losses
 
 
 def _matrices(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,18 +315,31 @@ def _matrices(batch: _Batch) -> tuple[Tensor, Tensor, Tensor]:
     return anchors @ references.T / batch.temperature, positive, ~same
 
 
-def _swept(batch: _Batch, positives: Any, reduction: str) -> Tensor | None:
-    """Return the loss from sweeps; None: zero."""
+class _Classes(NamedTuple):
+    """The classes of a batch."""
+
+    ids: Tensor  # (N + M,), of the anchors, then of the references; (N,) of a batch of itself
+    positives: Tensor  # (N,): how many an anchor has
+
+
+def _classes(batch: _Batch) -> _Classes | None:
+    """Return the classes of labels of any dtype; None where the number of pairs makes the loss zero."""
     n, itself = len(batch.labels), batch.references is None
     labels = batch.labels if itself else torch.cat([batch.labels, batch.reference_labels])
-    # labels of any dtype, and the number of pairs, which the library asks too
     classes, ids = labels.unique(return_inverse=True)
-    of_anchors = ids[:n].bincount(minlength=len(classes))
-    of_references = of_anchors if itself else ids[n:].bincount(minlength=len(classes))
-    same = int((of_anchors * of_references).sum())
-    if _is_zero(same - (0 if batch.own is None else n), batch.size - same):
+    equal = ids[0 if itself else n :].bincount(minlength=len(classes))[ids[:n]]
+    positives = equal if batch.own is None else equal - 1
+    if _is_zero(int(positives.sum()), batch.size - int(equal.sum())):
         return None
-    others = {} if itself else dict(contrast_features=batch.references, contrast_labels=ids[n:], exclude=batch.own)
+    return _Classes(ids, positives)
+
+
+def _sup_con(batch: _Batch, ids: Tensor, positives: Any, reduction: str) -> Tensor:
+    """Return `sup_con_loss` of a batch."""
+    n = len(batch.labels)
+    others: dict[str, Any] = {}
+    if batch.references is not None:
+        others = dict(contrast_features=batch.references, contrast_labels=ids[n:], exclude=batch.own)
     loss: Tensor = sup_con_loss(
         batch.anchors,
         ids[:n],

@@ -200,6 +200,59 @@ def test_memory_dense_warns(option, unwarned):
     assert all(difference(a, b) <= TOLERANCE for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("method", ["_compute_loss", "pair_based_loss"])
+def test_what_a_subclass_changes_counts(method, unwarned):
+    found = []
+    for module in both():
+
+        def twice(self, *arguments, peer=module.NTXentLoss):
+            found = getattr(peer, method)(self, *arguments)
+            return {name: part | {"losses": 2 * part["losses"]} for name, part in found.items()}
+
+        loss = type("NTXentLoss", (module.NTXentLoss,), {method: twice})()
+        found.append(value_and_gradient(loss, random_rows(), random_labels()))
+    assert difference(*found) <= TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["forward", "compute_loss", "create_indices_tuple"])
+def test_what_a_subclass_changes_counts_in_a_memory(method, unwarned):
+    found = []
+    for module in both():
+        memory_class, loss_class = module.CrossBatchMemory, module.NTXentLoss
+        seen = []
+
+        def watched(self, *arguments, peer=memory_class if method == "create_indices_tuple" else loss_class, seen=seen):
+            seen.append(len(arguments[2] if method != "create_indices_tuple" else arguments))
+            return getattr(peer, method)(self, *arguments)
+
+        if method == "create_indices_tuple":
+            memory_class = type("Memory", (memory_class,), {method: watched})
+        else:
+            loss_class = type("NTXentLoss", (loss_class,), {method: watched})
+        found.append(value_and_gradient(memory_class(loss_class(), 5, 20), random_rows(), random_labels()))
+        assert seen == [6 if method == "create_indices_tuple" else 4]
+    assert difference(*found) <= TOLERANCE
+
+
+@pytest.mark.parametrize("largest", [0, _small._largest])
+def test_losses_below_rounding(largest):
+    """The default reducer leaves out the losses that are 0 after rounding; some are far below the others, not all."""
+    rows = random_rows(40)
+    views = torch.cat([rows, rows + 0.1 * rows.roll(1, 0)])
+    labels = torch.arange(40).repeat(2)
+    for temperature in (0.01, 0.005):
+        found = []
+        for module in both():
+            loss = module.SupConLoss(temperature)
+            with _small.largest(largest):
+                found.append(value_and_gradient(loss, views, labels))
+                with torch.no_grad():
+                    dictionary = loss.compute_loss(views, labels, None, views, labels)
+                found[-1]["number"] = (dictionary["loss"]["losses"] > 0).sum()
+        assert 0 < int(found[1]["number"]) < len(views)
+        assert difference(*found) <= TOLERANCE
+
+
 def test_records():
     """Of a reducer, which sees the loss of every anchor of SupCon; of the distance by the library's own code."""
     found = []
