@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import deprecated
 
 from contrastive_kernels.compat._peer import forwarding, import_peer, warn_dense
-from contrastive_kernels.compat._small import is_small, scalar
+from contrastive_kernels.compat._small import is_small
 from contrastive_kernels.losses._options import SoftmaxOptions
 from contrastive_kernels.losses._softmax import (
     Negatives,
@@ -195,18 +195,21 @@ class _Settings(NamedTuple):
     further: frozenset[str]  # directions but from queries to documents
     joint: bool
     hardness: str | None  # the hard negatives, or the others' documents, or both, where they weigh more
-    strength: float
+    strength: float | Tensor
 
     @classmethod
-    def of(cls, loss: Any, hard_negatives: bool) -> _Settings:
-        """Return those of a loss."""
+    def of(cls, loss: Any, hard_negatives: bool, dtype: torch.dtype) -> _Settings:
+        """Return those of a loss, whose numbers may have less precision than the similarities, of this dtype."""
         mode: str | None = loss.hardness_mode
         if mode not in ("in_batch_negatives", "hard_negatives", "all_negatives") or not loss.hardness_strength > 0:
             mode = None
         elif not hard_negatives:
             mode = None if mode == "hard_negatives" else "all_negatives"
         directions = frozenset(loss.directions) - {"query_to_doc"}
-        return cls(scalar(loss.scale), directions, loss.partition_mode == "joint", mode, loss.hardness_strength)
+        scale, strength = (
+            x.reshape(()).to(dtype) if isinstance(x, Tensor) else float(x) for x in (loss.scale, loss.hardness_strength)
+        )
+        return cls(scale, directions, loss.partition_mode == "joint", mode, strength)
 
 
 def _ranking_loss(loss: Any, embeddings: list[Tensor], peer: Any) -> Tensor:
@@ -216,11 +219,11 @@ def _ranking_loss(loss: Any, embeddings: list[Tensor], peer: Any) -> Tensor:
         queries = peer.all_gather_with_grad(queries)
         documents = [peer.all_gather_with_grad(column) for column in documents]
         first = peer.get_rank() * n
-    settings = _Settings.of(loss, len(documents) > 1)
     normalize = loss.similarity_fct is _util.cos_sim
     rows = torch.cat(documents) if len(documents) > 1 else documents[0]
     # reduced embeddings are widened as the peer's similarities do it
     dtype = compute_dtype(queries)
+    settings = _Settings.of(loss, len(documents) > 1, dtype)
     queries, rows = queries.to(dtype), rows.to(dtype)
     batch = _Batch(unit_rows(queries, normalize), unit_rows(rows, normalize), first, n)
     columns = batch.documents.shape[0] * (1 + len(settings.further))

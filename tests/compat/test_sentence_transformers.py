@@ -6,6 +6,7 @@ import itertools
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -106,6 +107,18 @@ def test_refuses_embeddings(columns):
             value(ours, columns)
     else:
         assert torch.equal(value(ours, columns), expected)
+
+
+@pytest.mark.parametrize("largest", [0, _small._largest])
+@pytest.mark.parametrize("kind", [np.float32, np.int64, lambda x: torch.tensor([x], dtype=torch.float32)])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_numbers_of_any_kind(options, kind, largest):
+    """A factor of less precision than the embeddings loses nothing more."""
+    strength = options.get("hardness_strength", 0.0)
+    options = options | {"scale": kind(14), "hardness_strength": np.float32(strength)}
+    with _small.largest(largest):
+        found = [value_and_gradients(getattr(module, PLAIN)(Rows(), **options), random_columns()) for module in both()]
+    assert difference(*found) <= TOLERANCE
 
 
 def test_empty_batch():
