@@ -60,7 +60,11 @@ def patch_transformers(model: nn.Module | None = None) -> Patch:
             f"not {type(model).__name__}; of a wrapped model it takes what is inside"
         )
     found = vars(model).get("forward")
-    if found is not None and not (isinstance(found, MethodType) and hasattr(found.__func__, "_without_logits")):
+    # ours, or, in a model that was pickled with a patch, that of its class
+    known = isinstance(found, MethodType) and (
+        found.__func__ is type(model).forward or hasattr(found.__func__, "_without_logits")
+    )
+    if found is not None and not known:
         raise TypeError("the forward of this model was replaced, by accelerate perhaps; patch the model before that")
     forward = _without_logits(base, type(model).forward if found is None else found.__func__)
     return Patch((model, "forward", MethodType(forward, model)))

@@ -342,7 +342,14 @@ def test_saved_and_loaded(family, tmp_path):
     loaded = class_of(family).from_pretrained(tmp_path, dtype=torch.float64)
     torch.testing.assert_close(loaded(**batch()).loss, expected)
     file.seek(0)
-    torch.testing.assert_close(torch.load(file, weights_only=False)(**batch()).loss, expected)
+    whole = torch.load(file, weights_only=False)
+    out = whole(**batch())
+    torch.testing.assert_close(out.loss, expected)
+    assert out.logits_per_image is not None
+    with patch_transformers(whole):
+        out = whole(**batch())
+    torch.testing.assert_close(out.loss, expected)
+    assert out.logits_per_image is None
 
 
 def test_patched_model_is_freed():
