@@ -36,7 +36,7 @@ def single(*numbers: float | Tensor | None) -> bool:
 def clip(x: Tensor, y: Tensor, scale: float | Tensor, bias: float | Tensor | None = None) -> Tensor:
     """Return `clip_loss`."""
     if not is_small(x, x.shape[0] ** 2, CROSSOVER):
-        return clip_loss(x, y, scalar(scale), _scalar(bias))
+        return _with(bias, clip_loss(x, y, scalar(scale)))
     logits = (scalar(scale) * x) @ y.T
     directions = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
     return _with(bias, -0.5 * directions.mean())
@@ -85,5 +85,7 @@ def _scalar(bias: float | Tensor | None) -> float | Tensor | None:
 
 
 def _with(bias: float | Tensor | None, loss: Tensor) -> Tensor:
-    """Return a loss in which the bias cancels, with its zero gradient."""
-    return loss + 0 * bias.reshape(()).to(loss.dtype) if isinstance(bias, Tensor) else loss
+    """Return a loss in which the bias cancels: its gradient is 0, one that is not finite makes the loss NaN."""
+    if isinstance(bias, Tensor):
+        bias = bias.reshape(()).to(loss.dtype)
+    return loss if bias is None else loss + 0 * bias

@@ -85,6 +85,11 @@ def test_bias_of_clip_has_no_gradient(towers, largest):
     assert torch.autograd.grad(loss, bias)[0].tolist() == [0.0]
 
 
+@pytest.mark.parametrize("bias", [float("nan"), torch.tensor(float("nan"))])
+def test_bias_of_clip_that_is_not_a_number(towers, bias, largest):
+    assert _towers.clip(*towers, bias).isnan()
+
+
 def test_own_rows_of_all_are_the_whole(towers, largest):
     """The mean over the ranks of the loss of each rank's rows is that of all rows."""
     x, y, scale = towers
