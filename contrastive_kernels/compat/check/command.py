@@ -93,8 +93,9 @@ def check(names: Sequence[str]) -> int:
             continue
         try:
             adapter, peer = library.modules()
-        except ImportError as error:
-            print(f"{library.name:<24}{library.version:<10}cannot be imported: {str(error).splitlines()[0]}")
+        except Exception as error:  # of a torchvision for another torch it is a RuntimeError
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print(f"{library.name:<24}{library.version:<10}cannot be imported: {reason}")
             continue
         by_name: dict[str, list[Case]] = {}
         for case in library.cases.CASES:
