@@ -350,7 +350,7 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
         f"{first.device}, {first.threads} threads, torch {first.torch}, float32, D = 128 unless said, {first.date}."
     )
     figure.text(0.01, 0.005, source, fontsize=8, color="#777777")
-    figure.legend(loc="lower center", bbox_to_anchor=(0.5, 0.03), ncols=3, fontsize=8, frameon=False)
+    figure.legend(loc="lower center", bbox_to_anchor=(0.5, 0.03), ncols=3, fontsize=7, columnspacing=1.2, frameon=False)
     figure.tight_layout(rect=(0, 0.24, 1, 1))
     file = folder / "adapters.png"
     figure.savefig(file, dpi=150)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -57,7 +58,7 @@ FENCE = re.compile(
 )
 PYTHON, SHELL = ("python", "{code-cell}"), ("bash",)
 # Formulas, drawings and tables of text; directives of the site.
-OTHERS = ("", "text", "{toctree}", "{include}")
+OTHERS = ("", "text", "diff", "{toctree}", "{include}")
 # How a line begins that somebody would paste.
 CODE = re.compile(r"^(import |from \w+ import|>>> |ck\.|pip |make \w|python3? |torchrun )", re.MULTILINE)
 
@@ -167,6 +168,20 @@ def test_readme_migration_table():
     assert len(calls) >= 5
     for call in calls:
         assert eval(call, readers()).isfinite().all(), call
+
+
+IMPORTS = re.findall(r"from contrastive_kernels\.compat\.(\w+) import (\w+)", (ROOT / "README.md").read_text())
+
+
+def test_readme_names_adapters():
+    assert len({module for module, _ in IMPORTS}) >= 5
+
+
+@pytest.mark.parametrize(("module", "name"), IMPORTS)
+def test_readme_adapter_is_there(module, name):
+    """Those that need their library are there in its absence too, as text."""
+    source = ast.parse((ROOT / "contrastive_kernels" / "compat" / f"{module}.py").read_text())
+    assert name in {node.name for node in source.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
 
 
 def unmarked(text: str) -> list[int]:

@@ -184,6 +184,12 @@ def test_tables_margin_is_what_differs(literature):
         assert not np.array_equal(base, margin)
 
 
+def test_tables_judge_by_the_spread():
+    assert tables.verdict(1.1, 0.6, 0.8) == "holds"
+    assert tables.verdict(-1.1, 0.6, 0.8) == "does not hold"
+    assert tables.verdict(0.9, 0.6, 0.8) == tables.verdict(-0.9, 0.6, 0.8) == "within the spread"
+
+
 def test_tables_entries_have_a_spread():
     entry = tables.Entry((80.0, 82.0, 84.0))
     assert (entry.mean, entry.spread, str(entry)) == (82.0, 2.0, "82.0 ± 2.0")
