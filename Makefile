@@ -18,7 +18,7 @@ demo: .venv/built      ## compare time and memory on this machine, about three m
 	$(VENV) -m benchmarks --preset demo
 
 test: .venv/built lint ## style, types and all tests, two files at a time, the long ones first; GPU tests skip themselves
-	$(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/built ## what finds most mistakes, in two minutes
 	$(VENV) -m pytest -n 2 --dist worksteal -m "not slow"

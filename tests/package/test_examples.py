@@ -17,7 +17,9 @@ def trained(tmp_path_factory):
     """Return the result of a short training, and the path of its picture."""
     folder = tmp_path_factory.mktemp("digits")
     options = ["--steps", STEPS, "--batch-size", BATCH_SIZE, "--output", folder]
-    return digits.main([str(option) for option in options]), folder / "digits.png"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "FEW_DRAWS", 2)
+        return digits.main([str(option) for option in options]), folder / "digits.png"
 
 
 def test_digits_dense_and_fused_give_one_curve(trained):
