@@ -21,7 +21,7 @@ test: .venv/built lint ## style, types and all tests, two files at a time, the l
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/built ## what finds most mistakes, in two minutes
-	$(VENV) -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-peers: .venv/built .venv-peers/installed  ## losses and adapters against the published ones of other packages, in .venv-peers
 	$(PEERS) -m pytest -m peers tests/package tests/compat

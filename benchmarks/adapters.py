@@ -45,7 +45,7 @@ class Adapter:
     """A loss of a library, from a batch of N samples.
 
     Args:
-        library: the name of the adapter's module.
+        module: the name of the adapter's module.
         name: the public name.
         inputs: makes the inputs from N and D.
         make: returns the loss, a function of the inputs, from the adapter or the library.
@@ -53,7 +53,7 @@ class Adapter:
         matrices: about how many N x N matrices the original holds at its peak.
     """
 
-    library: str
+    module: str
     name: str
     inputs: Callable[[int, int], Inputs]
     make: Callable[[Any], Callable[..., Tensor]]
@@ -61,7 +61,7 @@ class Adapter:
     matrices: Callable[[int], float] = lambda n: 20.0
 
     def __str__(self) -> str:
-        return f"{self.library} {self.name}"
+        return f"{self.module} {self.name}"
 
 
 def _unit(*shape: int) -> Tensor:
@@ -212,9 +212,9 @@ def measure(
     """Time adapter and original in turn, round after round; yield the rows of each size."""
     where = environment(torch.device("cpu"))
     for adapter in adapters:
-        library = Library(adapter.library)
+        library = Library(adapter.module)
         try:
-            modules = dict(zip((OURS, ORIGINAL), libraries.adapter_and_original(adapter.library), strict=True))
+            modules = dict(zip((OURS, ORIGINAL), libraries.adapter_and_original(adapter.module), strict=True))
         except ImportError as error:
             console.print(f"{adapter}: {first_line(error)}", highlight=False)
             continue
@@ -361,9 +361,9 @@ def draw(rows: Sequence[Row], folder: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, write the files; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.adapters", description=__doc__)
-    known = sorted({adapter.library for adapter in ADAPTERS})
+    known = sorted({adapter.module for adapter in ADAPTERS})
     parser.add_argument(
-        "--libraries", nargs="+", choices=known, metavar="LIBRARY", default=known, help=", ".join(known)
+        "--libraries", dest="modules", nargs="+", choices=known, metavar="LIBRARY", default=known, help=", ".join(known)
     )
     parser.add_argument("--sizes", nargs="+", type=int, metavar="N", default=SIZES, help="samples of the batch")
     parser.add_argument("--seconds", type=at_least(0, float), default=1.0, help="timing budget of a size")
@@ -374,7 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"ours would be the PyTorch backend: {cpp.missing}")
     console = Console(width=None if sys.stdout.isatty() else 140)
     earlier, rows = report.read(options.output), list[Row]()
-    chosen = [adapter for adapter in ADAPTERS if adapter.library in options.libraries]
+    chosen = [adapter for adapter in ADAPTERS if adapter.module in options.modules]
     for found in measure(chosen, options.sizes, options.seconds, options.memory_limit, console):
         rows += found
         times = [f"{row.provider} {row.ms_50:,.2f} ms" for row in report.timed(found)]

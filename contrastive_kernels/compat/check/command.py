@@ -112,11 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m contrastive_kernels.compat", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", metavar="check")
     comparing = commands.add_parser("check", help="compare adapters with their installed peers in float64")
-    comparing.add_argument("library", nargs="*", help=f"some of {', '.join(ADAPTERS)} (default: all)")
+    comparing.add_argument("names", nargs="*", metavar="LIBRARY", help=f"some of {', '.join(ADAPTERS)} (default: all)")
     options = parser.parse_args(arguments)
     if options.command != "check":
         print(listing())
         return 0
-    if unknown := set(options.library) - set(ADAPTERS):
+    if unknown := set(options.names) - set(ADAPTERS):
         comparing.error(f"no adapter for {', '.join(sorted(unknown))}; there are {', '.join(ADAPTERS)}")
-    return check(options.library or ADAPTERS)
+    return check(options.names or ADAPTERS)

@@ -70,4 +70,4 @@ def test_measures(tmp_path):
 @pytest.mark.parametrize("adapter", adapters.ADAPTERS, ids=str)
 def test_is_the_same_loss(adapter):
     pytest.importorskip("info_nce")
-    assert adapters.disagreement(adapter, *support.modules(adapter.library)) <= adapters.tolerance(adapter)
+    assert adapters.disagreement(adapter, *support.modules(adapter.module)) <= adapters.tolerance(adapter)
