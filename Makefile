@@ -20,7 +20,7 @@ demo: .venv/built      ## compare time and memory on this machine, about three m
 test: .venv/built lint ## style, types and all tests, two files at a time, the long ones first; GPU tests skip themselves
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: .venv/built ## what finds most mistakes, in two minutes
+test-fast: .venv/built ## what finds most mistakes, in some minutes
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-peers: .venv/built .venv-peers/installed  ## losses and adapters against the published ones of other packages, in .venv-peers
