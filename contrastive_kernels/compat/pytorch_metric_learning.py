@@ -5,6 +5,7 @@ The classes derive from those of the library: distances, reducers, regularizers 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -157,7 +158,8 @@ class _OwnCopies(NamedTuple):
     places: Tensor | None  # (N,): where the copies are; None: all pairs
 
 
-class _Batch(NamedTuple):
+@dataclass(frozen=True)  # torch.compile of older versions reads no property of a NamedTuple
+class _Batch:
     """The rows of a loss, and the pairs that are none."""
 
     anchors: Tensor  # (N, D)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -145,7 +145,8 @@ def _is_fused(loss: Any, embeddings: list[Tensor]) -> bool:
     return len(embeddings) > 1 and first.dim() == 2 and first.is_floating_point() and first.numel() > 0 and all(alike)
 
 
-class _Batch(NamedTuple):
+@dataclass(frozen=True)  # torch.compile of older versions reads no property of a NamedTuple
+class _Batch:
     """The rows of all ranks as they enter the similarities; those of this rank are the anchors."""
 
     queries: Tensor  # (B, D)
@@ -239,7 +240,7 @@ def _ranking_loss(loss: Any, embeddings: list[Tensor], peer: Any) -> Tensor:
 
 def _swept_loss(batch: _Batch, settings: _Settings) -> Tensor:
     options = SoftmaxOptions(settings.scale, shards=ALONE)  # torch.compile cannot take that from the defaults
-    anchors, positives, queries, documents, *_ = batch.anchors, batch.positives, *batch
+    anchors, positives, queries, documents = batch.anchors, batch.positives, batch.queries, batch.documents
     target = settings.scale * row_dot(anchors, positives)
     single = Positives.single(target)
     if not settings.further and settings.hardness is None:
@@ -305,7 +306,7 @@ def _query_to_doc(batch: _Batch, settings: _Settings, options: SoftmaxOptions) -
 
 def _plain_loss(batch: _Batch, settings: _Settings) -> Tensor:
     """Return the loss of few rows, with the matrices of similarities."""
-    anchors, positives, queries, documents, *_ = batch.anchors, batch.positives, *batch
+    anchors, positives, queries, documents = batch.anchors, batch.positives, batch.queries, batch.documents
     targets = batch.numbers
     similarities = anchors @ documents.T
     logits = settings.scale * similarities

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import itertools
 import pickle
+import sys
 import warnings
 
 import numpy as np
@@ -132,11 +133,13 @@ def test_deprecated(name):
             getattr(module, name)(Rows())
 
 
-def test_import_does_not_warn():
+def test_import_does_not_warn(monkeypatch):
     spec = importlib.util.spec_from_file_location("imported_again", both()[0].__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(module)
 
 
 @pytest.mark.parametrize("largest", [0, _small._largest])
