@@ -33,8 +33,8 @@ from torch import Tensor
 
 import contrastive_kernels as ck
 
-# How far a measured number may be from the predicted one: relative, and absolute where the prediction is near 0.
-TOLERANCE, LEAST_TOLERANCE = 0.1, 0.02
+# How far a measured number may be from the predicted one: relative, and absolute where the prediction is 0.
+TOLERANCE, TOLERANCE_OF_ZERO = 0.1, 0.02
 
 
 class Finding(NamedTuple):
@@ -49,7 +49,7 @@ class Finding(NamedTuple):
         """How far the measured number may be from the predicted one; None for a relation."""
         if isinstance(self.predicted, str):
             return None
-        return max(TOLERANCE * abs(self.predicted), LEAST_TOLERANCE)
+        return TOLERANCE * abs(self.predicted) or TOLERANCE_OF_ZERO
 
     @property
     def holds(self) -> bool:

@@ -169,8 +169,8 @@ def test_tables_have_an_entry_for_every_training(literature):
     found, picture = literature
     assert [(o.name, len(o.entries)) for o in found["augmentations"]] == [("SimCLR", 5), ("SimSiam", 5)]
     assert [len(o.entries) for o in found["views"]] == [1, len(tables.VIEWS)]
-    assert [len(o.entries) for o in found["margin"].outcomes] == [2, 2]
-    outcomes = [*found["augmentations"], *found["views"], *found["margin"].outcomes]
+    assert [len(o.entries) for o in found["margin"].outcomes] == [2, 2, 2, 2]
+    outcomes = [*found["augmentations"], *found["views"], *found["margin"].outcomes[::2]]
     for entry in (entry for outcome in outcomes for entry in outcome.entries):
         assert len(entry.accuracies) == 1
         assert 15 < entry.mean < 100  # chance is 10
@@ -184,12 +184,19 @@ def test_tables_margin_is_what_differs(literature):
         base, margin = distances[name], distances[f"{name} + margin"]
         assert base.shape == margin.shape
         assert not np.array_equal(base, margin)
+        (in_the_band,) = (o.entries for o in literature[0]["margin"].outcomes if o.name == f"{name}, in the band")
+        for entry, distances_of in zip(in_the_band, (base, margin), strict=True):
+            inside = (distances_of > tables.BAND.lower) & (distances_of < tables.BAND.upper)
+            assert entry.mean == pytest.approx(100 * inside.mean())
 
 
-def test_tables_judge_by_the_spread():
-    assert tables.verdict(1.1, 0.6, 0.8) == "holds"
-    assert tables.verdict(-1.1, 0.6, 0.8) == "does not hold"
-    assert tables.verdict(0.9, 0.6, 0.8) == tables.verdict(-0.9, 0.6, 0.8) == "within the spread"
+def test_tables_judge_by_the_differences_of_equal_seeds():
+    entry = tables.Entry
+    base, better = entry((80.0, 90.0)), entry((81.0, 91.2))  # far from each other, each as much better
+    assert tables.verdict(better, base) == "holds: +1.1 ± 0.1"
+    assert tables.verdict(base, better) == "does not hold: -1.1 ± 0.1"
+    assert tables.verdict(entry((84.0, 88.0)), base) == "within the spread: +1.0 ± 3.0"
+    assert tables.verdict(entry((84.0,)), entry((83.5,))) == "+0.5, one seed"
 
 
 def test_tables_entries_have_a_spread():
