@@ -141,7 +141,7 @@ def loss_page(loss: str) -> str:
             *_cost(loss),
             "## Dense reference",
             "",
-            f"`python_ref/{loss}.py`, the formula with the whole matrix, which the tests compare with:",
+            f"`python_ref/{loss}.py`, the plain formula, which the tests compare with:",
             "",
             f"```{{literalinclude}} ../../python_ref/{loss}.py",
             ":language: python",

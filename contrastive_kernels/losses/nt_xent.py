@@ -96,7 +96,7 @@ def nt_xent_loss(
             polarization is added once to either.
         weight: ``(N,)`` per sample; the mean is then sum(w l) / sum(w).
         label_smoothing: share of the target spread over all kept candidates.
-        ids: ``(N,)`` integers; other samples with the same id are no negatives.
+        ids: ``(N,)`` integers; other samples with the same id are no negatives. -1 is an id as every other number.
         cutoff: float, ``(N,)`` or ``(2N,)``; negatives more similar than this are dropped, the positive never is.
         cutoff_margin: the same, as the positive's similarity plus a margin.
         polarization: adds `Polarization` over the negatives, from the same sweep.
