@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from contrastive_kernels.primitives import compute_dtype
+from contrastive_kernels.primitives import checks, compute_dtype
 
 __all__ = ["inverse", "is_small", "largest", "scalar"]
 
@@ -44,9 +44,12 @@ def scalar(value: float | Tensor) -> float | Tensor:
 
 
 def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:
-    """Return the scale of a temperature, whatever its dtype, in the dtype that a loss of rows like x is computed in."""
-    value = scalar(temperature)
-    return 1 / (value.to(x.device, compute_dtype(x)) if isinstance(value, Tensor) else float(value))
+    """Return the scale of a temperature, whatever its dtype, in the dtype that a loss of rows like x is computed in.
+
+    A temperature of the libraries may be negative, one of our losses may not: they get the scale.
+    """
+    value = checks.temperature(scalar(temperature), x)
+    return 1 / (value.to(compute_dtype(x)) if isinstance(value, Tensor) else value)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrastive_kernels.compat._peer import forwarding, warn_dense
-from contrastive_kernels.compat._small import is_small, scalar
+from contrastive_kernels.compat._small import inverse, is_small
 from contrastive_kernels.losses import info_nce_loss
 from contrastive_kernels.primitives import row_dot, unit_rows
 
@@ -102,7 +102,7 @@ def info_nce(
             query,
             positive_key,
             negative_keys,
-            temperature=scalar(temperature),
+            logit_scale=inverse(temperature, query),
             negative_mode="paired" if paired else "unpaired",
             reduction=reduction,
         )

@@ -22,7 +22,7 @@ from contrastive_kernels.compat._formulas import (
 from contrastive_kernels.compat._memory_bank import MemoryBankModule
 from contrastive_kernels.compat._peer import forwarding, warn_dense
 from contrastive_kernels.compat._ranks import gather, is_gathered, rank, sum_over_ranks, world_size
-from contrastive_kernels.compat._small import is_small, scalar
+from contrastive_kernels.compat._small import inverse, is_small
 from contrastive_kernels.losses import (
     barlow_twins_loss,
     decoupled_loss,
@@ -110,7 +110,7 @@ class NTXentLoss(nn.Module):
         return nt_xent_loss(
             out0,
             out1,
-            temperature=scalar(self.temperature),
+            logit_scale=inverse(self.temperature, out0),
             label_smoothing=criterion.label_smoothing,
             reduction=criterion.reduction,
             group="world" if gathered else None,
@@ -126,7 +126,7 @@ class NTXentLoss(nn.Module):
                 query,
                 key,
                 bank,
-                temperature=scalar(self.temperature),
+                logit_scale=inverse(self.temperature, query),
                 label_smoothing=criterion.label_smoothing,
                 reduction=criterion.reduction,
                 normalize=False,
@@ -262,7 +262,7 @@ class DCLLoss(nn.Module):
             return decoupled_loss(
                 out0,
                 out1,
-                temperature=scalar(self.temperature),
+                logit_scale=inverse(self.temperature, out0),
                 positive_weight=weights,
                 normalize=weights is None,
                 group="world" if gathered else None,

@@ -12,7 +12,7 @@ from torch import Tensor
 from contrastive_kernels.compat._formulas import are_empty, mean_of_nothing, promoted
 from contrastive_kernels.compat._peer import forwarding
 from contrastive_kernels.compat._ranks import gather_constant, is_gathered, is_initialised, rank, world, world_size
-from contrastive_kernels.compat._small import inverse, is_small, scalar
+from contrastive_kernels.compat._small import inverse, is_small
 from contrastive_kernels.losses import barlow_twins_loss, info_nce_loss, sup_con_loss, vicreg_loss
 from contrastive_kernels.losses._options import detached
 from contrastive_kernels.primitives import (
@@ -87,7 +87,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
         exponentials = torch.addmm(z.new_tensor(-scale), z, z.T, alpha=scale).fill_diagonal_(-torch.inf).exp()
         positives = exponentials.masked_fill(indexes[:, None] != indexes, 0)
         return (exponentials.sum(1) / positives.sum(1)).log().mean()
-    return sup_con_loss(z, indexes, temperature=scalar(temperature), positives="sum", unlabelled=None, group=world())
+    return sup_con_loss(z, indexes, logit_scale=scale, positives="sum", unlabelled=None, group=world())
 
 
 def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
@@ -123,7 +123,7 @@ def mocov2plus_loss_func(query: Tensor, key: Tensor, queue: Tensor, temperature:
         logits = torch.cat([(query * key).sum(1, keepdim=True), query @ queue], dim=1)
         targets = torch.zeros(query.shape[0], dtype=torch.int64, device=query.device)
         return F.cross_entropy(logits / temperature, targets)
-    return info_nce_loss(query, key, queue.T, temperature=scalar(temperature), normalize=False)
+    return info_nce_loss(query, key, queue.T, logit_scale=inverse(temperature, query), normalize=False)
 
 
 def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Tensor:
@@ -161,7 +161,7 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Te
         unit_rows(query),
         key,
         gather_constant(key),
-        temperature=scalar(temperature),
+        logit_scale=inverse(temperature, query),
         query_ids=every[n * rank() :][:n],
         key_ids=every,
         normalize=False,
@@ -342,4 +342,4 @@ def _in_batch(query: Tensor, key: Tensor, temperature: float | Tensor) -> Tensor
     if not is_gathered() and is_small(query, query.shape[0] * key.shape[0]):
         logits = unit_rows(query) @ unit_rows(key).T / temperature
         return F.cross_entropy(logits, torch.arange(query.shape[0], device=query.device))
-    return info_nce_loss(query, key, temperature=scalar(temperature), group=world())
+    return info_nce_loss(query, key, logit_scale=inverse(temperature, query), group=world())

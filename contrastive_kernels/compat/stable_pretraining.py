@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from contrastive_kernels.compat._formulas import are_empty, barlow_twins, mean_of_nothing, nt_xent, promoted
 from contrastive_kernels.compat._peer import forwarding, warn_dense
 from contrastive_kernels.compat._ranks import gather, is_gathered, rank, sum_over_ranks, world_size
-from contrastive_kernels.compat._small import is_small, scalar
+from contrastive_kernels.compat._small import inverse, is_small
 from contrastive_kernels.losses import barlow_twins_loss, clip_loss, info_nce_loss, nt_xent_loss
 from contrastive_kernels.primitives import (
     centred_rows,
@@ -88,7 +88,7 @@ class InfoNCELoss(nn.Module):
             anchors,
             gather_rows(candidates, chosen),
             candidates,
-            temperature=scalar(temperature),
+            logit_scale=inverse(temperature, anchors),
             in_batch_negatives=False,
             query_ids=chosen,
             key_ids=torch.arange(candidates.shape[0], device=candidates.device),
@@ -126,7 +126,7 @@ class NTXEntLoss(InfoNCELoss):
         checks.paired("z_i", z_i, "z_j", z_j)
         if not gathered and is_small(z_i, 4 * z_i.shape[0] ** 2, _NT_XENT):
             return nt_xent(z_i, z_j, self.temperature)
-        return nt_xent_loss(z_i, z_j, temperature=scalar(self.temperature), group="world" if gathered else None)
+        return nt_xent_loss(z_i, z_j, logit_scale=inverse(self.temperature, z_i), group="world" if gathered else None)
 
 
 class CLIPLoss(InfoNCELoss):
@@ -171,7 +171,7 @@ class CLIPLoss(InfoNCELoss):
             own = torch.arange(n, device=feats_i.device)
             return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
         return clip_loss(
-            feats_i, feats_j, temperature=scalar(temperature), normalize=True, group="world" if gathered else None
+            feats_i, feats_j, inverse(temperature, feats_i), normalize=True, group="world" if gathered else None
         )
 
 

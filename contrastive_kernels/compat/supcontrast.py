@@ -78,7 +78,7 @@ class SupConLoss(nn.Module):
                 features,
                 None if labels is None else labels.reshape(-1).to(features.device),
                 unlabelled=None,
-                temperature=temperature,
+                logit_scale=inverse(temperature, features),
                 base_temperature=base_temperature,
                 contrast_mode="one" if self.contrast_mode == "one" else "all",
                 normalize=False,

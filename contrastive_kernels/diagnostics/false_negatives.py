@@ -56,7 +56,7 @@ def false_negative_mass(
         `FalseNegativeMass`, each ``(2N,)``, float32 (float64 for float64 inputs); 0 without negatives.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, temperature near 0.
+        ValueError: shapes that do not fit, an empty batch, temperature near or below 0.
         TypeError: dtypes that differ or are not floating (labels: not integer).
 
     Example:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_kernels.losses._polarization import Polarization
+from contrastive_kernels.losses._polarization import Polarization, check_polarization
 from contrastive_kernels.primitives import ALONE, Shards, checks, compute_dtype, shards_of
 
-REDUCTIONS = ("mean", "sum", "none")
+REDUCTIONS: tuple[str, ...] = ("mean", "sum", "none")
 # The label of a sample without one.
 UNLABELLED = -1
 
@@ -29,7 +29,12 @@ def scale_from(
             raise ValueError("neither logit_scale nor temperature is given; pass one of them")
         temperature = default
     temperature = checks.temperature(temperature, x)
-    return temperature.to(compute_dtype(x)).reciprocal() if isinstance(temperature, Tensor) else 1.0 / temperature
+    if isinstance(temperature, Tensor):
+        return temperature.to(compute_dtype(x)).reciprocal()
+    scale = 1.0 / temperature
+    if scale < 0:
+        raise ValueError(f"temperature {temperature} must be positive; pass logit_scale={scale} if you mean it")
+    return scale
 
 
 def check_reduction(
@@ -165,6 +170,7 @@ class SoftmaxOptions:
         """Check the options of a loss of features x, whose rows are the samples."""
         check_reduction(x, reduction, weight, reductions)
         label_smoothing = checks.label_smoothing(label_smoothing)
+        check_polarization(polarization)
         checks.backend(x, backend)
         scale = scale_from(temperature, logit_scale, x, default_temperature)
         shards = shards_of(group)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from contrastive_kernels.primitives import ALONE, Band, Shards
+from contrastive_kernels.primitives import ALONE, Band, Shards, checks
 
-__all__ = ["Polarization", "add_polarization"]
+__all__ = ["Polarization", "add_polarization", "check_polarization"]
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,19 @@ class Polarization:
     weight: float = 0.1
 
     def __post_init__(self) -> None:
+        for name in ("lower", "upper", "weight"):
+            object.__setattr__(self, name, checks.number(name, getattr(self, name)))  # it is frozen
         self.band()
 
     def band(self) -> Band:
         """Return the term of the sweep; raise ValueError for bounds that are no band."""
         return Band(self.lower, self.upper)
+
+
+def check_polarization(value: object) -> None:
+    """Raise unless value is a `Polarization` or None."""
+    if value is not None and not isinstance(value, Polarization):
+        raise TypeError(f"polarization must be a Polarization, not {type(value).__name__}")
 
 
 def add_polarization(

@@ -110,7 +110,7 @@ def arcl_loss(
         (loss, stats). ``"one_view"`` may be negative, and is 0 for a sample without negatives.
 
     Raises:
-        ValueError: fewer than two views, an empty batch, an unknown option, temperature near 0.
+        ValueError: fewer than two views, an empty batch, an unknown option, temperature near or below 0.
         TypeError: views is not floating or ids are not integers.
 
     Source: Zhao, Du, Wang, Yao, Huang, ICLR 2023 (ArCL), on SimCLR.

@@ -110,7 +110,7 @@ def debiased_loss(
         ``return_stats`` the pair (loss, stats). 0 for N = 1 and for a row without negatives.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, tau_plus outside [0, 1), temperature near 0.
+        ValueError: shapes that do not fit, an empty batch, tau_plus outside [0, 1), temperature near or below 0.
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.
 

@@ -107,7 +107,7 @@ def decoupled_loss(
         ``return_stats`` the pair (loss, stats). 0 for N = 1 and for a row without negatives.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, temperature near 0.
+        ValueError: shapes that do not fit, an empty batch, temperature near or below 0.
         TypeError: dtypes that differ or are not floating (ids: not integer), a positive_weight that is no tensor, pair
             of tensors or callable.
         RuntimeError: tensors on different devices.

@@ -81,7 +81,7 @@ def distance_polarization(
     checks.not_empty("z", z)
     checks.choice("reduction", reduction, ("mean", "sum", "row", "none"))
     checks.backend(z, backend)
-    band = Band(lower, upper)
+    band = Band(checks.number("lower", lower), checks.number("upper", upper))
     pairs = Pairs(checks.optional_ids("ids", ids, z.shape[0], z), diagonals=1)
     z = unit_rows(z, normalize, backend)
     # an infinite similarity is outside the band

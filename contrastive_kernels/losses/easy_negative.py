@@ -121,8 +121,8 @@ def easy_negative_loss(
         (loss, stats).
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, temperature near 0, k or threshold missing or of the other
-            selection, one of two ids.
+        ValueError: shapes that do not fit, an empty batch, temperature near or below 0, k or threshold missing or
+            of the other selection, one of two ids.
         TypeError: dtypes that differ or are not floating (ids and k: not integer).
         RuntimeError: tensors on different devices.
 

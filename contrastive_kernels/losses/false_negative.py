@@ -132,7 +132,7 @@ def false_negative_loss(
         ``return_stats`` the pair (loss, stats).
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, temperature near 0, neither threshold nor top_k.
+        ValueError: shapes that do not fit, an empty batch, temperature near or below 0, neither threshold nor top_k.
         TypeError: dtypes that differ or are not floating (ids and top_k: not integer).
         RuntimeError: tensors on different devices.
 

@@ -128,7 +128,7 @@ def hard_negative_loss(
 
     Raises:
         ValueError: shapes that do not fit, an empty batch, tau_plus outside [0, 1), a negative beta, an unknown
-            estimator, temperature near 0, options that ``"easy"`` does not take.
+            estimator, temperature near or below 0, options that ``"easy"`` does not take.
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.
 

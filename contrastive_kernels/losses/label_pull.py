@@ -69,8 +69,8 @@ def label_pull_loss(
         0-dim, or ``(N,)`` for ``"none"``; float32 (float64 for float64 inputs). 0 when no row is labelled.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, no embeddings, an unknown option, temperature near 0, a
-            temperature or logit_scale of ``"pull"``.
+        ValueError: shapes that do not fit, an empty batch, no embeddings, an unknown option, temperature near or below
+            0, a temperature or logit_scale of ``"pull"``.
         TypeError: dtypes that differ or are not floating (labels: not integer).
         RuntimeError: tensors on different devices.
 

@@ -105,7 +105,7 @@ def moco_loss(
         (loss, stats).
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, one of two ids, temperature near 0.
+        ValueError: shapes that do not fit, an empty batch, one of two ids, temperature near or below 0.
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.
 

@@ -119,7 +119,7 @@ def moco_arcl_loss(
         (loss, stats).
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, an unknown option, temperature near 0.
+        ValueError: shapes that do not fit, an empty batch, an unknown option, temperature near or below 0.
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.
 

@@ -115,7 +115,7 @@ def nnclr_loss(
         ``return_stats`` the pair (loss, stats).
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch or support, temperature near 0.
+        ValueError: shapes that do not fit, an empty batch or support, temperature near or below 0.
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.
 

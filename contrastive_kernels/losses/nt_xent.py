@@ -110,7 +110,7 @@ def nt_xent_loss(
         ``return_stats`` the pair (loss, stats). 0 for N = 1.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, temperature near 0, ``multi_view="pairs"`` with
+        ValueError: shapes that do not fit, an empty batch, temperature near or below 0, ``multi_view="pairs"`` with
             ``reduction="none"``, ``return_stats`` or a cutoff per anchor.
         TypeError: dtypes that differ or are not floating (ids: not integer).
         RuntimeError: tensors on different devices.

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 from contrastive_kernels.losses._arguments import SoftmaxArguments, loss_function
 from contrastive_kernels.losses._module import LossModule
 from contrastive_kernels.losses._options import SoftmaxOptions
-from contrastive_kernels.losses._polarization import Polarization, add_polarization
+from contrastive_kernels.losses._polarization import Polarization, add_polarization, check_polarization
 from contrastive_kernels.losses._softmax import (
     Negatives,
     Positives,
@@ -119,6 +119,7 @@ def quick_thoughts_loss(
     checks.choice("diagonal", diagonal, ("zero", "exclude"))
     n = first.shape[0]
     ids = checks.optional_ids("ids", ids, n, first)
+    check_polarization(polarization)
     options = SoftmaxOptions.of(
         first,
         temperature=temperature,

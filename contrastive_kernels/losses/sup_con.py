@@ -150,8 +150,8 @@ def sup_con_loss(
         contributes 0, with ``"sum"`` infinity.
 
     Raises:
-        ValueError: shapes that do not fit, an empty batch, an unknown option, temperature near 0, an average without
-            the reduction ``"mean"``, contrast rows without labels, an option without effect.
+        ValueError: shapes that do not fit, an empty batch, an unknown option, temperature near or below 0, an
+            average without the reduction ``"mean"``, contrast rows without labels, an option without effect.
         TypeError: features are not floating, dtypes that differ, integer labels beside floating ones.
         RuntimeError: tensors on different devices.
 

@@ -240,7 +240,8 @@ def number(name: str, value: object) -> float:
     """Return a real number as Python's; a bool is none."""
     found = plain(value)
     if isinstance(found, bool) or not isinstance(found, (int, float)):
-        raise TypeError(f"{name} must be a number or a tensor, not {type(value).__name__}")
+        allowed = "a number" if isinstance(value, Tensor) else "a number or a tensor"
+        raise TypeError(f"{name} must be {allowed}, not {type(value).__name__}")
     return found
 
 

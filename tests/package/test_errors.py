@@ -12,6 +12,7 @@ import contrastive_kernels as ck
 import contrastive_kernels.diagnostics
 from contrastive_kernels.engine.backends import BACKENDS
 from tests.support.testing import CASES, SOFTMAX, case_params
+from tests.support.variants import EVERY
 
 N, D = 8, 16
 meta = torch.device("meta")
@@ -236,6 +237,25 @@ BAD = {
     "label smoothing": (lambda: info_nce(label_smoothing=1.5), ValueError, "label_smoothing 1.5"),
     "band upside down": (lambda: ck.distance_polarization(f(8, 16), lower=0.5, upper=0.1), ValueError, "lower 0.5"),
     "band beyond the sphere": (lambda: ck.Band(0.1, 1.5), ValueError, "upper 1.5"),
+    **{
+        f"polarization of another type: {name}": (
+            lambda loss=loss: loss(f(8, 16), f(8, 16), polarization=(0.1, 0.5, 1.0)),
+            TypeError,
+            "polarization must be a Polarization, not tuple",
+        )
+        for name, loss in ck.LMCLLoss.BASES.items()
+    },
+    "polarization of a text": (
+        lambda: ck.Polarization("0.1"),
+        TypeError,
+        "lower must be a number or a tensor, not str",
+    ),
+    "polarization by a tensor": (
+        lambda: ck.Polarization(weight=torch.ones(())),
+        TypeError,
+        "weight must be a number, not Tensor",
+    ),
+    "band of a text": (lambda: ck.distance_polarization(f(8, 16), upper="0.5"), TypeError, "upper must be a number"),
     "polarization upside down": (lambda: ck.Polarization(0.5, 0.1), ValueError, "lower 0.5"),
     "columns with a bias": (
         lambda: ck.similarity_logsumexp(f(8, 16), f(9, 16), y_bias=f(9), columns=True),
@@ -291,6 +311,19 @@ def test_triton_on_the_cpu_says_why():
 def test_an_unknown_option_is_a_type_error(case):
     with pytest.raises(TypeError, match="tau"):
         case(ck, case.features((4, 4, 4)), tau=0.1)
+
+
+SCALED = {name: case for name, case in EVERY.items() if case.takes("temperature") and case.takes("logit_scale")}
+
+
+@pytest.mark.parametrize("case", case_params(SCALED))
+def test_a_negative_temperature_is_refused(case):
+    """It pulls the negatives and pushes the positives. Who means it gives the scale."""
+    features = case.features((8, 4, 4))
+    options = {name: value for name, value in case.options.items() if name not in ("temperature", "logit_scale")}
+    with pytest.raises(ValueError, match=r"temperature -0[.]1 must be positive; pass logit_scale=-10[.]0 if"):
+        getattr(ck, case.loss)(**features, **options, temperature=-0.1)
+    getattr(ck, case.loss)(**features, **options, logit_scale=-10.0)
 
 
 @pytest.mark.parametrize("case", case_params({k: v for k, v in SOFTMAX.items() if v.scale == "temperature"}))
