@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from contrastive_kernels.primitives import checks, shards_for, unit_rows
+from contrastive_kernels.losses._options import REDUCTIONS
+from contrastive_kernels.losses._polarization import check_polarization
+from contrastive_kernels.primitives import Group, checks, shards_for, unit_rows
 
 
 class LossModule(nn.Module):
-    """Hold keyword arguments of a loss function and call it with them.
+    """Hold the keyword arguments of a loss function as attributes, which may be set anew, and call it with them.
 
-    Tensors among them become buffers and parameters, so that they are moved, saved and trained with the module.
+    Tensors given to the constructor become buffers and parameters: they are moved, saved and trained with the module.
     """
 
     function: ClassVar[Callable[..., Any]]
     __signature__: ClassVar[inspect.Signature]
+    reductions = REDUCTIONS  # what the function takes
+
+    if TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            """Set an option; PyTorch's annotation allows tensors and modules alone."""
 
     def __init_subclass__(cls) -> None:
         """Give the constructor the signature that `help` shows: its own arguments, then the function's options."""
@@ -34,17 +42,32 @@ class LossModule(nn.Module):
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        parameters = inspect.signature(self.function).parameters
-        for name, value in options.items():
-            if name not in parameters:
-                known = ", ".join(p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
-                raise TypeError(f"{type(self).__name__} has no option {name!r}; it takes {known}")
+        parameters = inspect.signature(self.function).parameters.values()
+        self._defaults = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        self._check(options)
+        for name, value in (self._defaults | options).items():
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
                 # Dynamo takes a number of NumPy for an array.
                 setattr(self, name, checks.plain(value))
-        self._options = {name: parameters[name].default for name in options}
+
+    def _check(self, options: dict[str, Any]) -> None:
+        """Raise for an option that is none, or whose value no batch could make right."""
+        kinds = get_type_hints(self.function)
+        for name, value in options.items():
+            if name not in self._defaults:
+                of_the_call = name in inspect.signature(self.forward).parameters
+                hint = ": give it to the call" if of_the_call else f"; it takes {', '.join(self._defaults)}"
+                raise TypeError(f"{type(self).__name__} has no option {name!r}{hint}")
+            if get_origin(kinds[name]) is Literal:
+                checks.choice(name, value, get_args(kinds[name]))
+            elif name == "reduction":
+                checks.choice(name, value, self.reductions)
+            elif name == "label_smoothing":
+                checks.label_smoothing(value)
+            elif name == "polarization":
+                check_polarization(value)
 
     def options(self, **of_the_call: Any) -> dict[str, Any]:
         """Return the held keyword arguments as they are now, and those of a call.
@@ -52,10 +75,10 @@ class LossModule(nn.Module):
         Raises:
             TypeError: the call has one that the module holds.
         """
-        held = {name: getattr(self, name) for name in self._options}
+        held = {name: getattr(self, name) for name in self._defaults}
         for name in of_the_call:
             value = held.get(name)
-            if isinstance(value, Tensor) or value != self._options.get(name):
+            if _differs(value, self._defaults.get(name)):
                 shown = "" if isinstance(value, Tensor) else f"={value!r}"
                 raise TypeError(
                     f"{type(self).__name__} holds {name}{shown}, and the call gives {name} again; "
@@ -65,8 +88,12 @@ class LossModule(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options that are not the function's defaults, for the module's repr."""
-        held = {name: getattr(self, name) for name in self._options}
-        return ", ".join(f"{name}={value}" for name, value in held.items() if value is not self._options[name])
+        held = {name: getattr(self, name) for name in self._defaults}
+        return ", ".join(f"{name}={value}" for name, value in held.items() if _differs(value, self._defaults[name]))
+
+
+def _differs(value: object, default: object) -> bool:
+    return isinstance(value, Tensor) or value != default
 
 
 class KeyQueue(LossModule):
@@ -84,11 +111,12 @@ class KeyQueue(LossModule):
 
     queue: Tensor
     position: Tensor
+    normalize: bool
+    group: Group | None
 
     def __init__(self, dim: int, queue_size: int, **options: Any) -> None:
         super().__init__(**options)
-        if dim < 1 or queue_size < 1:
-            raise ValueError(f"dim {dim} and queue_size {queue_size} must be positive")
+        dim, queue_size = checks.count("dim", dim), checks.count("queue_size", queue_size)
         self.register_buffer("queue", torch.nn.functional.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
@@ -99,9 +127,20 @@ class KeyQueue(LossModule):
         return super().options(**of_the_call) | {"normalize": False}
 
     def unit_rows(self, name: str, x: Tensor) -> Tensor:
-        """Return x as it enters the similarities."""
+        """Return x as it enters the similarities; raise unless its rows have the dimension of the queue's."""
         checks.tensor(name, x)
-        return unit_rows(x, getattr(self, "normalize", True))
+        dim = self.queue.shape[1]
+        if x.dim() > 1 and x.shape[-1] != dim:
+            raise ValueError(
+                f"{name} {checks.shape(x)} has rows of dimension {x.shape[-1]}, and this {type(self).__name__} was "
+                f"made with dim={dim}; make it with dim={x.shape[-1]}"
+            )
+        return unit_rows(x, self.normalize)
+
+    def extra_repr(self) -> str:
+        """Return the dimensions of the queue, and the options as other modules show them."""
+        queue_size, dim = self.queue.shape
+        return ", ".join(filter(None, [f"dim={dim}, queue_size={queue_size}", super().extra_repr()]))
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -113,4 +152,4 @@ class KeyQueue(LossModule):
 
     def _of_all_ranks(self, keys: Tensor) -> Tensor:
         """Return the keys of all ranks of the group, in rank order: the queue stays the same everywhere."""
-        return shards_for(getattr(self, "group", None), type(self).__name__, keys).gather(keys)
+        return shards_for(self.group, type(self).__name__, keys).gather(keys)

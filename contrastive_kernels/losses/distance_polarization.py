@@ -24,6 +24,8 @@ from contrastive_kernels.primitives import (
 
 __all__ = ["DistancePolarization", "distance_polarization"]
 
+POLARIZATION_REDUCTIONS = ("mean", "sum", "row", "none")
+
 
 class DistancePolarizationArguments(BackendArguments, total=False):
     """Keyword arguments of `distance_polarization`."""
@@ -79,7 +81,7 @@ def distance_polarization(
     shards = shards_of(group)
     checks.features("z", z)
     checks.not_empty("z", z)
-    checks.choice("reduction", reduction, ("mean", "sum", "row", "none"))
+    checks.choice("reduction", reduction, POLARIZATION_REDUCTIONS)
     checks.backend(z, backend)
     band = Band(checks.number("lower", lower), checks.number("upper", upper))
     pairs = Pairs(checks.optional_ids("ids", ids, z.shape[0], z), diagonals=1)
@@ -110,6 +112,7 @@ class DistancePolarization(LossModule):
     """
 
     function = staticmethod(distance_polarization)
+    reductions = POLARIZATION_REDUCTIONS
 
     def __init__(
         self,

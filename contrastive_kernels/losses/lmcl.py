@@ -13,7 +13,7 @@ from contrastive_kernels.losses._polarization import Polarization
 from contrastive_kernels.losses.debiased import debiased_loss
 from contrastive_kernels.losses.hard_negative import hard_negative_loss
 from contrastive_kernels.losses.info_nce import info_nce_loss
-from contrastive_kernels.losses.nt_xent import nt_xent_loss
+from contrastive_kernels.losses.nt_xent import NTXentLoss, nt_xent_loss
 from contrastive_kernels.losses.quick_thoughts import quick_thoughts_loss
 
 __all__ = ["LMCLLoss"]
@@ -52,6 +52,8 @@ class LMCLLoss(LossModule):
         if base not in self.BASES:
             raise ValueError(f"base {base!r} is unknown; choose one of {', '.join(map(repr, self.BASES))}")
         self.base = base
+        if base == "nt_xent":
+            self.reductions = NTXentLoss.reductions
         super().__init__(polarization=Polarization(lower, upper, weight), **options)
 
     @property

@@ -20,6 +20,8 @@ from contrastive_kernels.primitives import Group, checks, over_ranks
 
 __all__ = ["NTXentLoss", "nt_xent_loss"]
 
+NT_XENT_REDUCTIONS = (*REDUCTIONS, "sum_directions")
+
 
 class NTXentArguments(SoftmaxArguments, CutoffArguments, total=False):
     """Keyword arguments of `nt_xent_loss`."""
@@ -141,7 +143,7 @@ def nt_xent_loss(
         return_stats=return_stats,
         backend=backend,
         group=group,
-        reductions=(*REDUCTIONS, "sum_directions"),
+        reductions=NT_XENT_REDUCTIONS,
     )
     gather = partial(
         Anchors.of,
@@ -174,6 +176,7 @@ class NTXentLoss(LossModule):
     """
 
     function = staticmethod(nt_xent_loss)
+    reductions = NT_XENT_REDUCTIONS
 
     def __init__(
         self,

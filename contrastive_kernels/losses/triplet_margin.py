@@ -35,6 +35,7 @@ __all__ = ["TripletMarginLoss", "triplet_margin_loss"]
 
 # As in the sweep: a smaller distance between unit rows is rounding, and its slope means nothing.
 LEAST_DISTANCE = 1e-6
+TRIPLET_REDUCTIONS = ("mean", "nonzero_mean", "sum", "none")
 
 
 class TripletMarginArguments(BackendArguments, ReductionArguments, total=False):
@@ -106,7 +107,7 @@ def triplet_margin_loss(
     """
     shards = shards_of(group)
     checks.paired("anchor", anchor, "positive", positive)
-    check_reduction(anchor, reduction, weight, reductions=("mean", "nonzero_mean", "sum", "none"))
+    check_reduction(anchor, reduction, weight, TRIPLET_REDUCTIONS)
     checks.choice("mining", mining, ("all", "hardest"))
     checks.choice("metric", metric, ("similarity", "euclidean"))
     margin = checks.scalar("margin", margin, anchor)
@@ -145,6 +146,7 @@ class TripletMarginLoss(LossModule):
     """
 
     function = staticmethod(triplet_margin_loss)
+    reductions = TRIPLET_REDUCTIONS
 
     def __init__(
         self,

@@ -367,8 +367,9 @@ def test_views_before_samples_are_warned_of(name):
 
 
 def test_a_queue_shows_what_it_was_made_with():
-    assert repr(ck.MoCoLoss(4, 8, 0.2)) == "MoCoLoss(temperature=0.2)"
-    assert repr(ck.NNCLRLoss(4, 8, 0.2, normalize=False)) == "NNCLRLoss(temperature=0.2, normalize=False)"
+    assert repr(ck.MoCoLoss(4, 8, 0.2)) == "MoCoLoss(dim=4, queue_size=8, temperature=0.2)"
+    shown = "NNCLRLoss(dim=4, queue_size=8, temperature=0.2, normalize=False)"
+    assert repr(ck.NNCLRLoss(4, 8, 0.2, normalize=False)) == shown
     assert "normalize" not in repr(ck.MoCoArCLLoss(4, 8))
 
 

@@ -13,6 +13,8 @@ labels = torch.arange(8) % 3
 ck.NTXentLoss(0.1)(a, b).backward()
 criterion: nn.Module = ck.InfoNCELoss(temperature=0.1, symmetric=True, label_smoothing=0.1, reduction="sum")
 criterion(a, b).backward()
+scheduled = ck.HardNegativeLoss(0.1)
+scheduled.beta, scheduled.reduction = 0.5, "sum"
 
 modules = [
     ck.AlignmentLoss(normalize=True),
