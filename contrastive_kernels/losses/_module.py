@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -54,14 +55,14 @@ class LossModule(nn.Module):
 
     def _check(self, options: dict[str, Any]) -> None:
         """Raise for an option that is none, or whose value no batch could make right."""
-        kinds = get_type_hints(self.function)
+        choices = _choices(self.function)
         for name, value in options.items():
             if name not in self._defaults:
                 of_the_call = name in inspect.signature(self.forward).parameters
                 hint = ": give it to the call" if of_the_call else f"; it takes {', '.join(self._defaults)}"
                 raise TypeError(f"{type(self).__name__} has no option {name!r}{hint}")
-            if get_origin(kinds[name]) is Literal:
-                checks.choice(name, value, get_args(kinds[name]))
+            if name in choices:
+                checks.choice(name, value, choices[name])
             elif name == "reduction":
                 checks.choice(name, value, self.reductions)
             elif name == "label_smoothing":
@@ -90,6 +91,13 @@ class LossModule(nn.Module):
         """Return the options that are not the function's defaults, for the module's repr."""
         held = {name: getattr(self, name) for name in self._defaults}
         return ", ".join(f"{name}={value}" for name, value in held.items() if _differs(value, self._defaults[name]))
+
+
+@functools.cache
+def _choices(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
+    """Return the strings that arguments of a function may be, by name; its annotations take long to read."""
+    kinds = get_type_hints(function)
+    return {name: get_args(kind) for name, kind in kinds.items() if get_origin(kind) is Literal}
 
 
 def _differs(value: object, default: object) -> bool:
