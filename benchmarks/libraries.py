@@ -93,8 +93,9 @@ UNINITIALISED = {
 }
 
 
-def adapter_and_original(name: str) -> tuple[Any, Any]:
-    """Return the adapter and the library that it stands in for, imported without what its losses do not use."""
+@contextmanager
+def importable(name: str) -> Iterator[None]:
+    """Let a library be imported without what its losses do not use."""
     for package, lender in UNINITIALISED.get(name, {}).items():
         if package not in sys.modules:
             spec = importlib.util.find_spec(package)
@@ -104,6 +105,12 @@ def adapter_and_original(name: str) -> tuple[Any, Any]:
             if lender:
                 vars(sys.modules[package]).update(vars(importlib.import_module(lender)))
     with stand_ins(*STAND_INS[name]) if name in STAND_INS else nullcontext():
+        yield
+
+
+def adapter_and_original(name: str) -> tuple[Any, Any]:
+    """Return the adapter and the library that it stands in for."""
+    with importable(name):
         return Library(name).modules()
 
 

@@ -8,7 +8,6 @@ import re
 import shlex
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 import contrastive_kernels as ck
 from contrastive_kernels import diagnostics, distributed
+from tests.support.documents import FENCE, blocks
 from tests.support.testing import ROOT
 
 DOCS = ROOT / "docs"
@@ -49,48 +49,11 @@ def relative(path):
 
 # Blocks of code
 
-# A comment above a block says that it does not run, and why, or which package it needs:
-# <!-- not run: needs two GPUs -->, <!-- needs: lightly -->
-FENCE = re.compile(
-    r"^(?:<!-- (?P<marker>not run|needs): (?P<reason>[^\n]+?) -->\n)?"
-    r"^(?P<fence>`{3,})(?P<language>[^\n]*)\n(?P<code>.*?)^(?P=fence)$",
-    re.MULTILINE | re.DOTALL,
-)
 PYTHON, SHELL = ("python", "{code-cell}"), ("bash",)
 # Formulas, drawings and tables of text; directives of the site.
 OTHERS = ("", "text", "diff", "{toctree}", "{include}")
 # How a line begins that somebody would paste.
 CODE = re.compile(r"^(import |from \w+ import|>>> |ck\.|pip |make \w|python3? |torchrun )", re.MULTILINE)
-
-
-@dataclass(frozen=True)
-class Block:
-    language: str
-    code: str
-    line: int
-    marker: str | None
-    reason: str | None
-
-    @property
-    def runs(self) -> bool:
-        if self.marker == "needs":
-            return importlib.util.find_spec(self.reason) is not None
-        return self.marker is None
-
-
-def blocks(text: str) -> list[Block]:
-    """Return the fenced blocks of a document in their order."""
-    return [
-        Block(
-            found["language"].split(" ")[0],
-            re.sub(r"\A(?::[\w-]+:.*\n)+", "", found["code"]),
-            text.count("\n", 0, found.start("code")) + 1,
-            found["marker"],
-            found["reason"],
-        )
-        for found in FENCE.finditer(text)
-    ]
-
 
 # Sizes of a notebook that the test makes smaller: each is assigned in a line of its own.
 SMALLER = {"docs/tutorial.md": {"ROWS": 64, "STEPS": 2}}
@@ -100,7 +63,7 @@ def python_of(path: Path) -> Iterator[tuple[str, int]]:
     """Yield the code of a document that runs, with its line."""
     smaller = dict(SMALLER.get(relative(path), {}))
     for block in blocks(path.read_text()):
-        if block.language in PYTHON and block.runs:
+        if block.language in PYTHON and block.marker is None:
             code = block.code
             for name, size in list(smaller.items()):
                 code, found = re.subn(rf"^{name} = \d+$", f"{name} = {size}", code, flags=re.MULTILINE)
@@ -140,17 +103,12 @@ def alone(tmp_path):
     dist.destroy_process_group()
 
 
-def with_code() -> list:
-    """Return the documents with code that runs; those that need packages run among the tests that have them, too."""
-    needing = [path for path in DOCUMENTS if any(block.marker == "needs" for block in blocks(path.read_text()))]
-    return [
-        pytest.param(path, id=relative(path), marks=[pytest.mark.peers] * (path in needing))
-        for path in DOCUMENTS
-        if path in needing or list(python_of(path))
-    ]
+def with_code() -> list[Path]:
+    """Return the documents with code that runs; what needs a library runs in tests/compat/test_documents.py."""
+    return [path for path in DOCUMENTS if list(python_of(path))]
 
 
-@pytest.mark.parametrize("path", with_code())
+@pytest.mark.parametrize("path", with_code(), ids=relative)
 @pytest.mark.usefixtures("alone")
 def test_code_runs(path):
     matplotlib.use("Agg")
@@ -202,15 +160,15 @@ def test_code_is_marked_as_code(path):
 def test_blocks_are_found():
     text = "a\n<!-- not run: two GPUs -->\n```python\nf()\n```\n"
     text += "```{code-cell} ipython3\n:tags: [x]\ng()\n```\n```\nL = 1\n```\n"
-    assert [(b.language, b.code, b.line, b.runs) for b in blocks(text)] == [
-        ("python", "f()\n", 4, False),
-        ("{code-cell}", "g()\n", 7, True),
-        ("", "L = 1\n", 11, True),
+    assert [(b.language, b.code, b.line, b.marker) for b in blocks(text)] == [
+        ("python", "f()\n", 4, "not run"),
+        ("{code-cell}", "g()\n", 7, None),
+        ("", "L = 1\n", 11, None),
     ]
     assert unmarked(text) == []
     assert unmarked("```\nimport torch\n```\n```rust\nx\n```\n") == [2, 5]
-    (needing,) = blocks("<!-- needs: no_such_package -->\n```python\nf()\n```\n")
-    assert not needing.runs
+    (needing,) = blocks("<!-- needs: some-library -->\n```python\nf()\n```\n")
+    assert (needing.marker, needing.reason) == ("needs", "some-library")
 
 
 # Commands
