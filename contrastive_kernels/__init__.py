@@ -1,6 +1,8 @@
 """Contrastive losses for PyTorch that never build the N x N similarity matrix."""
 
 from contrastive_kernels import compat as compat
+from contrastive_kernels import diagnostics as diagnostics
+from contrastive_kernels import distributed as distributed
 from contrastive_kernels.chunked_encoder import ChunkedEncoder, encode_in_chunks
 from contrastive_kernels.engine.limits import (
     saved_scores_limit,

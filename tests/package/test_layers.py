@@ -1,6 +1,7 @@
-"""Imports point one way: losses, then primitives, then the engine, then its backends."""
+"""Imports point one way: losses, then primitives, then the engine, then its backends. The package reaches all."""
 
 import ast
+import subprocess
 import sys
 
 import pytest
@@ -10,8 +11,8 @@ from tests.support.testing import ROOT
 NAME = "contrastive_kernels"
 PACKAGE = ROOT / NAME
 ENGINE = f"{NAME}.engine"
-# What the backends share: the description of a sweep and the limits.
-OF_BACKENDS = tuple(f"{ENGINE}.{module}" for module in ("backends", "limits", "spec", "terms"))
+# What the backends share: the description of a sweep, the limits, variables and warnings.
+OF_BACKENDS = tuple(f"{ENGINE}.{module}" for module in ("backends", "environment", "limits", "spec", "terms", "warn"))
 
 # The modules of each layer, the longest matching prefix first, and what they may import of the package.
 LAYERS = {
@@ -110,3 +111,17 @@ def test_a_violation_is_found(module, source):
 )
 def test_what_is_allowed(module, source):
     assert list(violations(f"{NAME}.{module}", source)) == []
+
+
+FRESH = """
+import sys
+import contrastive_kernels as ck
+assert {"compat", "diagnostics", "distributed"} <= set(dir(ck))
+print(ck.compat.patch_open_clip.__name__, ck.diagnostics.alignment.__name__, ck.distributed.set_shards.__name__)
+print(*{"matplotlib", "pandas", "setuptools", "lightly", "open_clip", "torch._dynamo", "sympy"} & set(sys.modules))
+"""
+
+
+def test_one_import_reaches_the_subpackages_and_no_other_library():
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stderr, done.stdout) == ("", "patch_open_clip alignment set_shards\n\n")

@@ -11,6 +11,8 @@ x, y = normalize(torch.randn(8, 4), dim=1).requires_grad_(), normalize(torch.ran
 views = normalize(torch.randn(8, 3, 4), dim=2)
 
 assert_type(ck.similarity_logsumexp(x, y, scale=10.0), Tensor)
+assert_type(ck.diagnostics.alignment(x, x), Tensor)
+ck.distributed.set_shards(None)
 rows, columns = ck.similarity_logsumexp(x, y, scale=torch.tensor(10.0), columns=True)
 assert_type(columns, Tensor)
 for term in (
