@@ -10,11 +10,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from contrastive_kernels.engine.backends import cpp
-
 from . import peers, report
 from .cases import ALL_PROVIDERS, CORE, LOSSES, PROVIDERS
-from .options import at_least
+from .options import add_without_cpp, at_least, refuse_without_cpp
 from .run import Grid, Row, Settings, measure
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
@@ -99,12 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--memory-limit", type=at_least(0, float), default=8.0, help="GiB that a provider may take")
     parser.add_argument("--output", type=Path, default=Path("results"), help="folder of the CSV, JSON and PNG files")
-    parser.add_argument(
-        "--without-cpp", action="store_true", help="where the C++ backend is missing, time ours on the PyTorch backend"
-    )
+    add_without_cpp(parser)
     options = parser.parse_args(arguments)
-    if options.device.type == "cpu" and cpp.missing and not options.without_cpp:
-        parser.error(f"ours would be the PyTorch backend: {cpp.missing}; or ask for it with --without-cpp")
+    refuse_without_cpp(parser, options, options.device)
     console = Console(width=None if sys.stdout.isatty() else 100)
     given = [name for name in CASES if getattr(options, name) is not None]
     if options.preset and given:

@@ -24,13 +24,12 @@ from torch import Tensor
 
 from contrastive_kernels.compat.check.case import TOLERANCE, difference
 from contrastive_kernels.compat.check.command import Library
-from contrastive_kernels.engine.backends import cpp
 
 from . import libraries, report
 from .cases import gradients
 from .libraries import Rows, sentences
 from .measure import MIB, Spread, Step, peak_extra_mib, time_interleaved
-from .options import at_least
+from .options import add_without_cpp, at_least, refuse_without_cpp
 from .run import Row, environment, first_line
 
 SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -369,9 +368,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=at_least(0, float), default=1.0, help="timing budget of a size")
     parser.add_argument("--memory-limit", type=at_least(0, float), default=8.0, help="GiB that an original may take")
     parser.add_argument("--output", type=Path, default=Path("results/adapters"), help="folder of the files")
+    add_without_cpp(parser)
     options = parser.parse_args(arguments)
-    if cpp.missing:
-        parser.error(f"ours would be the PyTorch backend: {cpp.missing}")
+    refuse_without_cpp(parser, options, torch.device("cpu"))
     console = Console(width=None if sys.stdout.isatty() else 140)
     earlier, rows = report.read(options.output), list[Row]()
     chosen = [adapter for adapter in ADAPTERS if adapter.module in options.modules]

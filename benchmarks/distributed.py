@@ -36,7 +36,7 @@ from .cases import (
 )
 from .eager import Unavailable
 from .measure import Step, peak_extra_mib, spreads_of, time_once
-from .options import at_least
+from .options import add_without_cpp, at_least, refuse_without_cpp
 from .peers import loss_function, version
 from .published import PEERS
 from .ranks import joined
@@ -234,6 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--memory-limit", type=at_least(0, float), default=8.0, help="GiB that all ranks of a peer may take together"
     )
     parser.add_argument("--output", type=Path, default=Path("results/distributed"), help="folder of the files")
+    add_without_cpp(parser)
     options = parser.parse_args(arguments)
     try:
         earlier = report.read(options.output)
@@ -243,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dtypes = [getattr(torch, dtype) for dtype in options.dtypes]
     rows: list[Row] = []
     with joined() as device:
+        refuse_without_cpp(parser, options, device)
         first = dist.get_rank() == 0
         console = Console(width=None if sys.stdout.isatty() else 100, quiet=not first)
         settings = Settings(device, options.seconds, options.min_rounds, options.memory_limit)

@@ -1,10 +1,14 @@
-"""Types of command-line options."""
+"""Command-line options of several benchmarks: their types, and the one for a machine without the C++ backend."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
+
+import torch
+
+from contrastive_kernels.engine.backends import cpp
 
 
 def at_least(least: float, kind: type) -> Callable[[str], float]:
@@ -17,3 +21,16 @@ def at_least(least: float, kind: type) -> Callable[[str], float]:
         return value
 
     return number
+
+
+def add_without_cpp(parser: argparse.ArgumentParser) -> None:
+    """Add the option that `refuse_without_cpp` reads."""
+    parser.add_argument(
+        "--without-cpp", action="store_true", help="where the C++ backend is missing, time ours on the PyTorch backend"
+    )
+
+
+def refuse_without_cpp(parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device) -> None:
+    """End the program if ours on this device would be the PyTorch backend and nobody has asked for that."""
+    if device.type == "cpu" and cpp.missing and not options.without_cpp:
+        parser.error(f"ours would be the PyTorch backend: {cpp.missing}; or ask for it with --without-cpp")

@@ -20,6 +20,7 @@ from benchmarks import distributed as benchmark  # noqa: E402
 from benchmarks.eager import Unavailable  # noqa: E402
 from benchmarks.peers import Peer  # noqa: E402
 from benchmarks.ranks import joined  # noqa: E402
+from contrastive_kernels.engine.backends import cpp  # noqa: E402
 from examples import distributed as example  # noqa: E402
 from tests.support.benchmarks import row  # noqa: E402
 
@@ -148,6 +149,18 @@ def test_benchmark_peer_costs_its_own_row_only(measured):
 def test_benchmark_refuses_unequal_shares(measured):
     notes = {found["note"] for found in measured[0] if found["n"] == "50"}
     assert notes == {"N = 50 gives 3 ranks no equal shares of pairs"}
+
+
+def test_without_the_extension_nothing_is_timed_unasked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpp, "missing", "not built here")
+    options = ["--losses", "clip", "--sizes", "16", "--dims", "8", "--providers", "ours", "--seconds", "0"]
+    options += ["--output", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        benchmark.main(options)
+    assert "not built here; or ask for it with --without-cpp" in capsys.readouterr().err
+    assert not dist.is_initialized()
+    monkeypatch.setattr(cpp, "_warned", True)
+    assert benchmark.main([*options, "--without-cpp"]) == 0
 
 
 def raise_on_one_rank(group, raises):

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import adapters, report
+from contrastive_kernels.engine.backends import cpp
 from tests.support import adapters as support
 
 
@@ -55,6 +56,13 @@ def test_table():
 def test_picture(tmp_path):
     rows = [row(provider, n, 2.0 + k, 5.0) for k, provider in enumerate(("ours", "original")) for n in (64, 128)]
     assert adapters.draw(rows, tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_the_extension_nothing_is_timed_unasked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpp, "missing", "not built here")
+    with pytest.raises(SystemExit):
+        adapters.main(["--output", str(tmp_path)])
+    assert "not built here; or ask for it with --without-cpp" in capsys.readouterr().err
 
 
 @pytest.mark.peers

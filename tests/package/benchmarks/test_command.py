@@ -10,6 +10,7 @@ import torch
 import benchmarks
 from benchmarks import __main__ as command
 from benchmarks import cases, run
+from contrastive_kernels.engine.backends import cpp
 
 pytestmark = pytest.mark.usefixtures("short_queue")
 FAST = ["--seconds", "0", "--min-rounds", "1", "--providers", "ours", "--dims", "16"]
@@ -147,9 +148,9 @@ def test_table_without_matplotlib(measured, monkeypatch, capsys):
 
 
 def test_without_the_extension_nothing_is_timed_unasked(measured, monkeypatch, capsys):
-    monkeypatch.setattr(command.cpp, "missing", "not built here")
+    monkeypatch.setattr(cpp, "missing", "not built here")
     with pytest.raises(SystemExit):
         measured("--losses", "clip", "--sizes", "64")
     assert "not built here; or ask for it with --without-cpp" in capsys.readouterr().err
-    monkeypatch.setattr(command.cpp, "_warned", True)
+    monkeypatch.setattr(cpp, "_warned", True)
     assert measured("--losses", "clip", "--sizes", "64", "--without-cpp") == 0
