@@ -80,6 +80,7 @@ def test_strides(layout, backend, poison):
     torch.testing.assert_close(unit, dense_unit, rtol=1e-6, atol=1e-7)
     dense_dx = operator(backend, "unit_rows_backward")(grad.contiguous(), x.contiguous(), dense_norm)
     torch.testing.assert_close(dx, dense_dx, rtol=1e-5, atol=1e-6)
+    assert unit.is_contiguous() and norm.is_contiguous() and dx.is_contiguous()  # as the fake versions are
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="float64 is not the interpreter's")

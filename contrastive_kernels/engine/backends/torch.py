@@ -515,7 +515,8 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return rows of unit norm in the dtype of x, and the norms in the compute dtype."""
     wide = x.to(compute_dtype(x))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide / norm.clamp_min(NORM_EPSILON)).to(x.dtype), norm
+    unit = (wide / norm.clamp_min(NORM_EPSILON)).to(x.dtype)
+    return unit.contiguous(), norm.contiguous()  # as every backend's: compiled programs rely on it
 
 
 def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
@@ -525,7 +526,7 @@ def unit_rows_backward(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
     # The cube of the inverse would leave the range of float32 at norms of 1e13.
     unit = wide * inverse
     along = torch.linalg.vecdot(grad, unit).unsqueeze(-1)
-    return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(x.dtype)
+    return (torch.addcmul(grad, unit, along, value=-1) * inverse).to(x.dtype).contiguous()
 
 
 def view_minimum(views: Tensor) -> Tensor:
