@@ -22,6 +22,8 @@ from typing import Any
 NAME = "contrastive_kernels._C"
 COMMAND = "python -m contrastive_kernels build"
 CACHE_VARIABLE = "CONTRASTIVE_KERNELS_CACHE"
+COMPILER_FLAGS = "CONTRASTIVE_KERNELS_CXXFLAGS"
+LINKER_FLAGS = "CONTRASTIVE_KERNELS_LDFLAGS"
 PACKAGE = Path(__file__).parents[3]
 FOLDER = PACKAGE / "csrc"
 FILE = "_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
@@ -50,13 +52,13 @@ def headers() -> list[Path]:
 
 
 def compiler_flags() -> list[str]:
-    """Return the flags of the compiler, with those of ``CONTRASTIVE_KERNELS_CXXFLAGS`` last."""
+    """Return the flags of the compiler, without those of the user."""
     import torch
 
     # The headers of torch 2.10 and later are C++20. For an earlier torch C++17 has to do, which has no designated
     # initialisers, but GCC and Clang accept them there.
     standard = "c++20" if torch.__version__ >= torch.torch_version.TorchVersion("2.10") else "c++17"
-    return [f"-std={standard}", *FLAGS, *os.environ.get("CONTRASTIVE_KERNELS_CXXFLAGS", "").split()]
+    return [f"-std={standard}", *FLAGS]
 
 
 def extension_module(root: Path | None = None) -> Any:
@@ -71,8 +73,8 @@ def extension_module(root: Path | None = None) -> Any:
         [name(path) for path in sources()],
         depends=[name(path) for path in headers()],
         include_dirs=_pybind11_folders(),
-        extra_compile_args=compiler_flags(),
-        extra_link_args=["-fopenmp", *os.environ.get("CONTRASTIVE_KERNELS_LDFLAGS", "").split()],
+        extra_compile_args=[*compiler_flags(), *os.environ.get(COMPILER_FLAGS, "").split()],
+        extra_link_args=["-fopenmp", *os.environ.get(LINKER_FLAGS, "").split()],
     )
 
 
@@ -86,7 +88,10 @@ def _pybind11_folders() -> list[str]:
 
 
 def key() -> str:
-    """Return what a build belongs to, as the name of a folder: torch, the ABI of Python, the sources and flags."""
+    """Return what a build belongs to, as the name of a folder: torch, the ABI of Python, the sources and flags.
+
+    The flags of the user are no part of it: whoever imports the package need not set them again.
+    """
     import torch
 
     digest = hashlib.sha256()
@@ -101,8 +106,13 @@ def cached() -> Path:
 
     The cache is the folder that the environment variable ``CONTRASTIVE_KERNELS_CACHE`` names, by default
     ``contrastive_kernels`` in ``XDG_CACHE_HOME`` or in ``~/.cache``.
+
+    Raises:
+        ValueError: the variable names a file.
     """
     folder = os.environ.get(CACHE_VARIABLE)
+    if folder and Path(folder).is_file():
+        raise ValueError(f"{CACHE_VARIABLE}={folder!r} is a file; name a folder, there already or not")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return (Path(folder) if folder else caches / "contrastive_kernels") / key() / FILE
 
@@ -146,7 +156,7 @@ def build(say: Callable[[str], None], *, verbose: bool = False) -> Path:
             raise BuildError("the extension does not compile:\n" + "\n".join(errors[:20]))
         os.replace(next(Path(folder).rglob(FILE)), target)
     if target == in_place():
-        with contextlib.suppress(OSError, RuntimeError):  # no home, or one that cannot be written
+        with contextlib.suppress(OSError, RuntimeError, ValueError):  # no home, or no folder that can be written
             copy = cached()
             copy.parent.mkdir(parents=True, exist_ok=True)
             part = copy.with_suffix(f".{os.getpid()}")
