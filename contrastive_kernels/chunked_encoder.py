@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor, cat, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+from contrastive_kernels.engine.warn import warn
 
 __all__ = ["ChunkedEncoder", "encode_in_chunks"]
 
@@ -176,10 +177,9 @@ def _check_batch_norm(encoder: object, sizes: list[int]) -> None:
             f"choose another chunk_size for {sum(sizes)} rows"
         )
     if names:
-        warnings.warn(
+        warn(
             f"BatchNorm in training takes its statistics from a chunk, not from the batch, and updates the running "
-            f"ones twice: {', '.join(map(repr, names))}. Freeze it by eval(), or use layers that normalise a row.",
-            stacklevel=4,
+            f"ones twice: {', '.join(map(repr, names))}. Freeze it by eval(), or use layers that normalise a row."
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contrastive_kernels.compat._ranks import gather_constant, is_gathered
+from contrastive_kernels.engine.warn import warn
 
 __all__ = ["MemoryBankModule"]
 
@@ -54,11 +54,9 @@ class MemoryBankModule(nn.Module):
         if len(self.size) == 2:
             self._init_memory_bank(self.size)
         elif self.size[0] > 0:
-            warnings.warn(
+            warn(
                 f"size={size} of the memory bank leaves its dimension to the first batch; pass size=({size}, D): "
-                "lightly itself takes nothing else in newer releases",
-                UserWarning,
-                stacklevel=2,
+                "lightly itself takes nothing else in newer releases"
             )
 
     def forward(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import torch
+from contrastive_kernels.engine.warn import called_while_traced, warn
 
 __all__ = ["forwarding", "import_peer", "warn_dense"]
 
@@ -51,14 +50,9 @@ def forwarding(adapter: str, distribution: str, *modules: str) -> Callable[[str]
 _warned: set[tuple[str, str]] = set()
 
 
+@called_while_traced
 def warn_dense(name: str, option: str) -> None:
-    """Warn, once for each name and option, that this call stores the matrix of all similarities.
-
-    A compiled call does not warn: `torch.compile` cannot trace it.
-    """
-    if not torch.compiler.is_compiling() and (name, option) not in _warned:
+    """Warn, once for each name and option, that this call stores the matrix of all similarities."""
+    if (name, option) not in _warned:
         _warned.add((name, option))
-        warnings.warn(
-            f"{name} with {option} stores the N x N matrix of similarities: no fused loss has this option",
-            stacklevel=3,
-        )
+        warn(f"{name} with {option} stores the N x N matrix of similarities: no fused loss has this option")

@@ -15,10 +15,10 @@ from contrastive_kernels.primitives import (
     Group,
     Pairs,
     checks,
-    min_view_similarity,
     over_ranks,
     row_dot,
     unit_rows,
+    view_similarity,
 )
 
 __all__ = ["ArCLLoss", "arcl_loss"]
@@ -141,7 +141,7 @@ def arcl_loss(
     )
 
     views = unit_rows(views, normalize, backend)
-    aligned = min_view_similarity(views, reduce=positive, backend=backend)[0]
+    aligned = view_similarity(views, positive, backend)[0]
     first, second = views[:, 0], views[:, 1]
     pairs = Pairs(ids, None, cutoff_from(cutoff, cutoff_margin, aligned), diagonals=int(ids is None))
     target = options.scale * aligned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, Literal, overload
 
 import torch
@@ -31,6 +30,7 @@ from contrastive_kernels.primitives import (
     over_ranks,
     reading_is_possible,
     unit_rows,
+    warn,
 )
 
 __all__ = ["MMCLLoss", "MMCLStats", "mmcl_loss"]
@@ -329,9 +329,8 @@ def _warn_unless_converged(measures: list[Tensor], options: Solver) -> None:
     if worst > options.tolerance:
         # To one digit: Python shows a repeated text once.
         what = "KKT residual" if options.stop == "kkt" else "relative change"
-        warnings.warn(
+        warn(
             f"mmcl_loss: solver='pgd' did not converge in {options.max_iterations} iterations: the {what} is "
             f"{worst:.0e}, tolerance {options.tolerance:.0e}; the loss is that of the last iterate",
             RuntimeWarning,
-            stacklevel=4,
         )

@@ -13,6 +13,7 @@ from contrastive_kernels.engine.terms import (
     Student,
     Term,
 )
+from contrastive_kernels.engine.warn import warn
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.devices import available_bytes, reading_is_free, reading_is_possible
 from contrastive_kernels.primitives.logsumexp import similarity_logsumexp
@@ -41,7 +42,7 @@ from contrastive_kernels.primitives.shards import (
 from contrastive_kernels.primitives.softmax_mean import similarity_softmax_mean
 from contrastive_kernels.primitives.sums import kept_counts, kept_sums, similarity_sum
 from contrastive_kernels.primitives.sweep import ALL_PAIRS, Pairs, Statistics, softmax_total, sweep, weighted_total
-from contrastive_kernels.primitives.views import min_view_similarity
+from contrastive_kernels.primitives.views import min_view_similarity, view_similarity
 
 __all__ = [
     "ALL_PAIRS",
@@ -94,6 +95,8 @@ __all__ = [
     "sweep",
     "takes_double",
     "unit_rows",
+    "view_similarity",
+    "warn",
     "weighted_total",
     "wide_products",
     "wide_sums",

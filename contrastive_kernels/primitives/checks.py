@@ -6,7 +6,6 @@ A check returns nothing, or the argument in the form that the primitives take, a
 from __future__ import annotations
 
 import numbers
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from contrastive_kernels.engine.backends import choose
 from contrastive_kernels.engine.spec import Guide, compute_dtype
 from contrastive_kernels.engine.terms import Term
+from contrastive_kernels.engine.warn import warn
 
 FEATURE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LEAST_TEMPERATURE = 1e-8
@@ -69,12 +69,16 @@ def lists(name: str, x: Tensor, minimum: int, dimensions: str = "N, M, D") -> No
 def views(name: str, x: Tensor, minimum: int = 2) -> None:
     """Raise unless x is floating (N, V, D) with at least `minimum` views; warn where it looks like (V, N, D)."""
     lists(name, x, minimum, "N, V, D")
-    if not torch.compiler.is_compiling() and x.shape[1] > max(x.shape[0], MANY_VIEWS):
-        warnings.warn(
-            f"{name} {shape(x)} is {x.shape[1]} views of {x.shape[0]} samples, since views are (N, V, D); "
-            f"if it is (V, N, D), pass {name}.transpose(0, 1)",
-            UserWarning,
-            stacklevel=4,  # whoever called the loss
+    n, v = x.shape[:2]
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if not (has_static_value(n) and has_static_value(v)):  # to compare others would compile for some sizes alone
+            return
+    if v > max(n, MANY_VIEWS):
+        warn(
+            f"{name} {shape(x)} is {v} views of {n} samples, since views are (N, V, D); "
+            f"if it is (V, N, D), pass {name}.transpose(0, 1)"
         )
 
 

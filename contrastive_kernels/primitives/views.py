@@ -12,7 +12,7 @@ from contrastive_kernels.engine.spec import compute_dtype
 from contrastive_kernels.primitives import checks
 from contrastive_kernels.primitives.rows import cast_for_autocast, row_dot
 
-__all__ = ["min_view_similarity"]
+__all__ = ["min_view_similarity", "view_similarity"]
 
 
 def min_view_similarity(
@@ -46,6 +46,11 @@ def min_view_similarity(
     checks.views("views", views)
     checks.choice("reduce", reduce, ("min", "mean"))
     checks.backend(views, backend)
+    return view_similarity(views, reduce, backend)
+
+
+def view_similarity(views: Tensor, reduce: str, backend: str | None) -> tuple[Tensor, Tensor | None]:
+    """Return `min_view_similarity` of arguments that are checked."""
     views = cast_for_autocast(views)
     if reduce == "mean":
         wide, v = views.to(compute_dtype(views)), views.shape[1]

@@ -70,10 +70,11 @@ def test_warns_of_the_matrix(monkeypatch):
     def call(**options):
         return contrastive_loss_with_temperature(a, b, torch.tensor(0.5), cross_entropy_kwargs=options)
 
-    with pytest.warns(UserWarning, match="ignore_index.*matrix"):
+    with pytest.warns(UserWarning, match="ignore_index.*matrix") as record:
         call(ignore_index=1)
+    assert [warning.filename for warning in record] == [__file__]
     with pytest.warns(UserWarning, match="weight"):
-        call(weight=torch.ones(5))
+        torch.compile(call, backend="eager", fullgraph=True)(weight=torch.ones(5))
     torch.testing.assert_close(call(ignore_index=-100).loss, call(weight=None, reduction="mean").loss)
 
 

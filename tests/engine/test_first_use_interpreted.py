@@ -142,10 +142,11 @@ def test_compiled(wrong_forward, monkeypatch):
         return graph.forward
 
     loss = torch.compile(ck.nt_xent_loss, backend=compiler, fullgraph=True)
-    with pytest.warns(RuntimeWarning, match="kernel of forward"):
+    with pytest.warns(RuntimeWarning, match="kernel of forward") as record:
         found = loss(z0, z1, backend="triton")
     torch.testing.assert_close(found, ck.nt_xent_loss(z0, z1, backend="torch"))
     assert traced == [0] and compare.calls > 0
+    assert record[0].filename == __file__
 
 
 @interpreted

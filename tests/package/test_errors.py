@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import warnings
 
 import numpy as np
@@ -350,20 +351,36 @@ VIEWS_FIRST = {
     "alignment": lambda views: ck.alignment_loss(views),
     "augmentation_robust": lambda views: ck.augmentation_robust_loss(views),
     "min_view_similarity": lambda views: ck.min_view_similarity(views),
+    "module": lambda views: ck.NTXentLoss()(views),
 }
+MANY_VIEWS = r"is 24 views of 2 samples.*transpose\(0, 1\)"
 
 
 @pytest.mark.parametrize("name", VIEWS_FIRST)
 def test_views_before_samples_are_warned_of(name):
+    """Once, at the line of the user."""
     loss = VIEWS_FIRST[name]
     views = f(2, 24, 3)
-    with pytest.warns(UserWarning, match=r"is 24 views of 2 samples.*transpose\(0, 1\)"):
+    with pytest.warns(UserWarning, match=MANY_VIEWS) as record:
         loss(views)
+    assert [warning.filename for warning in record] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss(views.transpose(0, 1))
         loss(f(2, 9, 3))  # nine views of a small last batch
         info_nce(f(2, 3), f(2, 3), f(2, 24, 3), negative_mode="paired")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_views_before_samples_are_warned_of(dynamic):
+    """Where the sizes are known."""
+    torch._dynamo.reset()
+    loss = torch.compile(ck.AlignmentLoss(), backend="eager", fullgraph=True, dynamic=dynamic)
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        loss(f(2, 24, 3))
+    found = [warning.filename for warning in record if re.search(MANY_VIEWS, str(warning.message))]
+    assert found == ([] if dynamic else [__file__])
 
 
 def test_a_queue_shows_what_it_was_made_with():

@@ -157,10 +157,31 @@ def test_first_loss_without_the_extension_warns_once(missing):
     with pytest.warns(UserWarning, match=WARNING) as record:
         ck.info_nce_loss(x, x)
     (warning,) = record
+    assert warning.filename == __file__
     assert f"not built; build it with `{build.COMMAND}`" in str(warning.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ck.info_nce_loss(x, x)
+
+
+class InfoNCE(torch.nn.Module):
+    def forward(self, query, key):
+        return ck.info_nce_loss(query, key)
+
+
+@pytest.mark.parametrize("how", ["compiled", "exported", "exported strictly"])
+def test_traced_loss_without_the_extension_warns_once(how, missing):
+    x = torch.randn(4, 3)
+    torch._dynamo.reset()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        if how == "compiled":
+            loss = torch.compile(InfoNCE(), backend="aot_eager", fullgraph=True)
+            loss(x, x), loss(x[:3], x[:3])
+        else:
+            torch.export.export(InfoNCE(), (x, x), strict=how == "exported strictly")
+    (warning,) = [warning for warning in record if WARNING in str(warning.message)]
+    assert warning.filename == __file__
 
 
 @pytest.mark.parametrize("silenced", ["variable", "argument", "not for the CPU"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from contrastive_kernels.engine.backends.cpp import build
 from contrastive_kernels.engine.spec import SCHEMAS, compute_dtype
+from contrastive_kernels.engine.warn import called_while_traced, warn
 
 name = "cpp"
 # Reading a few saved scores takes less time than a fourth product.
@@ -42,7 +42,7 @@ def load(extension: str, cached: Path | None = None) -> tuple[dict[str, Any], st
             return info, None
     try:
         cached = cached or build.cached()
-    except (OSError, RuntimeError):  # no sources, no home
+    except (OSError, RuntimeError, ValueError):  # no sources, no home, no folder
         cached = None
     if cached is not None and cached.exists():
         info, cached_problem = _load(importlib.util.spec_from_file_location(extension, cached))
@@ -97,16 +97,15 @@ build_info, missing = load(build.NAME)
 _warned = False
 
 
+@called_while_traced
 def warn_once() -> None:
     """Say, at the first call on a CPU that has to do without, why this backend is missing and how to get it."""
     global _warned
-    if missing and not _warned and not torch.compiler.is_compiling():
+    if missing and not _warned:
         _warned = True
-        warnings.warn(
+        warn(
             f"contrastive_kernels computes with plain PyTorch on this CPU, several times slower: {missing}. "
-            "CONTRASTIVE_KERNELS_BACKEND=torch asks for that without this warning.",
-            UserWarning,
-            stacklevel=2,
+            "CONTRASTIVE_KERNELS_BACKEND=torch asks for that without this warning."
         )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import os
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from contrastive_kernels.engine.backends.triton import tiles, tune
 from contrastive_kernels.engine.backends.triton.comparison import PLAIN, features, objection, row_count
 from contrastive_kernels.engine.spec import Description, Gradients, Inputs, Statistics
+from contrastive_kernels.engine.warn import warn
 
 __all__ = ["ENVIRONMENT_VARIABLE", "checked", "outlook", "report", "switched_off"]
 
@@ -196,12 +196,11 @@ def _described(operator: str, x: Tensor, rows: set[tiles.Tile]) -> str:
 
 def _warn(kernel: str, verdict: Verdict) -> None:
     then = "" if verdict.trusted else " The PyTorch backend computes this instead in this process, right and slower."
-    warnings.warn(
+    warn(
         f"the Triton kernel of {kernel}: {verdict.finding}.{then} Please report it to contrastive_kernels with what "
         "`python -m contrastive_kernels` and `python -m contrastive_kernels check --backend triton` print; "
         f"{ENVIRONMENT_VARIABLE}=0 switches the comparison off",
         RuntimeWarning,
-        stacklevel=4,
     )
 
 
