@@ -5,24 +5,25 @@
 """
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-BUILD = os.environ.get("CONTRASTIVE_KERNELS_BUILD", "")
 ROOT = Path(__file__).resolve().parent
 
 
-def build_module():
-    """Return the module with the sources and flags, without importing the package."""
-    file = ROOT / "contrastive_kernels/engine/backends/cpp/build.py"
-    spec = importlib.util.spec_from_file_location("build", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def module(name):
+    """Return a module of the engine, without importing the package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"contrastive_kernels/engine/{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+environment = module("environment")
+BUILD = environment.choice("CONTRASTIVE_KERNELS_BUILD", environment.SWITCH)
 
 
 def extension():
@@ -55,7 +56,7 @@ def extension():
             super().run()
 
     return {
-        "ext_modules": [build_module().extension_module(ROOT)],
+        "ext_modules": [module("backends/cpp/build").extension_module(ROOT)],
         "cmdclass": {"build_ext": OptionalBuild, "bdist_wheel": Wheel},
     }
 

@@ -7,6 +7,7 @@ installed torch.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -18,9 +19,20 @@ import torch
 
 from contrastive_kernels import __version__, saved_scores_limit, workspace_limit
 from contrastive_kernels.check import command
+from contrastive_kernels.engine import environment
 from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE, choose, cpp, triton
 from contrastive_kernels.engine.backends.cpp import build
-from contrastive_kernels.engine.backends.triton import first_use
+from contrastive_kernels.engine.backends.triton import first_use, tune
+from contrastive_kernels.primitives import shards
+
+BUILD_DESCRIPTION = f"""
+Compile the C++ backend, the fast one on a CPU, from the sources of this package for the torch that is installed. A
+C++ compiler and setuptools are needed; ninja, if it is there, compiles several files at once. It takes about a minute.
+In a checkout the extension goes beside the package, elsewhere into ~/.cache/contrastive_kernels; `import
+contrastive_kernels` finds it in both. Another torch or other sources need another build.
+{build.CACHE_VARIABLE} names another folder than the one in ~/.cache, {build.COMPILER_FLAGS} and {build.LINKER_FLAGS}
+are further flags, CXX is the compiler.
+"""
 
 
 def _version(package: str) -> str:
@@ -81,12 +93,14 @@ def report() -> str:
 
 def check_environment() -> None:
     """Raise ValueError for an environment variable that means nothing."""
-    backend = os.environ.get(ENVIRONMENT_VARIABLE)
-    if backend and backend not in BACKENDS:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    first_use.switched_off()
+    environment.choice(ENVIRONMENT_VARIABLE, BACKENDS)
+    environment.choice(shards.ENVIRONMENT_VARIABLE, shards.MODES)
+    for switch in (first_use.ENVIRONMENT_VARIABLE, tune.ENVIRONMENT_VARIABLE, "CONTRASTIVE_KERNELS_BUILD"):
+        environment.choice(switch, environment.SWITCH)
     workspace_limit()
     saved_scores_limit()
+    with contextlib.suppress(OSError, RuntimeError):  # no sources, no home
+        build.cached()
 
 
 def compile_extension(verbose: bool) -> int:
@@ -114,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     command.add_arguments(check)
     compile_ = commands.add_parser(
-        "build", help="compile the C++ backend for the installed torch", description=build.__doc__
+        "build", help="compile the C++ backend for the installed torch", description=BUILD_DESCRIPTION
     )
     compile_.add_argument("--verbose", action="store_true", help="show what the compiler is called with and says")
     options = parser.parse_args(arguments)

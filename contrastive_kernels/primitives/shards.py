@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, Union
@@ -22,6 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import ParamSpec
 
+from contrastive_kernels.engine import environment
 from contrastive_kernels.engine.autograd import call
 from contrastive_kernels.engine.backends import choose
 from contrastive_kernels.engine.groups import exchange, header_device, process_group
@@ -88,10 +88,7 @@ def _are_even() -> bool:
 
 
 def _are_promised() -> bool:
-    mode = _mode or os.environ.get(ENVIRONMENT_VARIABLE) or MODES[0]
-    if mode not in MODES:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={mode!r} must be one of {', '.join(map(repr, MODES))}")
-    return mode == "even"
+    return (_mode or environment.choice(ENVIRONMENT_VARIABLE, MODES)) == "even"
 
 
 @dataclass(frozen=True)

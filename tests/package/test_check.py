@@ -16,8 +16,11 @@ import python_ref
 from contrastive_kernels.__main__ import main
 from contrastive_kernels.check import cases, command, measure
 from contrastive_kernels.check.cases import CASES
+from contrastive_kernels.compat.check.command import main as compat_main
 from contrastive_kernels.engine.backends import BACKENDS, ENVIRONMENT_VARIABLE
-from contrastive_kernels.engine.backends.triton import first_use
+from contrastive_kernels.engine.backends.cpp import build
+from contrastive_kernels.engine.backends.triton import first_use, tune
+from contrastive_kernels.primitives import shards
 from tests.support.testing import ROOT, backends, differentiate, supports
 
 FILES = {path.stem for path in (ROOT / "contrastive_kernels" / "losses").glob("*.py") if path.stem[0] != "_"}
@@ -200,18 +203,72 @@ def test_a_bad_option_is_refused(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+CHOICES = {
+    ENVIRONMENT_VARIABLE: "'triton', 'cpp', 'torch'",
+    shards.ENVIRONMENT_VARIABLE: "'exchange', 'even'",
+    "CONTRASTIVE_KERNELS_BUILD": "'0', '1'",
+    first_use.ENVIRONMENT_VARIABLE: "'0', '1'",
+    tune.ENVIRONMENT_VARIABLE: "'0', '1'",
+}
+# The compiler takes any flags, or says what is wrong.
+FLAGS = {build.COMPILER_FLAGS, build.LINKER_FLAGS}
+TABLE = re.findall(r"^\|.*?\|", (ROOT / "docs" / "install.md").read_text(), re.MULTILINE)
+VARIABLES = {variable for cell in TABLE for variable in re.findall(r"CONTRASTIVE_KERNELS_\w+", cell)}
+
+
+def test_the_variables_are_found():
+    assert {*CHOICES, *FLAGS} < VARIABLES and len(VARIABLES) == 10
+
+
 @pytest.mark.parametrize("arguments", [[], ["check"]], ids=["report", "check"])
-@pytest.mark.parametrize(
-    "variable", ["CONTRASTIVE_KERNELS_WORKSPACE_MB", "CONTRASTIVE_KERNELS_SAVED_SCORES_MB", ENVIRONMENT_VARIABLE]
-)
-def test_a_bad_environment_variable_is_named(variable, arguments, monkeypatch, capsys):
-    monkeypatch.setenv(variable, "nonsense")
+@pytest.mark.parametrize("variable", sorted(VARIABLES - FLAGS))
+def test_a_bad_environment_variable_is_named(variable, arguments, monkeypatch, tmp_path, capsys):
+    value = "nonsense"
+    if variable == build.CACHE_VARIABLE:  # any name is that of a folder, unless a file has it
+        (tmp_path / value).touch()
+        value = str(tmp_path / value)
+    monkeypatch.setenv(variable, value)
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
     error = capsys.readouterr().err
-    assert f"{variable}='nonsense'" in error
+    assert f"{variable}={value!r} " in error
+    assert CHOICES.get(variable, "") in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("variable", "read"),
+    [
+        (ENVIRONMENT_VARIABLE, lambda: ck.clip_loss(*torch.randn(2, 3, 4), 1.0)),
+        (shards.ENVIRONMENT_VARIABLE, shards._are_promised),
+        (first_use.ENVIRONMENT_VARIABLE, first_use.switched_off),
+        (tune.ENVIRONMENT_VARIABLE, tune.is_on),
+    ],
+)
+def test_a_bad_choice_is_named_where_it_is_read(variable, read, monkeypatch):
+    monkeypatch.setenv(variable, "nonsense")
+    with pytest.raises(ValueError, match=f"^{variable}='nonsense' is unknown; choose one of {CHOICES[variable]}$"):
+        read()
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "says"),
+    [
+        (main, [], "what this installation can run"),
+        (main, ["check"], "with dense PyTorch in float64"),
+        (main, ["build"], "takes about a minute.*CONTRASTIVE_KERNELS_CACHE.*_CXXFLAGS.*_LDFLAGS"),
+        (compat_main, [], "List the adapters"),
+        (compat_main, ["check"], "exit status is 1 if anything differs"),
+    ],
+)
+def test_help_is_for_users(run, arguments, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run([*arguments, "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert re.search(says, text)
+    assert "setup.py" not in text
 
 
 @pytest.mark.skipif("triton" in HERE, reason="triton can run")

@@ -17,7 +17,11 @@ __all__ = ["SIZES", "Library", "main"]
 
 # One row, an odd number, more than a tile. Each by the plain formula of small batches and by the sweep.
 SIZES = (1, 7, 70)
-DESCRIPTION = "List the adapters and their peers, or compare them."
+DESCRIPTION = "List the adapters and their peers with the versions installed, or compare them."
+CHECK_DESCRIPTION = (
+    "Compare value, gradients and state of every public name of the adapters with the libraries that are installed, in "
+    "float64; of a library that is not installed it says so. The exit status is 1 if anything differs, else 0."
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m contrastive_kernels.compat", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", metavar="check")
-    comparing = commands.add_parser("check", help="compare adapters with their installed peers in float64")
+    comparing = commands.add_parser(
+        "check", help="compare adapters with their installed peers in float64", description=CHECK_DESCRIPTION
+    )
     comparing.add_argument("names", nargs="*", metavar="LIBRARY", help=f"some of {', '.join(ADAPTERS)} (default: all)")
     options = parser.parse_args(arguments)
     if options.command != "check":

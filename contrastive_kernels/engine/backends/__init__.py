@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 from torch import Tensor
 
+from contrastive_kernels.engine import environment
 from contrastive_kernels.engine.backends import cpp, torch, triton
 from contrastive_kernels.engine.backends.base import Backend
 from contrastive_kernels.engine.backends.triton import tiles
@@ -24,11 +24,11 @@ def choose(x: Tensor, requested: str | None = None, operator: str = "forward", p
     backend stands in for one that lacks the operator.
 
     Raises:
-        ValueError: the requested backend does not exist.
+        ValueError: the requested backend does not exist, or that of the environment variable.
         NotImplementedError: the requested backend does not take x; the message lists every backend with its reasons.
     """
-    of_environment = None if requested else os.environ.get(ENVIRONMENT_VARIABLE)
-    requested = requested or of_environment or None
+    of_environment = None if requested else environment.choice(ENVIRONMENT_VARIABLE, BACKENDS)
+    requested = requested or of_environment
     if requested is None:
         chosen = next(backend for backend in BACKENDS.values() if not backend.not_supported_reasons(x))
         if chosen is torch and x.device.type == "cpu" and x.dtype in cpp.DTYPES:
@@ -36,14 +36,16 @@ def choose(x: Tensor, requested: str | None = None, operator: str = "forward", p
         if pairs is not None and chosen is triton and tiles.is_small(x, pairs):
             chosen = torch
     else:
-        asked = f"{ENVIRONMENT_VARIABLE}={requested!r}" if of_environment else f"backend {requested!r}"
         if requested not in BACKENDS:
-            raise ValueError(f"{asked} is unknown; choose one of {', '.join(map(repr, BACKENDS))} or None")
+            raise ValueError(
+                f"backend {requested!r} is unknown; choose one of {', '.join(map(repr, BACKENDS))} or None"
+            )
         chosen = BACKENDS[requested]
         if chosen.not_supported_reasons(x):
             lines = [
                 f"  {name}: {'; '.join(backend.not_supported_reasons(x)) or 'supported'}"
                 for name, backend in BACKENDS.items()
             ]
+            asked = f"{ENVIRONMENT_VARIABLE}={requested!r}" if of_environment else f"backend {requested!r}"
             raise NotImplementedError(f"{asked} does not support this input:\n" + "\n".join(lines))
     return chosen if operator in chosen.operators else torch

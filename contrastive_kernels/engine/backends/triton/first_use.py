@@ -10,7 +10,6 @@ first runs, not when it is traced.
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contrastive_kernels.engine import environment
 from contrastive_kernels.engine.backends.triton import tiles, tune
 from contrastive_kernels.engine.backends.triton.comparison import PLAIN, features, objection, row_count
 from contrastive_kernels.engine.spec import Description, Gradients, Inputs, Statistics
@@ -77,10 +77,7 @@ def switched_off() -> bool:
     Raises:
         ValueError: the variable is neither 0 nor 1.
     """
-    text = os.environ.get(ENVIRONMENT_VARIABLE) or "1"
-    if text not in ("0", "1"):
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={text!r} must be 1, or 0 to compare no kernel at its first use")
-    return text == "0"
+    return environment.choice(ENVIRONMENT_VARIABLE, environment.SWITCH) == "0"
 
 
 def report() -> list[str]:
@@ -161,8 +158,7 @@ def _first_use(key: Key, operator: str, function: Function, arguments: tuple[Any
 def _verdict(
     rows: set[tiles.Tile], operator: str, function: Function, arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> Verdict:
-    tuned = os.environ.get(tune.ENVIRONMENT_VARIABLE) == "1"
-    if rows and not tuned and all(row.is_verified() for row in rows):
+    if rows and not tune.is_on() and all(row.is_verified() for row in rows):
         return Verdict(True, "seen right before, see the tile table")
     if switched_off():
         return Verdict(True, f"not compared, {ENVIRONMENT_VARIABLE}=0")

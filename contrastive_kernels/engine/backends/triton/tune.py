@@ -7,7 +7,6 @@ interpreter.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from contrastive_kernels.engine import environment
 from contrastive_kernels.engine.backends.triton.tiles import ALIGNMENT, Tile
 
 ENVIRONMENT_VARIABLE = "CONTRASTIVE_KERNELS_AUTOTUNE"
@@ -26,12 +26,21 @@ T = TypeVar("T")
 _fastest: dict[tuple[object, ...], Tile] = {}
 
 
+def is_on() -> bool:
+    """Return whether the environment asks for tuning.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    return environment.choice(ENVIRONMENT_VARIABLE, environment.SWITCH) == "1"
+
+
 def run(tile: Tile, x: Tensor, launch: Callable[[Tile], T], *, square: bool = False) -> T:
     """Return ``launch(tile)``, or with the variable set, the launch with the fastest tile.
 
     launch may be called any number of times before. `square` tiles stay square.
     """
-    if os.environ.get(ENVIRONMENT_VARIABLE) == "1":
+    if is_on():
         key = (tile, square, x.dtype, x.shape[1], str(x.device))
         if key not in _fastest:
             _fastest[key] = _search(tile, x, launch, square)
