@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -72,7 +73,7 @@ def byol_loss(
         torch.Size([])
     """
     pairs = predictions_and_targets(p0, z0, p1, z1, normalize, reduction, weight)
-    first, second = ((p - z).square().sum(1) for p, z in pairs)
+    first, second = (F.mse_loss(p, z, reduction="none").sum(1) for p, z in pairs)
     losses = first + second
     return reduce(losses, weight, reduction, shards_of(group))
 
