@@ -20,7 +20,7 @@ demo: .venv/built      ## compare time and memory on this machine, about three m
 test: .venv/built lint ## style, types and all tests, two files at a time, the long ones first; GPU tests skip themselves
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-fast: .venv/built ## what finds most mistakes, in some minutes
+test-fast: .venv/built ## what finds most mistakes, in about two and a half minutes
 	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-peers: .venv/built .venv-peers/installed  ## losses and adapters against the published ones of other packages, in .venv-peers
@@ -29,7 +29,7 @@ test-peers: .venv/built .venv-peers/installed  ## losses and adapters against th
 test-install: .venv/installed  ## every ordinary way of installing, each in a new environment: about half an hour
 	$(VENV) -m tests.install.paths
 
-test-versions: .venv/installed ## the fast tests with four pairs of Python and torch, and docs/versions.md: about half an hour
+test-versions: .venv/installed ## the fast tests with four pairs of Python and torch, and docs/versions.md: about twenty minutes
 	$(VENV) -m tests.install.versions
 
 bench: .venv/built     ## every loss, more sizes and dtypes: about half an hour
