@@ -26,7 +26,7 @@ test-fast: .venv/built ## what finds most mistakes, in about two and a half minu
 test-peers: .venv/built .venv-peers/installed  ## losses and adapters against the published ones of other packages, in .venv-peers
 	$(PEERS) -m pytest -m peers tests/package tests/compat
 
-test-install: .venv/installed  ## every ordinary way of installing, each in a new environment: about half an hour
+test-install: .venv/installed  ## every ordinary way of installing, each in a new environment: about a quarter of an hour
 	$(VENV) -m tests.install.paths
 
 test-versions: .venv/installed ## the fast tests with four pairs of Python and torch, and docs/versions.md: about twenty minutes

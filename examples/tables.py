@@ -10,7 +10,7 @@
 Two entries of a table are compared by the differences of their trainings with the same seed: a trend shows where the
 mean difference is more than twice its standard error.
 
-``python -m examples.tables`` takes about eight minutes. Networks, images and training are far smaller than the papers',
+``python -m examples.tables`` takes about seven minutes. Networks, images and training are far smaller than the papers',
 so that the table says which trends show at this size, not what the accuracies are elsewhere.
 """
 
